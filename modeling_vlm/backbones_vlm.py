@@ -6,6 +6,7 @@ learned, what the head does), never looked up by a model's name. The file travel
 
 import contextlib
 import copy
+from collections.abc import Callable
 from typing import TypedDict
 
 import torch
@@ -63,8 +64,9 @@ def load_vision_tower(
     if isinstance(backbone, PreTrainedConfig):
         return AutoModel.from_config(config, dtype=dtype, **_attention(kwargs))
     tower, info = _load_quietly("vision encoder", backbone, AutoModel, config, dtype, kwargs)
-    unused = {name for name, _ in unused_parameters(tower, config)} if info["missing_keys"] else set()
-    _refuse_missing("vision encoder", backbone, set(info["missing_keys"]) - unused)
+    if missing := set(info["missing_keys"]):
+        unused = unused_parameters(tower, lambda image: tower(image, return_dict=True).last_hidden_state)
+        _refuse_missing("vision encoder", backbone, missing - {name for name, _ in unused})
     return tower
 
 
@@ -85,15 +87,8 @@ def load_language_model(
 
 
 def _load_quietly(what, name, auto_class, config, dtype, kwargs):
-    # The library's report on unused and missing weights is replaced by a check of those that matter.
-    verbosity = logging.get_verbosity()
-    logging.set_verbosity_error()
-    try:
-        return _from_pretrained(
-            what, name, auto_class, config=config, dtype=dtype, output_loading_info=True, **kwargs
-        )
-    finally:
-        logging.set_verbosity(verbosity)
+    with _silenced():  # the library's report on weights is replaced by a check of those that matter
+        return _from_pretrained(what, name, auto_class, config=config, dtype=dtype, output_loading_info=True, **kwargs)
 
 
 def _refuse_missing(what, name, missing):
@@ -112,16 +107,24 @@ def _attention(kwargs):
     return {key: value for key, value in kwargs.items() if key == "attn_implementation"}
 
 
-def unused_parameters(tower: PreTrainedModel, config: PreTrainedConfig) -> list[tuple[str, nn.Parameter]]:
-    """Parameters that `last_hidden_state` does not depend on (poolers, heads), found by one backward pass."""
+def unused_parameters(
+    tower: PreTrainedModel, features: Callable[[torch.Tensor], torch.Tensor]
+) -> list[tuple[str, nn.Parameter]]:
+    """
+    Parameters of a vision tower that its features do not depend on (poolers, heads), found by one backward pass.
+
+    Args:
+        tower: the vision encoder.
+        features: from `(1, channels, height, width)` pixels to the features that are used.
+    """
     names, parameters = zip(*tower.named_parameters())
     asked = [parameter.requires_grad for parameter in parameters]
     tower.requires_grad_(True)
+    config = tower.config
     size = config.image_size if isinstance(config.image_size, (list, tuple)) else (config.image_size,) * 2
     image = torch.zeros(1, getattr(config, "num_channels", 3), *size, dtype=tower.dtype, device=tower.device)
     with torch.enable_grad():
-        features = tower(image, return_dict=True).last_hidden_state
-        gradients = torch.autograd.grad(features.sum(), parameters, allow_unused=True)
+        gradients = torch.autograd.grad(features(image).sum(), parameters, allow_unused=True)
     for parameter, requires_grad in zip(parameters, asked):
         parameter.requires_grad_(requires_grad)
     return [(n, p) for n, p, gradient in zip(names, parameters, gradients) if gradient is None]

@@ -125,7 +125,7 @@ class VLMModel(VLMPreTrainedModel):
         config, weight = self.config, next(self.vision_tower.parameters())
         channels = getattr(config.vision_config, "num_channels", 3)
         image = torch.zeros(1, channels, *config.image_size, dtype=weight.dtype, device=weight.device)
-        tokens = self._vision_hidden_states(image)[1].shape[1]
+        tokens = self.vision_hidden_states(image)[1].shape[1]
         config.num_prefix_tokens = tokens - config.num_patches
         if config.num_prefix_tokens < 0:
             raise ValueError(
@@ -142,8 +142,8 @@ class VLMModel(VLMPreTrainedModel):
             features, config.vision_feature_select_strategy, config.num_prefix_tokens
         ).shape[1]
 
-    def _vision_hidden_states(self, pixel_values, **kwargs):
-        """The tower's output and the `(images, tokens, hidden)` states at the layer that the config names."""
+    def vision_hidden_states(self, pixel_values: torch.Tensor, **kwargs) -> tuple[ModelOutput, torch.Tensor]:
+        """The tower's output, and its `(images, tokens, hidden)` states at the layer that the config names."""
         if self.config.vision_feature_layer is None:
             outputs = self.vision_tower(pixel_values, return_dict=True, **kwargs)
             return outputs, outputs.last_hidden_state
@@ -180,7 +180,7 @@ class VLMModel(VLMPreTrainedModel):
             `BaseModelOutputWithPooling`: the vision encoder's output, `pooler_output` being the features in the
             language model's space, a list with one `(image_seq_length, hidden)` tensor an image.
         """
-        outputs, hidden_states = self._vision_hidden_states(pixel_values, **kwargs)
+        outputs, hidden_states = self.vision_hidden_states(pixel_values, **kwargs)
         features = select_features(
             hidden_states, self.config.vision_feature_select_strategy, self.config.num_prefix_tokens
         )

@@ -1,0 +1,43 @@
+"""Stage 1, alignment: learn to caption images.
+
+    python train_pretrain.py                                    # the built-in data set, from scratch
+    python train_pretrain.py --config coco_vit_gpt2             # a recipe, or a yaml file of yours
+    accelerate launch train_pretrain.py \\
+        --vision_model google/siglip-base-patch16-224 --text_model HuggingFaceTB/SmolLM2-135M-Instruct \\
+        --dataset ./coco --download --output_dir outputs/aligned
+
+Every option of `TrainingArguments` works; `--help` lists them with Duet's own.
+"""
+
+from training_vlm.arguments import parse_arguments
+from training_vlm.run import (
+    PRETRAIN,
+    build_trainer,
+    encode_data,
+    finish,
+    load_data,
+    load_model,
+    one_line_errors,
+    prepare,
+    report,
+    train,
+)
+
+
+@one_line_errors
+def main():
+    arguments = model_args, data_args, _, training_args = parse_arguments("pretrain")
+    prepare(training_args)
+
+    data = load_data(data_args, training_args)
+    model, processor = load_model(PRETRAIN, model_args, data_args, data)
+    train_set, eval_set = encode_data(PRETRAIN, data, model, processor, data_args, training_args)
+
+    trainer = build_trainer(PRETRAIN, arguments, model, processor, train_set, eval_set)
+    report(PRETRAIN, trainer)
+    losses = train(trainer)
+    finish(PRETRAIN, arguments, trainer, data, losses)
+
+
+if __name__ == "__main__":
+    main()

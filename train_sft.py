@@ -1,0 +1,42 @@
+"""Stage 2, instruction tuning: learn to answer in dialogues, going on from stage 1's folder.
+
+    python train_sft.py                                         # the built-in data set, after train_pretrain.py
+    python train_sft.py --config flickr30k_vit_distilgpt2       # a recipe, or a yaml file of yours
+    accelerate launch train_sft.py --model outputs/aligned --tune_text full --dataset dialogues.jsonl \\
+        --image_dir images --output_dir outputs/assistant
+
+Every option of `TrainingArguments` works; `--help` lists them with Duet's own.
+"""
+
+from training_vlm.arguments import parse_arguments
+from training_vlm.run import (
+    SFT,
+    build_trainer,
+    encode_data,
+    finish,
+    load_data,
+    load_model,
+    one_line_errors,
+    prepare,
+    report,
+    train,
+)
+
+
+@one_line_errors
+def main():
+    arguments = model_args, data_args, _, training_args = parse_arguments("sft")
+    prepare(training_args)
+
+    data = load_data(data_args, training_args)
+    model, processor = load_model(SFT, model_args, data_args, data)
+    train_set, eval_set = encode_data(SFT, data, model, processor, data_args, training_args)
+
+    trainer = build_trainer(SFT, arguments, model, processor, train_set, eval_set)
+    report(SFT, trainer)
+    losses = train(trainer)
+    finish(SFT, arguments, trainer, data, losses)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,1 @@
+"""Training both stages: arguments, tuning policy, trainer, evaluation, model card."""

@@ -1,0 +1,284 @@
+"""The settings of a run: dataclasses for `HfArgumentParser`, and the yaml that fills them.
+
+One file holds the settings of both stages: shared keys at the top level, what differs under `pretrain:` and `sft:`.
+The command line wins over the section, the section over the top level, that over the defaults; a key that nothing
+reads is an error. Without any argument the recipe of the built-in data set is run.
+"""
+
+import difflib
+import os
+import sys
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from transformers import HfArgumentParser, TrainingArguments
+
+
+ROOT = Path(__file__).resolve().parent.parent
+DEFAULT_RECIPE = ROOT / "recipes" / "shapes.yaml"
+STAGES = ("pretrain", "sft")
+
+
+@dataclass
+class ModelArguments:
+    """Which model is trained, and which parts of it."""
+
+    model: str | None = field(
+        default=None,
+        metadata={"help": "A composed model to go on with (stage 2: the output folder of stage 1), by folder or Hub name."},
+    )
+    vision_model: str | None = field(
+        default=None,
+        metadata={"help": "Vision encoder of a new model: Hub name or folder; in yaml also a config, to start from scratch."},
+    )
+    text_model: str | None = field(default=None, metadata={"help": "Language model of a new model, likewise."})
+    tokenizer: str | None = field(
+        default=None,
+        metadata={
+            "help": "Tokenizer, by Hub name or folder; the language model's own if not given. For a language model from "
+            "scratch one is trained on the training texts."
+        },
+    )
+    vision_revision: str | None = field(default=None, metadata={"help": "Branch, tag or commit of the vision encoder."})
+    text_revision: str | None = field(default=None, metadata={"help": "Branch, tag or commit of the language model."})
+    vision_token: str | None = field(default=None, metadata={"help": "Hub token for the vision encoder."})
+    text_token: str | None = field(default=None, metadata={"help": "Hub token for the language model."})
+    vision_trust_remote_code: bool = field(
+        default=False, metadata={"help": "Run code from the vision encoder's repository."}
+    )
+    text_trust_remote_code: bool = field(
+        default=False, metadata={"help": "Run code from the language model's repository."}
+    )
+    vision_attn_implementation: str | None = field(
+        default=None, metadata={"help": "Attention of the vision encoder: sdpa, eager, flash_attention_2."}
+    )
+    text_attn_implementation: str | None = field(default=None, metadata={"help": "Attention of the language model."})
+    projector_type: str = field(default="mlp", metadata={"help": "linear, gelu_norm or mlp."})
+    vision_feature_select_strategy: str = field(
+        default="patch", metadata={"help": "Visual tokens: cls, patch, or full (everything the encoder returns)."}
+    )
+    vision_feature_layer: int | None = field(
+        default=None, metadata={"help": "-k reads the encoder's hidden_states[-k]; its final output if not given."}
+    )
+    image_token: str = field(default="<image>", metadata={"help": "The placeholder of an image in a text."})
+    chat_template: str | None = field(
+        default=None,
+        metadata={
+            "help": "A jinja file, or a template of Duet's: default, plain. The tokenizer's own if not given, and "
+            "default where it has none."
+        },
+    )
+    dtype: str = field(
+        default="float32", metadata={"help": "Of the weights: float32, bfloat16 or float16. What trains wants float32."}
+    )
+    tune_vision: str | None = field(
+        default=None,
+        metadata={
+            "help": "What learns of the vision encoder: frozen, full, or last:N (its last N blocks). Frozen if not given, "
+            "full where it starts from scratch."
+        },
+    )
+    tune_text: str | None = field(default=None, metadata={"help": "What learns of the language model, likewise."})
+    freeze_embeddings: bool = field(
+        default=False, metadata={"help": "Keep the language model's token embeddings, whatever else learns."}
+    )
+
+    def backbone_kwargs(self, side: str) -> dict[str, Any]:
+        """What `from_pretrained` is given for one side, `"vision"` or `"text"`."""
+        names = ("revision", "token", "trust_remote_code", "attn_implementation")
+        return {name: value for name in names if (value := getattr(self, f"{side}_{name}"))}
+
+
+@dataclass
+class DataArguments:
+    """What the model learns from."""
+
+    dataset: str | None = field(
+        default=None,
+        metadata={
+            "help": "Hub name, folder or file; COCO's folder or captions JSON; or `shapes`, the built-in data set."
+        },
+    )
+    dataset_name: str | None = field(default=None, metadata={"help": "Configuration of a data set that has several."})
+    dataset_revision: str | None = field(default=None, metadata={"help": "Branch, tag or commit of a Hub data set."})
+    image_dir: str | None = field(default=None, metadata={"help": "Folder that image paths in the data are relative to."})
+    train_split: str | None = field(default=None, metadata={"help": "Split to learn from; `train`, or the only one."})
+    eval_split: str | None = field(default=None, metadata={"help": "Split for the evaluation loss; none if not given."})
+    test_split: str | None = field(
+        default=None,
+        metadata={"help": "Split whose questions are answered by `generate` after training and compared exactly."},
+    )
+    download: bool = field(default=False, metadata={"help": "Fetch COCO 2017 into the folder named by `dataset`."})
+    max_samples: int | None = field(
+        default=None, metadata={"help": "That many rows of the training split, chosen with `sample_seed`."}
+    )
+    max_eval_samples: int | None = field(default=None, metadata={"help": "The same for the evaluation split."})
+    max_test_samples: int | None = field(default=None, metadata={"help": "The same for the test split."})
+    sample_seed: int = field(default=42, metadata={"help": "Chooses the rows of `max_samples`."})
+    caption_choice: str = field(
+        default="all",
+        metadata={"help": "Captions of an image with several: all, first, or random (another one in each epoch)."},
+    )
+    prompt: str = field(
+        default="Describe the image.", metadata={"help": "The question that a caption answers in stage 2."}
+    )
+    max_length: int | None = field(
+        default=None,
+        metadata={
+            "help": "Positions of a sequence, image tokens included; what the language model has if not given. Longer "
+            "texts are cut at their end, images never."
+        },
+    )
+
+
+@dataclass
+class GenerationArguments:
+    """How the trained model answers, in the samples after training and as the saved default."""
+
+    max_new_tokens: int = field(default=64, metadata={"help": "Longest answer."})
+    temperature: float = field(default=0.0, metadata={"help": "0 takes the likeliest token; above, answers are sampled."})
+    top_p: float = field(default=1.0, metadata={"help": "Sample from the likeliest tokens of this total probability."})
+    num_beams: int = field(default=1, metadata={"help": "Beams of a beam search."})
+
+    def to_generate(self) -> dict[str, Any]:
+        """Arguments of `generate`."""
+        sampling = {"temperature": self.temperature, "top_p": self.top_p} if self.temperature > 0 else {}
+        return {
+            "max_new_tokens": self.max_new_tokens,
+            "num_beams": self.num_beams,
+            "do_sample": self.temperature > 0,
+            **sampling,
+        }
+
+
+@dataclass
+class VLMTrainingArguments(TrainingArguments):
+    """`TrainingArguments`, with defaults that fit images and follow the hardware."""
+
+    overwrite_output_dir: bool = field(
+        default=False, metadata={"help": "Train into an output folder that holds something already."}
+    )
+    # The collator reads columns that the model does not take.
+    remove_unused_columns: bool = field(default=False, metadata={"help": "Must stay off: the collator reads images."})
+    bf16: bool | None = field(
+        default=None, metadata={"help": "Autocast to bfloat16; on where the accelerator has it, unless fp16 is chosen."}
+    )
+    dataloader_num_workers: int | None = field(
+        default=None, metadata={"help": "Processes that decode images; from the number of cores if not given."}
+    )
+    dataloader_pin_memory: bool | None = field(
+        default=None, metadata={"help": "Pinned memory; on where there is an accelerator to copy to."}
+    )
+    logging_steps: float = field(default=10, metadata={"help": "Log every that many steps, or that share of them."})
+
+    def __post_init__(self):
+        accelerator = torch.accelerator.is_available() and not self.use_cpu
+        if self.bf16 is None:
+            self.bf16 = accelerator and torch.cuda.is_available() and torch.cuda.is_bf16_supported() and not self.fp16
+        if self.dataloader_pin_memory is None:
+            self.dataloader_pin_memory = accelerator
+        if self.dataloader_num_workers is None:
+            # Without an accelerator the model itself wants the cores.
+            cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+            processes = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+            self.dataloader_num_workers = min(8, cores // processes) if accelerator else min(2, cores // processes // 2)
+        if self.remove_unused_columns:
+            raise ValueError("remove_unused_columns must stay false: the collator reads images and text from the data.")
+        super().__post_init__()
+        # `pixel_values` runs over images, not conversations, so batches are made whole in every process.
+        self.accelerator_config.dispatch_batches = False
+        if self.accelerator_config.split_batches:
+            raise ValueError("split_batches does not fit: a batch with several images a row cannot be cut by row.")
+
+
+Arguments = tuple[ModelArguments, DataArguments, GenerationArguments, VLMTrainingArguments]
+
+
+def parse_arguments(stage: str, argv: list[str] | None = None) -> Arguments:
+    """
+    The settings of one stage from the command line and `--config FILE`.
+
+    Args:
+        stage: `"pretrain"` or `"sft"`.
+        argv: the command line, `sys.argv[1:]` if not given.
+
+    Raises:
+        ValueError: a setting that nothing reads, or a yaml of another shape.
+        FileNotFoundError: no such config.
+    """
+    argv = list(sys.argv[1:] if argv is None else argv)
+    parser = HfArgumentParser(
+        (ModelArguments, DataArguments, GenerationArguments, VLMTrainingArguments),
+        description=f"Stage {STAGES.index(stage) + 1} of 2. Every setting can stand in a yaml file: --config FILE.",
+        allow_abbrev=False,
+    )
+    parser.add_argument("--config", type=Path, default=None, help="yaml with settings of both stages; see recipes/.")
+    config, others = _split_config(argv)
+    if config is None and not argv:
+        config = DEFAULT_RECIPE
+    if config is not None:
+        known = [f.name for kind in parser.dataclass_types for f in fields(kind) if f.init]
+        parser.set_defaults(**read_config(config, stage, known))
+    *arguments, _, unknown = parser.parse_args_into_dataclasses(
+        others, return_remaining_strings=True, look_for_args_file=False
+    )
+    if unknown:
+        options = [option for action in parser._actions for option in action.option_strings]
+        raise ValueError(f"unknown argument {unknown[0]!r}{_suggest(unknown[0], options)}; --help lists all.")
+    return tuple(arguments)
+
+
+def _split_config(argv):
+    config, others = None, []
+    position = 0
+    while position < len(argv):
+        argument = argv[position]
+        if argument == "--config":
+            if position + 1 == len(argv):
+                raise ValueError("--config needs the name of a yaml file.")
+            config, position = Path(argv[position + 1]), position + 1
+        elif argument.startswith("--config="):
+            config = Path(argument.removeprefix("--config="))
+        else:
+            others.append(argument)
+        position += 1
+    return config, others
+
+
+def read_config(file: Path, stage: str, known: list[str]) -> dict[str, Any]:
+    """
+    The settings that a yaml file has for a stage: its section over its top level.
+
+    Args:
+        file: a path, or the name of a recipe (`shapes`, `coco_vit_gpt2`).
+        stage: `"pretrain"` or `"sft"`.
+        known: names of all settings.
+    """
+    recipe = ROOT / "recipes" / f"{file.name.removesuffix('.yaml')}.yaml"
+    if not file.is_file() and recipe.is_file():
+        file = recipe
+    if not file.is_file():
+        recipes = ", ".join(sorted(path.stem for path in recipe.parent.glob("*.yaml")))
+        raise FileNotFoundError(f"config {str(file)!r} is neither a file nor a recipe ({recipes}).")
+    try:
+        settings = yaml.safe_load(file.read_text(encoding="utf-8")) or {}
+    except yaml.YAMLError as error:
+        raise ValueError(f"config {file} is no yaml: {' '.join(str(error).split())}") from error
+    if not isinstance(settings, dict):
+        raise ValueError(f"config {file} holds a {type(settings).__name__}; expected `setting: value` lines.")
+    sections = {name: settings.pop(name, None) or {} for name in STAGES}
+    for place, values in (("", settings), *((f" under {name}:", values) for name, values in sections.items())):
+        if not isinstance(values, dict):
+            raise ValueError(f"config {file} has a {type(values).__name__}{place}; expected `setting: value` lines.")
+        for key in values:
+            if key not in known:
+                raise ValueError(f"config {file} has an unknown setting {key!r}{place}{_suggest(key, known)}.")
+    return {**settings, **sections[stage]}
+
+
+def _suggest(name, known):
+    close = difflib.get_close_matches(str(name).split("=")[0], known, n=1)
+    return f"; did you mean {close[0]!r}?" if close else ""

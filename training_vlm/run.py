@@ -1,0 +1,508 @@
+"""What both training scripts share: check, load, report, train, save.
+
+Everything that can be known to fail is checked before the first step, and each failure is one line that says how to
+mend it. The scripts read as the order of these functions.
+"""
+
+import functools
+import os
+import shutil
+import sys
+import traceback
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import datasets
+import torch
+from transformers import CONFIG_MAPPING, AutoConfig, PreTrainedConfig, set_seed
+from transformers.trainer_utils import get_last_checkpoint
+from transformers.utils import logging
+
+from modeling_vlm import VLMConfig, VLMForConditionalGeneration
+from processing import VLMDataCollator, VLMProcessor
+from processing.conversations import IMAGE_COLUMNS, conversations_from_row
+from processing.encoding import Encode, EncodedDataset, encode_caption, encode_dialogue, encode_rows
+from processing.sources import load_rows
+from processing.tokenizer import train_tokenizer
+
+from .arguments import Arguments, DataArguments, GenerationArguments, ModelArguments, VLMTrainingArguments
+from .evaluation import draw_samples, exact_match, find_questions, format_exact_match, generate_answers
+from .model_card import read_base_models, write_model_card
+from .trainer import VLMTrainer
+from .tuning import apply_tuning, describe_parts
+
+
+SAMPLES_SHOWN = 8
+
+
+@dataclass(frozen=True)
+class Stage:
+    """What makes a stage different from the other: how a conversation is encoded, and whether captions get a question."""
+
+    number: int
+    name: str
+    encode: Encode
+    asks: bool
+
+
+PRETRAIN = Stage(1, "alignment", encode_caption, asks=False)
+SFT = Stage(2, "instruction tuning", encode_dialogue, asks=True)
+
+
+def one_line_errors(main):
+    """Print what a person did wrong as one line and exit with 1; `DUET_TRACEBACK=1` shows where it was found."""
+
+    @functools.wraps(main)
+    def wrapped(*args, **kwargs):
+        try:
+            return main(*args, **kwargs)
+        except (ValueError, OSError) as error:
+            if os.environ.get("DUET_TRACEBACK"):
+                traceback.print_exc()
+            # An error from a worker process carries that process's traceback; its last line is the message.
+            lines = [line for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
+            worker = "in DataLoader worker process" in lines[0]
+            line = lines[-1].partition(": ")[2] if worker else " ".join(lines)
+            print(f"error: {line}", file=sys.stderr)
+            sys.exit(1)
+
+    return wrapped
+
+
+@dataclass
+class Data:
+    """The rows of a run: to learn from, for the evaluation loss, and for the questions answered after training."""
+
+    train: datasets.Dataset
+    eval: datasets.Dataset | None
+    test: datasets.Dataset | None
+
+
+def prepare(training_args: VLMTrainingArguments) -> None:
+    """
+    Check the output folder and the devices, and seed everything.
+
+    Raises:
+        ValueError: the folder holds something, there is nothing to resume, or several devices without a launcher.
+    """
+    if training_args.n_gpu > 1:
+        raise ValueError(
+            f"{training_args.n_gpu} GPUs are visible to one process; run `accelerate launch {Path(sys.argv[0]).name} ...` "
+            "to use them, or set CUDA_VISIBLE_DEVICES to one."
+        )
+    if training_args.output_dir == "trainer_output":
+        raise ValueError("no output folder is named; add --output_dir FOLDER.")
+    folder = Path(training_args.output_dir)
+    resume = training_args.resume_from_checkpoint
+    if resume is not None:
+        if str(resume).lower() in ("last", "true", "yes", "1"):
+            resume = get_last_checkpoint(folder) if folder.is_dir() else None
+        if resume is None or not (Path(resume) / "trainer_state.json").is_file():
+            raise ValueError(
+                f"there is no checkpoint to resume from at {resume or folder}; expected a folder such as "
+                f"{folder / 'checkpoint-500'}; leave out --resume_from_checkpoint to start anew."
+            )
+        training_args.resume_from_checkpoint = str(resume)
+    elif folder.is_dir() and any(folder.iterdir()):
+        if not training_args.overwrite_output_dir:
+            raise ValueError(
+                f"the output folder {folder} holds something already; name another, or add --overwrite_output_dir, or "
+                "--resume_from_checkpoint last to go on with it."
+            )
+        with training_args.main_process_first(desc="removing old checkpoints"):
+            for checkpoint in folder.glob("checkpoint-*"):  # or a later resume would take one of them for its own
+                shutil.rmtree(checkpoint, ignore_errors=True)
+    if training_args.process_index > 0:
+        datasets.disable_progress_bars()
+    logging.disable_progress_bar()  # of loading weights; the Trainer draws its own
+    set_seed(training_args.seed)
+
+
+def load_data(data_args: DataArguments, training_args: VLMTrainingArguments) -> Data:
+    """
+    The rows of every split that the run reads.
+
+    Raises:
+        ValueError, FileNotFoundError, ConnectionError: a data set that is not there, or not as expected.
+    """
+    if data_args.dataset is None:
+        raise ValueError("no data set is named; add --dataset NAME (a Hub name, a folder, a file, or shapes).")
+    with training_args.main_process_first(desc="loading the data"):
+        if data_args.download:
+            from processing.download import download_coco
+
+            download_coco(data_args.dataset)
+
+        def rows(split, limit):
+            found = load_rows(
+                data_args.dataset,
+                name=data_args.dataset_name,
+                split=split,
+                revision=data_args.dataset_revision,
+                image_dir=data_args.image_dir,
+            )
+            if limit is not None and limit < len(found):
+                found = found.shuffle(seed=data_args.sample_seed).select(range(limit))
+            return found
+
+        return Data(
+            train=rows(data_args.train_split, data_args.max_samples),
+            eval=rows(data_args.eval_split, data_args.max_eval_samples) if data_args.eval_split else None,
+            test=rows(data_args.test_split, data_args.max_test_samples) if data_args.test_split else None,
+        )
+
+
+def load_model(
+    stage: Stage, model_args: ModelArguments, data_args: DataArguments, data: Data
+) -> tuple[VLMForConditionalGeneration, VLMProcessor]:
+    """
+    The model and its processor: an earlier stage's folder, or two backbones composed.
+
+    Raises:
+        ValueError: neither or both are named, a checkpoint of another kind, or parts that do not fit together.
+    """
+    dtype = getattr(torch, model_args.dtype, None)
+    if dtype not in (torch.float32, torch.bfloat16, torch.float16):
+        raise ValueError(f"dtype={model_args.dtype!r}: expected float32, bfloat16 or float16.")
+    backbones = [name for name in ("vision_model", "text_model") if getattr(model_args, name) is not None]
+    if model_args.model is not None and backbones:
+        raise ValueError(f"model and {backbones[0]} are both given; name a composed model, or two backbones.")
+    if model_args.model is not None:
+        model, processor = _load_composed(model_args, dtype)
+        starts = {"vision": "frozen", "text": "frozen"}
+    elif len(backbones) == 2:
+        model, processor = _compose(stage, model_args, data_args, data, dtype)
+        scratch = {side: isinstance(getattr(model_args, f"{side}_model"), dict) for side in ("vision", "text")}
+        starts = {side: "full" if scratch[side] else "frozen" for side in scratch}
+    else:
+        raise ValueError(
+            "no model is named; add --model FOLDER (a composed model) or --vision_model NAME and --text_model NAME."
+        )
+    check_fit(model, processor)
+    processor.update_generation_config(model.generation_config)
+    apply_tuning(
+        model,
+        model_args.tune_vision or starts["vision"],
+        model_args.tune_text or starts["text"],
+        model_args.freeze_embeddings,
+    )
+    return model, processor
+
+
+def _load_composed(model_args, dtype):
+    name = model_args.model
+    hint = ""
+    if not Path(name).exists() and name.count("/") != 1:
+        hint = "; run `python train_pretrain.py` first, which writes it" if "pretrain" in name else ""
+        raise ValueError(f"there is no model in {name}{hint or '; expected the output folder of train_pretrain.py'}.")
+    try:
+        config = AutoConfig.from_pretrained(name)
+    except (OSError, ValueError) as error:
+        raise ValueError(f"the model {name!r} could not be loaded: {' '.join(str(error).split())[:300]}") from error
+    if config.model_type != VLMConfig.model_type:
+        raise ValueError(
+            f"{name} is a {config.model_type} checkpoint; expected a model composed by Duet (the output folder of "
+            "train_pretrain.py). A language model goes into --text_model, a vision encoder into --vision_model."
+        )
+    model = VLMForConditionalGeneration.from_pretrained(name, dtype=dtype)
+    processor = VLMProcessor.from_pretrained(name)
+    if model_args.chat_template is not None:
+        processor.set_chat_template(model_args.chat_template)
+    return model, processor
+
+
+def _compose(stage, model_args, data_args, data, dtype):
+    vision, text = _backbone("vision_model", model_args), _backbone("text_model", model_args)
+    tokenizer = model_args.tokenizer
+    if tokenizer is None and isinstance(text, PreTrainedConfig):
+        reading = {"prompt": data_args.prompt if stage.asks else "", "source": data_args.dataset}
+        # One entry stays free for the image token.
+        tokenizer = train_tokenizer(
+            _texts(data.train, reading), text.vocab_size - 1, getattr(text, "max_position_embeddings", 1 << 20)
+        )
+        text.pad_token_id, text.bos_token_id = tokenizer.pad_token_id, None
+        text.eos_token_id = tokenizer.eos_token_id
+    shared = {
+        "tokenizer": tokenizer,
+        "image_token": model_args.image_token,
+        "vision_kwargs": model_args.backbone_kwargs("vision"),
+        "text_kwargs": model_args.backbone_kwargs("text"),
+    }
+    model = VLMForConditionalGeneration.from_backbones(
+        vision,
+        text,
+        projector_type=model_args.projector_type,
+        vision_feature_select_strategy=model_args.vision_feature_select_strategy,
+        vision_feature_layer=model_args.vision_feature_layer,
+        dtype=dtype,
+        **shared,
+    )
+    processor = VLMProcessor.from_backbones(
+        vision, text, model.config, chat_template=model_args.chat_template, **shared
+    )
+    return model, processor
+
+
+def _backbone(option: str, model_args: ModelArguments) -> str | PreTrainedConfig:
+    value = getattr(model_args, option)
+    if not isinstance(value, dict):
+        return value
+    model_type = value.get("model_type")
+    if model_type not in CONFIG_MAPPING:
+        raise ValueError(f"{option} has model_type {model_type!r}; expected one that transformers knows, such as vit.")
+    return CONFIG_MAPPING[model_type](**{key: setting for key, setting in value.items() if key != "model_type"})
+
+
+def _texts(rows: datasets.Dataset, reading: dict, limit: int = 20_000) -> Iterator[str]:
+    """Every text of the first conversations, with the words that the default template adds."""
+    yield "User: \nAssistant: "
+    for index, row in enumerate(rows.with_format(None).select(range(min(limit, len(rows))))):
+        for conversation in conversations_from_row(row, index=index, **reading):
+            for message in conversation["messages"]:
+                yield from (" " + part["text"] for part in message["content"] if part["type"] == "text")
+
+
+def check_fit(model: VLMForConditionalGeneration, processor: VLMProcessor) -> None:
+    """
+    Refuse a processor that does not belong to the model.
+
+    Raises:
+        ValueError: what differs, on both sides.
+    """
+    config = model.config
+    for what, ours, theirs in (
+        ("image_token_id", config.image_token_id, processor.image_token_id),
+        ("image_seq_length", config.image_seq_length, processor.image_seq_length),
+    ):
+        if ours != theirs:
+            raise ValueError(
+                f"processor and model do not belong together: {what} is {theirs} in the processor and {ours} in the "
+                "model; use the processor that was saved with the model."
+            )
+    if len(processor.tokenizer) > model.get_input_embeddings().num_embeddings:
+        raise ValueError(
+            f"processor and model do not belong together: the tokenizer has {len(processor.tokenizer)} entries, the "
+            f"language model {model.get_input_embeddings().num_embeddings} embeddings; use the processor saved with it."
+        )
+
+
+def choose_max_length(model: VLMForConditionalGeneration, asked: int | None) -> int:
+    """
+    Positions a training sequence may have: those asked for, else all that the language model has.
+
+    Raises:
+        ValueError: more than were learned, or not even room for an image and a token.
+    """
+    learned = model.model.max_positions
+    limit = learned or getattr(model.config.text_config, "max_position_embeddings", None) or 1 << 20
+    if asked is not None and learned is not None and asked > learned:
+        raise ValueError(
+            f"max_length={asked} is more than the {learned} positions that the language model "
+            f"({model.config.text_config.model_type}) has learned; set max_length to {learned} or less."
+        )
+    chosen = limit if asked is None else asked
+    if chosen <= model.config.image_seq_length:
+        raise ValueError(
+            f"max_length={chosen} leaves no room for text beside an image of {model.config.image_seq_length} tokens; "
+            "set a larger max_length, or choose fewer visual tokens (vision_feature_select_strategy: cls)."
+        )
+    return chosen
+
+
+def encode_data(
+    stage: Stage, data: Data, model, processor: VLMProcessor, data_args: DataArguments, training_args
+) -> tuple[EncodedDataset, EncodedDataset | None]:
+    """Encode the training and evaluation rows; see `encode_rows`."""
+    reading = {
+        "prompt": data_args.prompt if stage.asks else "",
+        "max_length": choose_max_length(model, data_args.max_length),
+        "source": data_args.dataset,
+        "seed": training_args.data_seed if training_args.data_seed is not None else training_args.seed,
+    }
+    with training_args.main_process_first(desc="encoding the data"):
+        train = encode_rows(data.train, processor, stage.encode, caption_choice=data_args.caption_choice, **reading)
+        evaluation = data.eval and encode_rows(
+            data.eval,
+            processor,
+            stage.encode,
+            caption_choice="first" if data_args.caption_choice == "random" else data_args.caption_choice,
+            **reading,
+        )
+    return train, evaluation
+
+
+def build_trainer(stage: Stage, arguments: Arguments, model, processor: VLMProcessor, train, evaluation) -> VLMTrainer:
+    """The Trainer of a stage; its collator and its data agree on how a conversation is encoded."""
+    training_args = arguments[-1]
+    if evaluation is None:
+        training_args.eval_strategy = "no"
+    return VLMTrainer(
+        model=model,
+        args=training_args,
+        processing_class=processor,
+        data_collator=VLMDataCollator(processor, encode=stage.encode),
+        train_dataset=train,
+        eval_dataset=evaluation,
+    )
+
+
+def report(stage: Stage, trainer: VLMTrainer) -> None:
+    """Say what will learn, at which rate, and from what; in one process."""
+    if not trainer.is_world_process_zero():
+        return
+    args, rate = trainer.args, f"{trainer.args.learning_rate:g}"
+    print(f"\nStage {stage.number}, {stage.name}\n")
+    print(f"{'part':<18}{'parameters':>14}{'learn':>14}   rate")
+    for part in describe_parts(trainer.model):
+        print(f"{part.name:<18}{part.parameters:>14,}{part.trained:>14,}   {rate if part.trained else '-'}")
+    print(f"\n{'data':<18}{'samples':>14}{'tokens':>14}{'supervised':>14}")
+    for name, dataset in (("training", trainer.train_dataset), ("evaluation", trainer.eval_dataset)):
+        if dataset is None:
+            continue
+        account = dataset.account
+        print(f"{name:<18}{len(dataset):>14,}{account.tokens:>14,}{account.supervised:>14,}")
+        for reason, count in account.dropped.items():
+            print(f"{'':<18}{count:,} dropped: {reason}")
+    batch = args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size
+    precision = "bf16" if args.bf16 else "fp16" if args.fp16 else "fp32"
+    print(
+        f"\n{batch} conversations a step ({args.per_device_train_batch_size} x {args.gradient_accumulation_steps} x "
+        f"{args.world_size} processes), {precision}, {args.device}, to {args.output_dir}\n",
+        flush=True,
+    )
+
+
+def train(trainer: VLMTrainer) -> dict[str, float]:
+    """Train, from the checkpoint that `prepare` found where one was asked for; then evaluate. Gives the losses."""
+    result = trainer.train(resume_from_checkpoint=trainer.args.resume_from_checkpoint)
+    trainer.log_metrics("train", result.metrics)
+    trainer.save_metrics("train", result.metrics)
+    trainer.save_state()
+    losses = {"train_loss": result.training_loss}
+    if trainer.eval_dataset is not None:
+        metrics = trainer.evaluate()
+        trainer.log_metrics("eval", metrics)
+        trainer.save_metrics("eval", metrics)
+        losses["eval_loss"] = metrics["eval_loss"]
+    return losses
+
+
+def finish(stage: Stage, arguments: Arguments, trainer: VLMTrainer, data: Data, losses: dict[str, float]) -> None:
+    """
+    Leave a folder that needs nothing else: model, processor, card, samples; and say how to go on.
+
+    The test questions are answered by greedy decoding; the samples as `GenerationArguments` say.
+    """
+    model_args, data_args, generation_args, args = arguments
+    processor, folder = trainer.processing_class, Path(args.output_dir)
+    model = trainer.accelerator.unwrap_model(trainer.model)
+    for key, value in generation_args.to_generate().items():
+        setattr(model.generation_config, key, value)
+    trainer.save_model()
+    if trainer.is_world_process_zero():
+        shown, exact = _answer(stage, trainer, model, processor, data, data_args, generation_args)
+        answers = generate_answers(
+            model, processor, shown, args.per_device_eval_batch_size, **generation_args.to_generate()
+        )
+        draw_samples(processor, shown, answers, folder / "samples.png")
+        asked = [processor.tokenizer.decode([i for i in q.ids if i != processor.image_token_id]) for q in shown]
+        trainer.card = functools.partial(
+            write_model_card,
+            folder,
+            name=args.hub_model_id or args.output_dir,
+            stage=stage.number,
+            config=model.config,
+            base_models=_base_models(model_args),
+            dataset=data_args.dataset,
+            parts=describe_parts(model),
+            settings=_settings(data_args, args),
+            metrics=losses,
+            exact=exact,
+            samples=[(a, q.expected, g) for a, q, g in zip(asked, shown, answers)],
+        )
+        trainer.card()
+        _say_goodbye(stage, args.output_dir)
+    if args.push_to_hub:
+        trainer.push_to_hub()
+
+
+def _answer(stage, trainer, model, processor, data, data_args, generation_args):
+    """Questions to show, and the exact-match table of the test split where there is one."""
+    reading = {
+        "prompt": data_args.prompt if stage.asks else "",
+        "max_length": choose_max_length(model, data_args.max_length),
+        "source": data_args.dataset,
+    }
+    if data.test is None:
+        items = trainer.eval_dataset or trainer.train_dataset
+        items = [items[index] for index in range(min(SAMPLES_SHOWN, len(items)))]
+        return find_questions(items, processor)[:SAMPLES_SHOWN], None
+    items = encode_rows(data.test, processor, stage.encode, caption_choice="first", **reading)
+    kinds = None
+    if {"kind", "subset"} <= set(data.test.column_names):
+        labels = data.test.with_format(None)
+        labels = list(zip(labels["kind"], labels["subset"]))
+        kinds = [labels[row] for row in items.encodings["row"]]
+    questions = find_questions((items[index] for index in range(len(items))), processor, kinds)
+    answers = generate_answers(
+        model,
+        processor,
+        questions,
+        trainer.args.per_device_eval_batch_size,
+        do_sample=False,
+        max_new_tokens=generation_args.max_new_tokens,
+    )
+    shares = exact_match(questions, answers)
+    table = format_exact_match(shares)
+    print(f"\nTest answers exactly right ({len(questions):,} questions, greedy decoding)\n{table}\n")
+    trainer.save_metrics("test", {f"{subset}/{kind}": v for subset, by in shares.items() for kind, v in by.items()})
+    return questions[:SAMPLES_SHOWN], table
+
+
+def _base_models(model_args):
+    if model_args.model is not None:
+        return read_base_models(model_args.model)
+    names = (model_args.vision_model, model_args.text_model)
+    return [name for name in names if isinstance(name, str) and not Path(name).exists()]
+
+
+def _settings(data_args, args):
+    return {
+        "data": data_args.dataset,
+        "epochs": f"{args.num_train_epochs:g}" if args.max_steps < 0 else f"{args.max_steps} steps",
+        "conversations a step": args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size,
+        "learning rate": f"{args.learning_rate:g}, {args.lr_scheduler_type.value}",
+        "weight decay": args.weight_decay,
+        "gradient clipping": args.max_grad_norm,
+        "precision": "bf16" if args.bf16 else "fp16" if args.fp16 else "fp32",
+        "seed": args.seed,
+    }
+
+
+def _say_goodbye(stage, folder):
+    print(f"The model, its processor, its card and samples.png are in {folder}. Load them with\n")
+    print(f'    AutoModelForImageTextToText.from_pretrained("{folder}", trust_remote_code=True)')
+    print(f'    AutoProcessor.from_pretrained("{folder}", trust_remote_code=True)\n')
+    if stage is PRETRAIN:
+        print("Next, teach it to answer:\n")
+        print(f"    python train_sft.py --model {folder} --dataset DIALOGUES --output_dir FOLDER\n")
+    else:
+        print("Next, ask it about an image:\n")
+        print(f'    python -m inference_vlm.ask {folder} IMAGE "What is in the picture?"\n')
+
+
+__all__ = [
+    "PRETRAIN",
+    "SFT",
+    "GenerationArguments",
+    "build_trainer",
+    "encode_data",
+    "finish",
+    "load_data",
+    "load_model",
+    "one_line_errors",
+    "prepare",
+    "report",
+    "train",
+]

@@ -1,0 +1,74 @@
+"""The Trainer, with what it cannot express for this model: nothing computed in vain, and a loss that weighs tokens.
+
+Two things differ from the stock Trainer. The head is computed at supervised positions only: the same loss and
+gradients, without the logits of a thousand image positions. And the evaluation loss is the mean over tokens, where the
+stock loop averages the means of batches, which makes it depend on the batch size.
+"""
+
+import torch
+from torch import nn
+from transformers import Trainer, TrainerCallback
+from transformers.trainer_utils import EvalLoopOutput
+
+
+class VLMTrainer(Trainer):
+    """`Trainer` for a composed model; takes the same arguments."""
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        self._only_loss = False
+        self._evaluated = None
+        self.add_callback(_EpochOfDataset())
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        """See `Trainer.compute_loss`; logits are left out where nobody reads them."""
+        labels = inputs.get("labels")
+        loss_is_ours = self.label_smoother is None and self.compute_loss_func is None
+        if labels is not None and loss_is_ours and (model.training or self._only_loss):
+            inputs = {**inputs, "logits_to_keep": supervised_positions(labels)}
+        loss, outputs = super().compute_loss(model, inputs, True, num_items_in_batch)
+        if labels is not None and not model.training and self._evaluated is not None:
+            self._add_evaluated(labels, outputs["logits"])
+        return (loss, outputs) if return_outputs else loss
+
+    def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
+        self._only_loss = prediction_loss_only
+        try:
+            return super().prediction_step(model, inputs, prediction_loss_only, ignore_keys)
+        finally:
+            self._only_loss = False
+
+    def evaluation_loop(self, *args, metric_key_prefix: str = "eval", **kwargs) -> EvalLoopOutput:
+        """See `Trainer.evaluation_loop`; `eval_loss` is the mean over all supervised tokens of all processes."""
+        self._evaluated = torch.zeros(2, dtype=torch.float64)
+        output = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)
+        (total, tokens), self._evaluated = self._evaluated.tolist(), None
+        if f"{metric_key_prefix}_loss" in output.metrics:
+            output.metrics[f"{metric_key_prefix}_loss"] = total / max(tokens, 1)
+        return output
+
+    def _add_evaluated(self, labels, logits):
+        keep = supervised_positions(labels)
+        if logits.ndim == 3:
+            logits = logits[keep]
+        targets = nn.functional.pad(labels, (0, 1), value=-100)[:, 1:]
+        losses = nn.functional.cross_entropy(logits.float(), targets[keep], reduction="none")
+        # A sum and a count for each row, so that rows repeated to fill the last batch are not counted twice.
+        sums = torch.zeros(len(labels), 2, device=logits.device)
+        sums[:, 0].index_add_(0, keep.nonzero()[:, 0], losses)
+        sums[:, 1] = keep.sum(1)
+        self._evaluated += self.accelerator.gather_for_metrics(sums).double().sum(0).cpu()
+
+
+def supervised_positions(labels: torch.Tensor) -> torch.Tensor:
+    """The positions of `(batch, tokens)` that predict a supervised token, as a bool mask for `logits_to_keep`."""
+    return nn.functional.pad(labels, (0, 1), value=-100)[:, 1:] != -100
+
+
+class _EpochOfDataset(TrainerCallback):
+    """Tells a data set that shows other captions in each epoch which epoch it is, in every process."""
+
+    def on_epoch_begin(self, args, state, control, train_dataloader=None, **kwargs):
+        dataset = getattr(train_dataloader, "dataset", None)
+        if hasattr(dataset, "set_epoch"):
+            dataset.set_epoch(int(state.epoch or 0))

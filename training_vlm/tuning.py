@@ -1,0 +1,97 @@
+"""Which parameters learn: one declared policy, found from the model's own modules and not from their names.
+
+The projector always learns. Of each backbone nothing, everything, or the last N blocks learn (without the final norm).
+The blocks are the one list of modules that is as long as the config says the backbone is deep, so the rule holds for
+any encoder and any language model.
+"""
+
+import re
+from typing import NamedTuple
+
+from torch import nn
+from transformers import PreTrainedModel
+
+from modeling_vlm.backbones_vlm import unused_parameters
+
+
+def apply_tuning(model: PreTrainedModel, vision: str, text: str, freeze_embeddings: bool = False) -> None:
+    """
+    Set `requires_grad` on every parameter of a composed model.
+
+    Args:
+        model: a `VLMForConditionalGeneration`.
+        vision, text: `"frozen"`, `"full"` or `"last:N"`.
+        freeze_embeddings: keep the token embeddings (and a head tied to them) as they are.
+
+    Raises:
+        ValueError: another word, or more blocks than there are.
+    """
+    model.requires_grad_(False)
+    model.model.multi_modal_projector.requires_grad_(True)
+    for parameter in _chosen("tune_vision", vision, model.model.vision_tower):
+        parameter.requires_grad_(True)
+    if vision != "frozen":
+        # Heads and poolers that the features do not depend on would never get a gradient.
+        unused = unused_parameters(model.model.vision_tower, lambda image: model.model.vision_hidden_states(image)[1])
+        for _, parameter in unused:
+            parameter.requires_grad_(False)
+    for parameter in _chosen("tune_text", text, model.model.language_model):
+        parameter.requires_grad_(True)
+    if text == "full":
+        model.get_output_embeddings().requires_grad_(True)
+    if freeze_embeddings:
+        model.get_input_embeddings().requires_grad_(False)
+
+
+def _chosen(option: str, choice: str, backbone: PreTrainedModel) -> list[nn.Parameter]:
+    if choice == "frozen":
+        return []
+    if choice == "full":
+        return list(backbone.parameters())
+    match = re.fullmatch(r"last:(\d+)", choice)
+    blocks = find_blocks(backbone)
+    if match is None or not 1 <= int(match[1]) <= len(blocks):
+        raise ValueError(
+            f"{option}={choice!r}: expected frozen, full, or last:N with N from 1 to {len(blocks)}, the number of "
+            f"blocks of the {backbone.config.model_type}."
+        )
+    return [parameter for block in blocks[-int(match[1]) :] for parameter in block.parameters()]
+
+
+def find_blocks(backbone: PreTrainedModel) -> nn.ModuleList:
+    """The backbone's transformer blocks, in order."""
+    depth = backbone.config.num_hidden_layers
+    lists = [module for module in backbone.modules() if isinstance(module, nn.ModuleList) and len(module) == depth]
+    if not lists:
+        raise ValueError(f"the {backbone.config.model_type} has no list of {depth} blocks; use frozen or full.")
+    return lists[0]
+
+
+class Part(NamedTuple):
+    """One line of the table shown before training."""
+
+    name: str
+    parameters: int
+    trained: int
+
+
+def describe_parts(model: PreTrainedModel) -> list[Part]:
+    """How many parameters each part has, and how many of them learn; a head tied to the embeddings counts once."""
+    embeddings = list(model.get_input_embeddings().parameters())
+    groups = {
+        "vision encoder": list(model.model.vision_tower.parameters()),
+        "projector": list(model.model.multi_modal_projector.parameters()),
+        "token embeddings": embeddings,
+        "language model": list(model.model.language_model.parameters()),
+        "head": list(model.get_output_embeddings().parameters()),
+    }
+    seen, parts = set(), []
+    for name, parameters in groups.items():
+        if name == "language model":
+            parameters = [p for p in parameters if id(p) not in {id(e) for e in embeddings}]
+        parameters = [p for p in parameters if id(p) not in seen]
+        seen.update(id(p) for p in parameters)
+        trained = sum(p.numel() for p in parameters if p.requires_grad)
+        if parameters:
+            parts.append(Part(name, sum(p.numel() for p in parameters), trained))
+    return parts
