@@ -140,14 +140,15 @@ def find_layout(row: dict[str, Any]) -> Layout:
             if layout.fits(columns):
                 return layout
     known = "; ".join(layout.description for layout in LAYOUTS)
-    raise _Malformed(f"columns {', '.join(map(str, row)) or '(none)'}", f"one of the known layouts: {known}")
+    columns = ", ".join(map(str, row)) or "(none)"
+    raise _Malformed(f"columns {_cut(columns, 300)}", f"one of the known layouts: {known}")
 
 
 class _Malformed(ValueError):
     """What is wrong with a row; where it is, the caller adds."""
 
     def __init__(self, found: str, expected: str):
-        super().__init__(f"found {found}; expected {expected}")
+        super().__init__(" ".join(f"found {found}; expected {expected}".split()))
 
 
 def _message(message: Any, place: str) -> dict[str, Any]:
@@ -210,5 +211,8 @@ def _found(value: Any, place: str) -> str:
 
 
 def _short(value: Any) -> str:
-    text = " ".join(repr(value).split())
-    return text if len(text) <= 80 else text[:77] + "..."
+    return _cut(repr(value), 80)
+
+
+def _cut(text: str, length: int) -> str:
+    return text if len(text) <= length else text[: length - 3] + "..."

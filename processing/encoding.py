@@ -177,6 +177,7 @@ def encode_rows(
         with_indices=True,
         batched=True,
         remove_columns=rows.column_names,
+        features=_COLUMNS,
         num_proc=workers if workers > 1 else None,
         desc=f"Encoding {source}",
     )
@@ -194,6 +195,19 @@ def encode_rows(
 
 def _is_kept(reason):
     return reason is None
+
+
+# Declared, because a first batch without a drop, or of nothing else, would let `datasets` infer null columns.
+_COLUMNS = datasets.Features(
+    {
+        "input_ids": datasets.Sequence(datasets.Value("int64")),
+        "labels": datasets.Sequence(datasets.Value("int64")),
+        "length": datasets.Value("int64"),
+        "dropped": datasets.Value("string"),
+        "supervised": datasets.Value("int64"),
+        "row": datasets.Value("int64"),
+    }
+)
 
 
 class _RowEncoder:
@@ -216,5 +230,4 @@ class _RowEncoder:
                 except SampleDropped as reason:
                     item = {"input_ids": [], "labels": [], "length": 0, "dropped": str(reason), "supervised": 0}
                 encoded.append({**item, "row": index})
-        names = ("input_ids", "labels", "length", "dropped", "supervised", "row")
-        return {name: [item[name] for item in encoded] for name in names}
+        return {name: [item[name] for item in encoded] for name in _COLUMNS}

@@ -10,7 +10,10 @@ import io
 import os
 from typing import Any
 
-from PIL import Image, ImageOps
+from PIL import Image
+
+from .processing_vlm import to_rgb
+
 
 ImageReference = Image.Image | str | os.PathLike | dict[str, Any]
 
@@ -24,7 +27,7 @@ def load_image(reference: ImageReference) -> Image.Image:
     """
     image = _open(reference)
     try:
-        return _rgb(image)
+        return to_rgb(image)
     except Exception as error:  # Pillow's decoders raise nearly anything on a broken file
         raise _unreadable(reference, error) from error
     finally:
@@ -62,16 +65,6 @@ def _open(reference: ImageReference) -> Image.Image:
 def _close(image: Image.Image, reference: ImageReference) -> None:
     if image is not reference:  # the caller's own image stays open
         image.close()
-
-
-def _rgb(image: Image.Image) -> Image.Image:
-    image = ImageOps.exif_transpose(image)
-    if image.mode.startswith("I"):  # 16 bits a pixel: converting would clip everything above 255 to white
-        image = image.convert("I").point(lambda value: value * (1 / 256)).convert("L")
-    if image.has_transparency_data:
-        image = image.convert("RGBA")
-        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-    return image.convert("RGB")
 
 
 def _unreadable(reference: ImageReference, error: Exception) -> ValueError:

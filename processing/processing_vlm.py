@@ -10,6 +10,7 @@ ids that generation is given. The file travels with every checkpoint and imports
 import copy
 import itertools
 import json
+import os
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -57,14 +58,13 @@ _BLANK = "\u2003"
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
-    """An image as a viewer shows it: EXIF orientation applied, alpha on white, first frame, three channels."""
+    """An image as a viewer shows it: EXIF orientation applied, alpha on white, first frame, three channels of 8 bits."""
     image = ImageOps.exif_transpose(image)
-    if image.mode.startswith("I;16"):
-        image = image.point(lambda value: value / 256).convert("L")
-    if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
+    if image.mode.startswith("I"):  # 16 bits a pixel: converting would clip everything above 255 to white
+        image = image.convert("I").point(lambda value: value * (1 / 256)).convert("L")
+    if image.has_transparency_data:
         image = image.convert("RGBA")
-        white = Image.new("RGBA", image.size, "white")
-        image = Image.alpha_composite(white, image)
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
     return image.convert("RGB")
 
 
@@ -123,7 +123,13 @@ class TextEncoder:
         self.prefix_ids = list(with_special[: len(with_special) - len(plain)])
 
         state = json.loads(tokenizer.backend_tokenizer.to_str())
-        state["added_tokens"] = [token for token in state["added_tokens"] if token["id"] not in control]
+        # A control token that is no word of the vocabulary keeps its place, so that those behind it keep their ids.
+        words = tokenizer.backend_tokenizer.get_vocab(with_added_tokens=False)
+        state["added_tokens"] = [
+            {**token, "content": _MARK.format(token["id"])} if token["id"] in control else token
+            for token in state["added_tokens"]
+            if token["id"] not in control or token["content"] not in words
+        ]
         state["truncation"] = state["padding"] = None
         self._first = Tokenizer.from_str(json.dumps(state))
         changed, only_first = _without_prefix_space(state)
@@ -209,6 +215,10 @@ class VLMProcessor(ProcessorMixin):
         super().__init__(image_processor, tokenizer, chat_template=chat_template)
         self._encoder = self._encoder_of = None
         self._layouts = {}
+
+    def __getstate__(self):
+        """Without what is made on the spot: `datasets` names its caches by the state, and workers are sent it."""
+        return {**self.__dict__, "_encoder": None, "_encoder_of": None, "_layouts": {}}
 
     @classmethod
     def from_backbones(
@@ -745,7 +755,7 @@ def _open(part):
     found = next((part[key] for key in ("image", "path", "url", "base64") if key in part), None)
     if found is None:
         raise ValueError("an image part names no image; expected a PIL image, a path or a URL under 'image'.")
-    if isinstance(found, (str, Path)) and Path(str(found)[:4096]).is_file():
+    if isinstance(found, (str, Path)) and os.path.isfile(found):
         found = Image.open(found)
     return to_rgb(found if isinstance(found, Image.Image) else load_image(found))
 

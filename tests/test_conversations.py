@@ -102,6 +102,11 @@ def test_a_dialogue_without_image_is_read(images):
     assert conversation["images"] == [] and conversation["messages"] == [user("Hello."), assistant("Hi.")]
 
 
+def test_a_null_cell_is_an_absent_one():
+    (conversation,) = conversations_from_row({"messages": None, "image": "a.jpg", "images": None, "text": "A dog."})
+    assert conversation["images"] == ["a.jpg"] and conversation["messages"][1] == assistant("A dog.")
+
+
 def test_an_image_object_stays_the_object_it_is():
     image = Image.new("RGB", (2, 2))
     (conversation,) = conversations_from_row({"image": image, "text": "A dot."})

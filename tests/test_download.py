@@ -145,7 +145,8 @@ def test_an_interrupted_run_is_continued_by_the_next(server, tmp_path):
 
 def test_a_fetched_archive_is_unpacked_without_fetching_it_again(server, tmp_path):
     root = tmp_path / "coco"
-    (root / ".unpacking-train2017/train2017").mkdir(parents=True)  # where an earlier run was stopped
+    (root / ".unpacking-train2017/train2017").mkdir(parents=True)
+    (root / ".unpacking-train2017/train2017/half.jpg").touch()  # where an earlier run was stopped
     (root / "train2017.zip").write_bytes(server.files["/zips/train2017.zip"])
     download_coco(root, base_url=server.url)
     check(root)

@@ -166,6 +166,14 @@ def test_an_image_path_cannot_leave_its_folder(tmp_path, name):
     assert f"{file}, row 1, image: the image {name} " in one_line(caught) and "--image_dir" in one_line(caught)
 
 
+def test_a_missing_image_folder_is_one_line(tmp_path):
+    file = tmp_path / "data.jsonl"
+    file.write_text(json.dumps({"image": "a.png", "caption": "x"}))
+    with pytest.raises(FileNotFoundError) as caught:
+        load_rows(file, image_dir=tmp_path / "nowhere")
+    assert one_line(caught) == f"{file}: no image folder {tmp_path / 'nowhere'}; check --image_dir"
+
+
 @pytest.mark.parametrize("column", ["image", "images"])
 @pytest.mark.parametrize("form", ["parquet", "parquet folder", "save_to_disk"])
 def test_stored_images_are_not_decoded(tmp_path, form, column):
@@ -207,11 +215,14 @@ def test_a_folder_of_images_with_metadata_is_read(tmp_path):
 
 
 def test_a_saved_dataset_has_its_splits_and_parts_of_them(tmp_path):
-    parts = {name: datasets.Dataset.from_dict({"text": [name] * 10}) for name in ("train", "validation")}
+    parts = {
+        name: datasets.Dataset.from_dict({"text": [f"{name} {k}" for k in range(10)]})
+        for name in ("train", "validation")
+    }
     datasets.DatasetDict(parts).save_to_disk(tmp_path / "saved")
     assert len(load_rows(tmp_path / "saved")) == 10
-    mixed = load_rows(tmp_path / "saved", split="validation[:20%]+train[:1]")
-    assert mixed["text"][:] == ["validation", "validation", "train"]
+    mixed = load_rows(tmp_path / "saved", split="validation[20%:40%]+train[:1]")
+    assert mixed["text"][:] == ["validation 2", "validation 3", "train 0"]
     assert split_names("validation[:20%]+train[:1]") == ["validation", "train"]
     for split, message in (("test", "no split 'test'; expected one of train, validation"), ("train[:x]", "[:90%]")):
         with pytest.raises(ValueError) as caught:

@@ -25,7 +25,7 @@ from transformers import (
 )
 
 from modeling_vlm import VLMForConditionalGeneration
-from processing import VLMProcessor
+from processing import VLMDataCollator, VLMProcessor
 
 
 CORPUS = [
@@ -160,3 +160,36 @@ def compose(vision: Path, text: Path, strategy: str = "patch", **options):
     processor = VLMProcessor.from_backbones(str(vision), str(text), model.config)
     processor.update_generation_config(model.generation_config)
     return model, processor
+
+
+def dialogue(question: str, answer: str, *images, more: tuple[tuple[str, str], ...] = ()) -> dict:
+    """A conversation about images, which come first; `more` are further questions and answers."""
+    content = [{"type": "image"} for _ in images] + [{"type": "text", "text": question}]
+    messages = [{"role": "user", "content": content}, _says("assistant", answer)]
+    for asked, answered in more:
+        messages += [_says("user", asked), _says("assistant", answered)]
+    return {"images": list(images), "messages": messages}
+
+
+def _says(role, text):
+    return {"role": role, "content": [{"type": "text", "text": text}]}
+
+
+def ragged_dialogues(image) -> list[dict]:
+    """Eight conversations with no to three images, one to three turns and answers of very different length."""
+    long = "a large green triangle is at the top left and a small red circle sits on the mat below it"
+    return [
+        dialogue("what is it?", "a cat", image(0)),
+        dialogue("how many?", "two", image(1), image(2)),
+        dialogue("describe the picture in many words.", long, image(3), more=(("which colour?", "red"),)),
+        dialogue("no picture here. which colour has the sun?", "blue"),
+        dialogue("what?", "it is blue and it looks at the sun", image(4)),
+        dialogue("is there a square?", "no", more=(("and a cat?", "yes"), ("and a mat?", long))),
+        dialogue("left of it?", "the mat", image(5), image(6), image(7)),
+        dialogue("and?", long, image(8)),
+    ]
+
+
+def collate(processor: VLMProcessor, conversations: list[dict]) -> dict[str, torch.Tensor]:
+    """The collator's batch."""
+    return VLMDataCollator(processor)(conversations)

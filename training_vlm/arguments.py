@@ -30,6 +30,7 @@ class ModelArguments:
         default=None,
         metadata={"help": "A composed model to go on with (stage 2: the output folder of stage 1), by folder or Hub name."},
     )
+    model_revision: str | None = field(default=None, metadata={"help": "Branch, tag or commit of that model on the Hub."})
     vision_model: str | None = field(
         default=None,
         metadata={"help": "Vision encoder of a new model: Hub name or folder; in yaml also a config, to start from scratch."},
@@ -86,6 +87,16 @@ class ModelArguments:
         default=False, metadata={"help": "Keep the language model's token embeddings, whatever else learns."}
     )
 
+    def composing_settings(self) -> list[str]:
+        """The settings given that only composing two backbones reads."""
+        sides = ("vision_", "text_", "projector_", "tokenizer", "image_token")
+        return [
+            f.name
+            for f in fields(self)
+            if f.name.startswith(sides) and not f.name.endswith("attn_implementation")
+            if getattr(self, f.name) != f.default
+        ]
+
     def backbone_kwargs(self, side: str) -> dict[str, Any]:
         """What `from_pretrained` is given for one side, `"vision"` or `"text"`."""
         names = ("revision", "token", "trust_remote_code", "attn_implementation")
@@ -132,6 +143,9 @@ class DataArguments:
             "texts are cut at their end, images never."
         },
     )
+    pad_to_multiple_of: int | None = field(
+        default=None, metadata={"help": "Round the length of a batch up: fewer shapes for kernels that prepare for each."}
+    )
 
 
 @dataclass
@@ -164,7 +178,7 @@ class VLMTrainingArguments(TrainingArguments):
     # The collator reads columns that the model does not take.
     remove_unused_columns: bool = field(default=False, metadata={"help": "Must stay off: the collator reads images."})
     bf16: bool | None = field(
-        default=None, metadata={"help": "Autocast to bfloat16; on where the accelerator has it, unless fp16 is chosen."}
+        default=None, metadata={"help": "Autocast to bfloat16; on where the hardware has it, unless fp16 is chosen."}
     )
     dataloader_num_workers: int | None = field(
         default=None, metadata={"help": "Processes that decode images; from the number of cores if not given."}
@@ -177,7 +191,7 @@ class VLMTrainingArguments(TrainingArguments):
     def __post_init__(self):
         accelerator = torch.accelerator.is_available() and not self.use_cpu
         if self.bf16 is None:
-            self.bf16 = accelerator and torch.cuda.is_available() and torch.cuda.is_bf16_supported() and not self.fp16
+            self.bf16 = not self.fp16 and (torch.cuda.is_bf16_supported() if accelerator else _cpu_has_bf16())
         if self.dataloader_pin_memory is None:
             self.dataloader_pin_memory = accelerator
         if self.dataloader_num_workers is None:
@@ -192,6 +206,12 @@ class VLMTrainingArguments(TrainingArguments):
         self.accelerator_config.dispatch_batches = False
         if self.accelerator_config.split_batches:
             raise ValueError("split_batches does not fit: a batch with several images a row cannot be cut by row.")
+
+
+def _cpu_has_bf16() -> bool:
+    """Whether the processor multiplies bfloat16 itself; torch before 2.12 cannot tell."""
+    capabilities = getattr(torch.cpu, "get_capabilities", dict)()
+    return bool(capabilities.get("avx512_bf16") or capabilities.get("amx_bf16"))
 
 
 Arguments = tuple[ModelArguments, DataArguments, GenerationArguments, VLMTrainingArguments]

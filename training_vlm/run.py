@@ -15,15 +15,16 @@ from pathlib import Path
 
 import datasets
 import torch
-from transformers import CONFIG_MAPPING, AutoConfig, PreTrainedConfig, set_seed
-from transformers.trainer_utils import get_last_checkpoint
+from transformers import CONFIG_MAPPING, PreTrainedConfig, TrainerState, set_seed
 from transformers.utils import logging
 
 from modeling_vlm import VLMConfig, VLMForConditionalGeneration
 from processing import VLMDataCollator, VLMProcessor
-from processing.conversations import IMAGE_COLUMNS, conversations_from_row
+from processing.conversations import conversations_from_row
+from processing.download import download_coco
 from processing.encoding import Encode, EncodedDataset, encode_caption, encode_dialogue, encode_rows
-from processing.sources import load_rows
+from processing.images import check_image
+from processing.sources import load_rows, split_names
 from processing.tokenizer import train_tokenizer
 
 from .arguments import Arguments, DataArguments, GenerationArguments, ModelArguments, VLMTrainingArguments
@@ -34,6 +35,7 @@ from .tuning import apply_tuning, describe_parts
 
 
 SAMPLES_SHOWN = 8
+IMAGES_CHECKED = 200
 
 
 @dataclass(frozen=True)
@@ -96,9 +98,9 @@ def prepare(training_args: VLMTrainingArguments) -> None:
     folder = Path(training_args.output_dir)
     resume = training_args.resume_from_checkpoint
     if resume is not None:
-        if str(resume).lower() in ("last", "true", "yes", "1"):
-            resume = get_last_checkpoint(folder) if folder.is_dir() else None
-        if resume is None or not (Path(resume) / "trainer_state.json").is_file():
+        if str(resume).lower() in ("last", "true"):
+            resume = _last_checkpoint(folder)
+        if resume is None or not _is_complete(Path(resume)):
             raise ValueError(
                 f"there is no checkpoint to resume from at {resume or folder}; expected a folder such as "
                 f"{folder / 'checkpoint-500'}; leave out --resume_from_checkpoint to start anew."
@@ -119,6 +121,20 @@ def prepare(training_args: VLMTrainingArguments) -> None:
     set_seed(training_args.seed)
 
 
+def _last_checkpoint(folder: Path) -> Path | None:
+    checkpoints = sorted(folder.glob("checkpoint-*"), key=lambda path: int(path.name.rpartition("-")[2]), reverse=True)
+    return next((path for path in checkpoints if _is_complete(path)), None)
+
+
+def _is_complete(checkpoint: Path) -> bool:
+    """Whether the saving of a checkpoint came to its end: the Trainer's state is what it writes last."""
+    try:
+        TrainerState.load_from_json(str(checkpoint / "trainer_state.json"))
+    except (OSError, ValueError, TypeError):
+        return False
+    return True
+
+
 def load_data(data_args: DataArguments, training_args: VLMTrainingArguments) -> Data:
     """
     The rows of every split that the run reads.
@@ -130,9 +146,9 @@ def load_data(data_args: DataArguments, training_args: VLMTrainingArguments) -> 
         raise ValueError("no data set is named; add --dataset NAME (a Hub name, a folder, a file, or shapes).")
     with training_args.main_process_first(desc="loading the data"):
         if data_args.download:
-            from processing.download import download_coco
-
-            download_coco(data_args.dataset)
+            named = filter(None, (data_args.train_split, data_args.eval_split, data_args.test_split))
+            splits = {part for split in named for part in split_names(split)} or {"train2017"}
+            download_coco(data_args.dataset, sorted(splits))
 
         def rows(split, limit):
             found = load_rows(
@@ -165,13 +181,14 @@ def load_model(
     dtype = getattr(torch, model_args.dtype, None)
     if dtype not in (torch.float32, torch.bfloat16, torch.float16):
         raise ValueError(f"dtype={model_args.dtype!r}: expected float32, bfloat16 or float16.")
-    backbones = [name for name in ("vision_model", "text_model") if getattr(model_args, name) is not None]
-    if model_args.model is not None and backbones:
-        raise ValueError(f"model and {backbones[0]} are both given; name a composed model, or two backbones.")
+    if model_args.model is not None and (others := model_args.composing_settings()):
+        raise ValueError(
+            f"model and {others[0]} are both given, and {model_args.model} is composed already; leave out one of them."
+        )
     if model_args.model is not None:
         model, processor = _load_composed(model_args, dtype)
         starts = {"vision": "frozen", "text": "frozen"}
-    elif len(backbones) == 2:
+    elif model_args.vision_model is not None and model_args.text_model is not None:
         model, processor = _compose(stage, model_args, data_args, data, dtype)
         scratch = {side: isinstance(getattr(model_args, f"{side}_model"), dict) for side in ("vision", "text")}
         starts = {side: "full" if scratch[side] else "frozen" for side in scratch}
@@ -192,21 +209,25 @@ def load_model(
 
 def _load_composed(model_args, dtype):
     name = model_args.model
-    hint = ""
-    if not Path(name).exists() and name.count("/") != 1:
-        hint = "; run `python train_pretrain.py` first, which writes it" if "pretrain" in name else ""
-        raise ValueError(f"there is no model in {name}{hint or '; expected the output folder of train_pretrain.py'}.")
+    if not Path(name).exists() and (Path(name).is_absolute() or name.count("/") != 1):
+        raise ValueError(
+            f"there is no model in {name}; expected the output folder of stage 1: run "
+            f"`python train_pretrain.py --output_dir {name} ...` first."
+        )
     try:
-        config = AutoConfig.from_pretrained(name)
+        settings, _ = PreTrainedConfig.get_config_dict(name, revision=model_args.model_revision)
     except (OSError, ValueError) as error:
         raise ValueError(f"the model {name!r} could not be loaded: {' '.join(str(error).split())[:300]}") from error
-    if config.model_type != VLMConfig.model_type:
+    if settings.get("model_type") != VLMConfig.model_type:
         raise ValueError(
-            f"{name} is a {config.model_type} checkpoint; expected a model composed by Duet (the output folder of "
-            "train_pretrain.py). A language model goes into --text_model, a vision encoder into --vision_model."
+            f"{name} is a {settings.get('model_type')} checkpoint; expected a model composed by Duet (the output folder "
+            "of train_pretrain.py). A language model goes into --text_model, a vision encoder into --vision_model."
         )
-    model = VLMForConditionalGeneration.from_pretrained(name, dtype=dtype)
-    processor = VLMProcessor.from_pretrained(name)
+    attention = {f"{side}_config": getattr(model_args, f"{side}_attn_implementation") for side in ("vision", "text")}
+    model = VLMForConditionalGeneration.from_pretrained(
+        name, revision=model_args.model_revision, dtype=dtype, attn_implementation=attention
+    )
+    processor = VLMProcessor.from_pretrained(name, revision=model_args.model_revision)
     if model_args.chat_template is not None:
         processor.set_chat_template(model_args.chat_template)
     return model, processor
@@ -329,7 +350,16 @@ def encode_data(
             caption_choice="first" if data_args.caption_choice == "random" else data_args.caption_choice,
             **reading,
         )
+    if training_args.process_index == 0:
+        _check_images(train)
     return train, evaluation
+
+
+def _check_images(dataset: EncodedDataset) -> None:
+    """Open the headers of some images, so that a wrong folder is known now and not in the first epoch."""
+    for index in range(0, len(dataset), max(1, len(dataset) // IMAGES_CHECKED)):
+        for reference in dataset[index]["images"]:
+            check_image(reference)
 
 
 def build_trainer(stage: Stage, arguments: Arguments, model, processor: VLMProcessor, train, evaluation) -> VLMTrainer:
@@ -341,7 +371,9 @@ def build_trainer(stage: Stage, arguments: Arguments, model, processor: VLMProce
         model=model,
         args=training_args,
         processing_class=processor,
-        data_collator=VLMDataCollator(processor, encode=stage.encode),
+        data_collator=VLMDataCollator(
+            processor, encode=stage.encode, pad_to_multiple_of=arguments[1].pad_to_multiple_of
+        ),
         train_dataset=train,
         eval_dataset=evaluation,
     )
