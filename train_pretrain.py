@@ -25,8 +25,8 @@ from training_vlm.run import (
 
 
 @one_line_errors
-def main():
-    arguments = model_args, data_args, _, training_args = parse_arguments("pretrain")
+def main(argv: list[str] | None = None) -> None:
+    arguments = model_args, data_args, _, training_args = parse_arguments("pretrain", argv)
     prepare(training_args)
 
     data = load_data(data_args, training_args)

@@ -8,9 +8,10 @@ Without a question the image is captioned, which is all that a model of stage 1 
 import argparse
 import sys
 
-from processing.images import load_image
 from transformers import AutoModelForImageTextToText, AutoProcessor, TextStreamer
 from transformers.utils import logging
+
+from processing.images import load_image
 
 
 class _Answer(TextStreamer):

@@ -121,8 +121,9 @@ class VLMConfig(PreTrainedConfig):
     def _vision_field(self, name):
         value = getattr(self.vision_config, name, None)
         if value is None:
+            where = f" {self.vision_config._name_or_path!r}" if self.vision_config._name_or_path else ""
             raise ValueError(
-                f"the vision encoder ({self.vision_config.model_type}) has no {name} in its config; Duet needs an "
+                f"the vision encoder{where} ({self.vision_config.model_type}) has no {name} in its config; Duet needs an "
                 "encoder that cuts images of one fixed size into patches, such as ViT, CLIP, SigLIP or DINOv2."
             )
         return value

@@ -242,8 +242,8 @@ class VLMModel(VLMPreTrainedModel):
 
         if inputs_embeds is None:
             inputs_embeds = self.get_input_embeddings()(input_ids)
-        if self.max_positions is not None and position_ids is None:
-            self._check_positions(inputs_embeds.shape[1], past_key_values)
+        if self.max_positions is not None:
+            self._check_positions(inputs_embeds.shape[1], position_ids, past_key_values)
 
         image_outputs = (mm_encoder_outputs or {}).get("image")
         if pixel_values is not None:
@@ -253,6 +253,8 @@ class VLMModel(VLMPreTrainedModel):
             image_features = torch.cat(tuple(image_outputs.pooler_output)).to(inputs_embeds.device, inputs_embeds.dtype)
             mask = self.get_placeholder_mask(input_ids, inputs_embeds, image_features)
             inputs_embeds = inputs_embeds.masked_scatter(mask, image_features)
+        elif input_ids is not None:
+            self.get_placeholder_mask(input_ids, inputs_embeds, inputs_embeds.new_empty(0))  # no image: no token for one
 
         outputs = self.language_model(
             inputs_embeds=inputs_embeds,
@@ -270,11 +272,15 @@ class VLMModel(VLMPreTrainedModel):
             image_hidden_states=image_features,
         )
 
-    def _check_positions(self, tokens, past_key_values):
+    def _check_positions(self, tokens, position_ids, past_key_values):
         past = past_key_values.get_seq_length() if past_key_values is not None else 0
-        if isinstance(past, int) and past + tokens > self.max_positions:
+        if not isinstance(past, int) or past + tokens <= self.max_positions:
+            return
+        # Padding on the left takes no position: only the positions themselves tell then.
+        positions = past + tokens if position_ids is None else int(position_ids.max()) + 1
+        if positions > self.max_positions:
             raise ValueError(
-                f"the sequence has {past + tokens} positions (image tokens included) and the language model "
+                f"the sequence has {positions} positions (image tokens included) and the language model "
                 f"({self.config.text_config.model_type}) has learned {self.max_positions}; shorten the text, or set a "
                 "smaller max_length in training and max_new_tokens in generation."
             )

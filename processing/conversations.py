@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 
 from PIL import Image
 
+
 ROLES = ("system", "user", "assistant")
 IMAGE_COLUMNS = ("images", "image")
 CAPTION_COLUMNS = ("caption", "captions", "text")

@@ -18,6 +18,7 @@ from huggingface_hub.file_download import http_get
 from huggingface_hub.utils import get_session, httpx
 from tqdm.auto import tqdm
 
+
 COCO_URL = "http://images.cocodataset.org"
 
 

@@ -142,6 +142,12 @@ class EncodedDataset(torch.utils.data.Dataset):
         row = item.pop("row")
         return {**item, "images": row_images(self.images[row]) if self.images.column_names else []}
 
+    @property
+    def lengths(self) -> list[int]:
+        """Positions of every item, for batches of like lengths; of an image with several captions the first's."""
+        lengths = self.encodings["length"][:]
+        return lengths if self.groups is None else [lengths[group[0]] for group in self.groups]
+
     def set_epoch(self, epoch: int):
         """Choose captions anew (`caption_choice="random"`)."""
         self.epoch = epoch

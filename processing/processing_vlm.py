@@ -559,8 +559,11 @@ class VLMProcessor(ProcessorMixin):
     def _follow(self, messages, texts, template, add_generation_prompt, kwargs):
         """The layout of these very messages, and which texts it leaves out: some templates treat empty ones apart."""
         rendered = self._render(messages, template, add_generation_prompt=add_generation_prompt, **kwargs)
+        owners = [message["role"] for message in messages for part in message["content"] if part["type"] == "text"]
         blank = frozenset(index for index, text in enumerate(texts) if not text.strip())
-        for empty in (frozenset(), blank):
+        nothing = frozenset(index for index in blank if not texts[index])
+        answers = frozenset(index for index in blank if owners[index] == "assistant")
+        for empty in dict.fromkeys((frozenset(), nothing - answers, blank - answers, nothing, blank)):
             literals, slots = self._layout(messages, template, add_generation_prompt, kwargs, empty)
             filled = [slot.fill(texts) for slot in slots] + [""]
             if "".join(a + b for a, b in zip(literals, filled)) == rendered:

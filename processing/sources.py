@@ -26,6 +26,7 @@ from huggingface_hub.utils import httpx
 from . import shapes
 from .conversations import IMAGE_COLUMNS
 
+
 CONVERTED = "refs/convert/parquet"
 """The branch in which the Hub keeps its own parquet copy of a dataset repository."""
 
@@ -90,11 +91,11 @@ def _take(splits: Splits, split: str | None, where: str) -> datasets.Dataset:
     if split is None:
         candidates = list(splits) if len(splits) == 1 else [part for part in splits if part.startswith("train")]
         if len(candidates) != 1 and "train" not in candidates:
-            raise ValueError(f"{where}: found the splits {', '.join(splits)}; choose one with --split")
+            raise ValueError(f"{where}: found the splits {', '.join(splits)}; choose one with --train_split")
         split = "train" if "train" in candidates else candidates[0]
     unknown = [part for part in split_names(split) if part not in splits]
     if unknown:
-        raise ValueError(f"{where}: no split {unknown[0]!r}; expected one of {', '.join(splits)}; choose with --split")
+        raise ValueError(f"{where}: no split {unknown[0]!r}; expected one of {', '.join(splits)}; choose with --train_split")
     opened = {part: _undecoded(splits[part]()) for part in split_names(split)}
     try:
         lengths = {part: len(rows) for part, rows in opened.items()}

@@ -20,6 +20,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
+
 API = re.compile(
     r"/api/(?P<kind>models|datasets)/(?P<repo>.+?)"
     r"(?:/(?P<action>revision|tree|paths-info|preupload|commit)/(?P<rest>.+))?"

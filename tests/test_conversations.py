@@ -5,6 +5,7 @@ from PIL import Image
 
 from processing.conversations import LAYOUTS, conversations_from_row
 
+
 IMAGE = {"bytes": b"...", "path": "a.jpg"}
 
 

@@ -234,7 +234,7 @@ def test_cls_is_refused_where_there_is_none():
     assert "\n" not in str(error.value)
 
 
-@pytest.mark.parametrize("layer", [-1, -2, -3, -4])
+@pytest.mark.parametrize("layer", [-1, -2, -3])
 def test_an_inner_layer_is_the_full_towers_hidden_state(layer, pair, folders, tmp_path):
     vision, text = folders(pair)
     model = VLMForConditionalGeneration.from_backbones(vision, text, vision_feature_layer=layer)

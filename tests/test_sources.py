@@ -16,14 +16,6 @@ from processing.sources import load_rows, split_names
 from tests.fake_hub import hub_environment, start_fake_hub
 
 
-@pytest.fixture(autouse=True)
-def caches(tmp_path, monkeypatch):
-    """Nothing is read from or left in the user's caches, and the Hub is out of reach."""
-    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
-    monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
-    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
-
-
 def one_line(caught) -> str:
     line = str(caught.value)
     assert "\n" not in line and len(line) < 400
@@ -235,7 +227,7 @@ def test_several_splits_without_a_train_split_must_be_chosen_from(tmp_path):
     datasets.DatasetDict(parts).save_to_disk(tmp_path / "saved")
     with pytest.raises(ValueError) as caught:
         load_rows(tmp_path / "saved")
-    assert "found the splits dev, test; choose one with --split" in one_line(caught)
+    assert "found the splits dev, test; choose one with --train_split" in one_line(caught)
 
 
 UNREADABLE = {

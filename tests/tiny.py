@@ -5,10 +5,12 @@ and SigLIP + Llama (no CLS token, composite checkpoint, untied head, a text-only
 """
 
 from pathlib import Path
+from types import SimpleNamespace
 
 import torch
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import (
+    AddedToken,
     GPT2Config,
     GPT2LMHeadModel,
     LlamaConfig,
@@ -39,6 +41,77 @@ CHATML = (
     "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>' + '\n' }}"
     "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
 )
+
+
+GENERATION = (
+    "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' }}{% if message['role'] == 'assistant' %}"
+    "{% generation %}{{ message['content'] + '<|im_end|>' }}{% endgeneration %}{% else %}"
+    "{{ message['content'] + '<|im_end|>' }}{% endif %}{{ '\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
+
+LLAMA3 = (
+    "{{- bos_token }}{% for message in messages %}{{ '<|start_header_id|>' + message['role'] + '<|end_header_id|>\n\n' "
+    "+ message['content'] | trim + '<|eot_id|>' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|start_header_id|>assistant<|end_header_id|>\n\n' }}{% endif %}"
+)
+
+GEMMA = (
+    "{{ bos_token }}{% if messages[0]['role'] == 'system' %}{{ raise_exception('System role not supported') }}{% endif %}"
+    "{% for message in messages %}{% if (message['role'] == 'user') != (loop.index0 % 2 == 0) %}"
+    "{{ raise_exception('Conversation roles must alternate') }}{% endif %}"
+    "{{ '<start_of_turn>' + ('model' if message['role'] == 'assistant' else message['role']) + '\n' "
+    "+ message['content'] | trim + '<end_of_turn>\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<start_of_turn>model\n' }}{% endif %}"
+)
+
+# An empty system message is left out, and eos follows the whole; its control tokens take the blanks behind them.
+PHI = (
+    "{% for message in messages %}{% if message['role'] != 'system' or message['content'] %}"
+    "{{ '<|' + message['role'] + '|>\n' + message['content'] + '<|end|>\n' }}{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|assistant|>\n' }}{% else %}{{ eos_token }}{% endif %}"
+)
+
+# No control token but eos; the blank before an answer is the answer's.
+VICUNA = (
+    "{% for message in messages %}{% if message['role'] == 'system' %}{{ message['content'] + '\n\n' }}"
+    "{% elif message['role'] == 'user' %}{{ 'USER: ' + message['content'] + ' ' }}"
+    "{% else %}{{ 'ASSISTANT: ' + message['content'] + eos_token }}{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}{{ 'ASSISTANT:' }}{% endif %}"
+)
+
+# The prompt ends in a control token.
+MISTRAL = (
+    "{{ bos_token }}{% for message in messages %}{% if message['role'] == 'assistant' %}"
+    "{{ ' ' + message['content'] + eos_token }}{% elif message['role'] == 'system' %}{{ message['content'] }}"
+    "{% else %}{{ '[INST] ' + message['content'] + ' [/INST]' }}{% endif %}{% endfor %}"
+)
+
+# Like SmolVLM's: it reads contents as parts, and writes the image token itself.
+PARTS = (
+    "<|im_start|>{% for message in messages %}{{ message['role'] | capitalize }}"
+    "{% if message['content'][0]['type'] == 'image' %}{{ ':' }}{% else %}{{ ': ' }}{% endif %}"
+    "{% for part in message['content'] %}{% if part['type'] == 'text' %}{{ part['text'] }}"
+    "{% elif part['type'] == 'image' %}{{ '<image>' }}{% endif %}{% endfor %}<end_of_utterance>\n{% endfor %}"
+    "{% if add_generation_prompt %}{{ 'Assistant:' }}{% endif %}"
+)
+
+TEMPLATES = {
+    "default": ("default", []),
+    "plain": ("plain", []),
+    "chatml": (CHATML, ["<|im_start|>", "<|im_end|>"]),
+    "generation": (GENERATION, ["<|im_start|>", "<|im_end|>"]),
+    "llama3": (LLAMA3, ["<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"]),
+    "gemma": (GEMMA, ["<start_of_turn>", "<end_of_turn>"]),
+    "phi": (
+        PHI,
+        [AddedToken(f"<|{name}|>", special=True, rstrip=True) for name in ("system", "user", "assistant", "end")],
+    ),
+    "vicuna": (VICUNA, []),
+    "mistral": (MISTRAL, ["[INST]", "[/INST]"]),
+    "parts": (PARTS, ["<|im_start|>", "<end_of_utterance>"]),
+}
+"""Name -> chat template and the special tokens it writes."""
 
 
 def byte_level_tokenizer(vocab_size: int = 400) -> PreTrainedTokenizerFast:
@@ -95,6 +168,35 @@ def with_chatml(tokenizer: PreTrainedTokenizerFast) -> PreTrainedTokenizerFast:
     tokenizer.add_tokens(["<|im_start|>", "<|im_end|>"], special_tokens=True)
     tokenizer.chat_template = CHATML
     return tokenizer
+
+
+TOKENIZERS = {
+    "byte-level": byte_level_tokenizer,
+    "unigram-always": unigram_tokenizer,
+    "unigram-first": lambda: unigram_tokenizer("first"),
+    "wordpiece": wordpiece_tokenizer,
+}
+"""Name -> function that makes a tokenizer of that kind."""
+
+
+def processor_of(
+    tokenizer: PreTrainedTokenizerFast | str, template: str | None = None, image_seq_length: int = 3, **options
+) -> VLMProcessor:
+    """A processor without a model: a kind of tokenizer or one itself, and the name of one of `TEMPLATES`."""
+    if isinstance(tokenizer, str):
+        tokenizer = TOKENIZERS[tokenizer]()
+    if template is not None:
+        template, tokens = TEMPLATES[template]
+        tokenizer.add_tokens(tokens, special_tokens=True)
+    image_token = options.get("image_token", "<image>")
+    config = SimpleNamespace(
+        image_size=(32, 32),
+        image_token_id=tokenizer.get_vocab().get(image_token, len(tokenizer)),
+        image_seq_length=image_seq_length,
+    )
+    return VLMProcessor.from_backbones(
+        ViTConfig(image_size=32), None, config, tokenizer=tokenizer, chat_template=template, **options
+    )
 
 
 def save_vit(folder: Path) -> Path:

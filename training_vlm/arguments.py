@@ -114,6 +114,12 @@ class DataArguments:
         },
     )
     dataset_name: str | None = field(default=None, metadata={"help": "Configuration of a data set that has several."})
+    tokenizer_dataset_name: str | None = field(
+        default=None,
+        metadata={
+            "help": "For a tokenizer that is trained: another configuration of the data set, whose words it learns too."
+        },
+    )
     dataset_revision: str | None = field(default=None, metadata={"help": "Branch, tag or commit of a Hub data set."})
     image_dir: str | None = field(default=None, metadata={"help": "Folder that image paths in the data are relative to."})
     train_split: str | None = field(default=None, metadata={"help": "Split to learn from; `train`, or the only one."})
@@ -189,7 +195,8 @@ class VLMTrainingArguments(TrainingArguments):
     logging_steps: float = field(default=10, metadata={"help": "Log every that many steps, or that share of them."})
 
     def __post_init__(self):
-        accelerator = torch.accelerator.is_available() and not self.use_cpu
+        self.use_cpu = self.use_cpu or not torch.accelerator.is_available()  # said aloud: autocast there wants to know
+        accelerator = not self.use_cpu
         if self.bf16 is None:
             self.bf16 = not self.fp16 and (torch.cuda.is_bf16_supported() if accelerator else _cpu_has_bf16())
         if self.dataloader_pin_memory is None:

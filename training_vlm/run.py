@@ -40,7 +40,7 @@ IMAGES_CHECKED = 200
 
 @dataclass(frozen=True)
 class Stage:
-    """What makes a stage different from the other: how a conversation is encoded, and whether captions get a question."""
+    """What makes a stage what it is: how a conversation is encoded, and whether captions answer a question."""
 
     number: int
     name: str
@@ -90,8 +90,8 @@ def prepare(training_args: VLMTrainingArguments) -> None:
     """
     if training_args.n_gpu > 1:
         raise ValueError(
-            f"{training_args.n_gpu} GPUs are visible to one process; run `accelerate launch {Path(sys.argv[0]).name} ...` "
-            "to use them, or set CUDA_VISIBLE_DEVICES to one."
+            f"{training_args.n_gpu} GPUs are visible to one process; run `accelerate launch {Path(sys.argv[0]).name} "
+            "...` to use them, or set CUDA_VISIBLE_DEVICES to one."
         )
     if training_args.output_dir == "trainer_output":
         raise ValueError("no output folder is named; add --output_dir FOLDER.")
@@ -150,23 +150,24 @@ def load_data(data_args: DataArguments, training_args: VLMTrainingArguments) -> 
             splits = {part for split in named for part in split_names(split)} or {"train2017"}
             download_coco(data_args.dataset, sorted(splits))
 
-        def rows(split, limit):
-            found = load_rows(
-                data_args.dataset,
-                name=data_args.dataset_name,
-                split=split,
-                revision=data_args.dataset_revision,
-                image_dir=data_args.image_dir,
-            )
-            if limit is not None and limit < len(found):
-                found = found.shuffle(seed=data_args.sample_seed).select(range(limit))
-            return found
-
         return Data(
-            train=rows(data_args.train_split, data_args.max_samples),
-            eval=rows(data_args.eval_split, data_args.max_eval_samples) if data_args.eval_split else None,
-            test=rows(data_args.test_split, data_args.max_test_samples) if data_args.test_split else None,
+            train=_rows(data_args, data_args.train_split, data_args.max_samples),
+            eval=data_args.eval_split and _rows(data_args, data_args.eval_split, data_args.max_eval_samples),
+            test=data_args.test_split and _rows(data_args, data_args.test_split, data_args.max_test_samples),
         )
+
+
+def _rows(data_args: DataArguments, split: str | None, limit: int | None, name: str | None = None) -> datasets.Dataset:
+    found = load_rows(
+        data_args.dataset,
+        name=name or data_args.dataset_name,
+        split=split,
+        revision=data_args.dataset_revision,
+        image_dir=data_args.image_dir,
+    )
+    if limit is not None and limit < len(found):
+        found = found.shuffle(seed=data_args.sample_seed).select(range(limit))
+    return found
 
 
 def load_model(
@@ -198,6 +199,12 @@ def load_model(
         )
     check_fit(model, processor)
     processor.update_generation_config(model.generation_config)
+    for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
+        # What the Trainer would do, with a warning: say in the config what the tokenizer says.
+        if (value := getattr(processor.tokenizer, name)) is not None:
+            setattr(model.config.text_config, name, value)
+            if name == "bos_token_id":
+                model.generation_config.bos_token_id = value
     apply_tuning(
         model,
         model_args.tune_vision or starts["vision"],
@@ -220,8 +227,8 @@ def _load_composed(model_args, dtype):
         raise ValueError(f"the model {name!r} could not be loaded: {' '.join(str(error).split())[:300]}") from error
     if settings.get("model_type") != VLMConfig.model_type:
         raise ValueError(
-            f"{name} is a {settings.get('model_type')} checkpoint; expected a model composed by Duet (the output folder "
-            "of train_pretrain.py). A language model goes into --text_model, a vision encoder into --vision_model."
+            f"{name} is a {settings.get('model_type')} checkpoint; expected a model composed by Duet (the output "
+            "folder of train_pretrain.py). A language model goes into --text_model, a vision encoder into --vision_model."
         )
     attention = {f"{side}_config": getattr(model_args, f"{side}_attn_implementation") for side in ("vision", "text")}
     model = VLMForConditionalGeneration.from_pretrained(
@@ -237,10 +244,14 @@ def _compose(stage, model_args, data_args, data, dtype):
     vision, text = _backbone("vision_model", model_args), _backbone("text_model", model_args)
     tokenizer = model_args.tokenizer
     if tokenizer is None and isinstance(text, PreTrainedConfig):
+        read = [data.train]
+        if data_args.tokenizer_dataset_name is not None:
+            read.append(_rows(data_args, data_args.train_split, None, data_args.tokenizer_dataset_name))
         reading = {"prompt": data_args.prompt if stage.asks else "", "source": data_args.dataset}
+        texts = (words for rows in read for words in _texts(rows, reading))
         # One entry stays free for the image token.
         tokenizer = train_tokenizer(
-            _texts(data.train, reading), text.vocab_size - 1, getattr(text, "max_position_embeddings", 1 << 20)
+            texts, text.vocab_size - 1, getattr(text, "max_position_embeddings", None) or int(1e30)
         )
         text.pad_token_id, text.bos_token_id = tokenizer.pad_token_id, None
         text.eos_token_id = tokenizer.eos_token_id

@@ -8,6 +8,7 @@ stock loop averages the means of batches, which makes it depend on the batch siz
 import torch
 from torch import nn
 from transformers import Trainer, TrainerCallback
+from transformers.trainer_pt_utils import LengthGroupedSampler
 from transformers.trainer_utils import EvalLoopOutput
 
 
@@ -16,6 +17,7 @@ class VLMTrainer(Trainer):
 
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
+        self.card = None  # what writes the model card, once there is something to say
         self._only_loss = False
         self._evaluated = None
         self.add_callback(_EpochOfDataset())
@@ -46,6 +48,21 @@ class VLMTrainer(Trainer):
         if f"{metric_key_prefix}_loss" in output.metrics:
             output.metrics[f"{metric_key_prefix}_loss"] = total / max(tokens, 1)
         return output
+
+    def create_model_card(self, *args, **kwargs) -> None:
+        """Write the model card: the run's own where there is one, for `push_to_hub` too."""
+        if self.card is None:
+            super().create_model_card(*args, **kwargs)
+        elif self.is_world_process_zero():
+            self.card()
+
+    def _get_train_sampler(self, train_dataset=None):
+        # The stock sampler would read every item, images too, to find out how long it is.
+        dataset = self.train_dataset if train_dataset is None else train_dataset
+        if self.args.train_sampling_strategy != "group_by_length" or not hasattr(dataset, "lengths"):
+            return super()._get_train_sampler(train_dataset)
+        batch = self.args.train_batch_size * self.args.gradient_accumulation_steps
+        return LengthGroupedSampler(batch, lengths=dataset.lengths)
 
     def _add_evaluated(self, labels, logits):
         keep = supervised_positions(labels)
