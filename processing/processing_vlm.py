@@ -75,10 +75,18 @@ class _Slot(NamedTuple):
     lstrip: bool
     rstrip: bool
 
-    def fill(self, texts: Sequence[str]) -> str:
-        text = texts[self.text]
-        text = text.lstrip() if self.lstrip else text
-        return text.rstrip() if self.rstrip else text
+
+def _fill(literals: Sequence[str], slots: Sequence[_Slot], texts: Sequence[str]) -> list[str]:
+    """The texts as the template writes them; what is trimmed reaches through parts that stand side by side."""
+    filled, trims = [texts[slot.text] for slot in slots], False
+    for index, slot in enumerate(slots):
+        trims = slot.lstrip or (trims and not filled[index - 1] and not literals[index])
+        filled[index] = filled[index].lstrip() if trims else filled[index]
+    trims = False
+    for index, slot in reversed(list(enumerate(slots))):
+        trims = slot.rstrip or (trims and not filled[index + 1] and not literals[index + 1])
+        filled[index] = filled[index].rstrip() if trims else filled[index]
+    return filled
 
 
 class TextEncoder:
@@ -565,7 +573,7 @@ class VLMProcessor(ProcessorMixin):
         answers = frozenset(index for index in blank if owners[index] == "assistant")
         for empty in dict.fromkeys((frozenset(), nothing - answers, blank - answers, nothing, blank)):
             literals, slots = self._layout(messages, template, add_generation_prompt, kwargs, empty)
-            filled = [slot.fill(texts) for slot in slots] + [""]
+            filled = [*_fill(literals, slots, texts), ""]
             if "".join(a + b for a, b in zip(literals, filled)) == rendered:
                 return list(literals), list(slots), empty
         raise ValueError(
@@ -588,7 +596,10 @@ class VLMProcessor(ProcessorMixin):
             if not own:
                 continue
             first, last = own[0], own[-1]
-            prompt_literals, prompt_slots = self._prompt_layout(messages[:index], template, kwargs, empty)
+            if index:
+                prompt_literals, prompt_slots = self._layout(messages[:index], template, True, kwargs, empty)
+            else:  # nothing can be asked before it; what the template writes before its text is given
+                prompt_literals, prompt_slots = tuple(literals[: first + 1]), tuple(slots[:first])
             begins = (
                 prompt_slots == tuple(slots[:first])
                 and prompt_literals[:-1] == tuple(literals[:first])
@@ -603,18 +614,10 @@ class VLMProcessor(ProcessorMixin):
             answers.append(_Answer(first, start, last, learned))
         return answers
 
-    def _prompt_layout(self, messages, template, kwargs, empty):
-        try:
-            return self._layout(messages, template, True, kwargs, empty)
-        except ValueError:
-            if messages:
-                raise
-            return ("",), ()  # many templates ask for a first message
-
     def _encode_pieces(self, texts, literals, slots, answers, open_end):
         """Tokenise what stands between control tokens and the ends of answers, piece by piece."""
         encoder, pieces = self.text_encoder, _Pieces(self.image_token_id)
-        buffer = ""
+        buffer, filled = "", _fill(literals, slots, texts)
 
         def flush():
             nonlocal buffer
@@ -640,7 +643,7 @@ class VLMProcessor(ProcessorMixin):
                 literal = literal[starts[position].start :]
             write(literal)
             if position < len(slots):
-                buffer += slots[position].fill(texts)
+                buffer += filled[position]
             if position in ends:
                 flush()
                 pieces.learn = False

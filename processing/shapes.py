@@ -39,7 +39,7 @@ COLOURS: dict[str, tuple[int, int, int]] = {
 }
 SHAPES: tuple[str, ...] = ("circle", "square", "triangle", "cross")
 # The radius of an object, as a share of the image's side.
-SIZES: dict[str, float] = {"small": 0.115, "large": 0.205}
+SIZES: dict[str, float] = {"small": 0.13, "large": 0.215}
 # The centre of each place, as shares of the image's width and height, in reading order.
 PLACES: dict[str, tuple[float, float]] = {
     "top left": (0.25, 0.25),
@@ -115,9 +115,9 @@ class Scene:
         image = _ground(self.ground, side, rng)
         pen = ImageDraw.Draw(image)
         for thing in self.objects:
-            x, y = (side * (centre + rng.uniform(-0.03, 0.03)) for centre in PLACES[thing.place])
-            radius = side * SIZES[thing.size] * rng.uniform(0.93, 1.07)
-            colour = tuple(max(0, min(255, channel + rng.randint(-12, 12))) for channel in COLOURS[thing.colour])
+            x, y = (side * (centre + rng.uniform(-0.02, 0.02)) for centre in PLACES[thing.place])
+            radius = side * SIZES[thing.size] * rng.uniform(0.95, 1.05)
+            colour = tuple(max(0, min(255, channel + rng.randint(-10, 10))) for channel in COLOURS[thing.colour])
             _DRAW[thing.shape](pen, x, y, radius, colour)
         return image.reduce(_OVERSAMPLING)
 
