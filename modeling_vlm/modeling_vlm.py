@@ -18,6 +18,7 @@ from transformers import (
     PreTrainedConfig,
     PreTrainedModel,
 )
+from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutputWithPast, BaseModelOutputWithPooling, ModelOutput
 from transformers.utils import can_return_tuple, torch_compilable_check
 
@@ -166,6 +167,10 @@ class VLMModel(VLMPreTrainedModel):
         for backbone in (self.vision_tower, self.language_model):
             if mode and not any(parameter.requires_grad for parameter in backbone.parameters()):
                 backbone.eval()
+        # Gradients pass through a frozen language model to the projector; blocks are checkpointed in training mode only.
+        for block in self.language_model.modules():
+            if isinstance(block, GradientCheckpointingLayer) and block.gradient_checkpointing:
+                block.training = mode
         return self
 
     @can_return_tuple

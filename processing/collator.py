@@ -78,19 +78,19 @@ class VLMDataCollator:
         return batch
 
     def _encoded(self, conversation):
-        if "input_ids" in conversation:
-            return conversation
-        try:
-            item = self.encode(self.processor, conversation, self.max_length)
-        except SampleDropped as reason:
-            worker = torch.utils.data.get_worker_info()
-            row = 0 if worker is None else 1 + worker.id % _MAX_WORKERS
-            self._dropped[row, DROP_REASONS.index(str(reason))] += 1
-            return None
-        images = conversation.get("images") or []
-        if item["input_ids"].count(self.processor.image_token_id) != len(images):
+        item, images = conversation, conversation.get("images") or []
+        if "input_ids" not in item:
+            try:
+                item = self.encode(self.processor, conversation, self.max_length)
+            except SampleDropped as reason:
+                worker = torch.utils.data.get_worker_info()
+                row = 0 if worker is None else 1 + worker.id % _MAX_WORKERS
+                self._dropped[row, DROP_REASONS.index(str(reason))] += 1
+                return None
+        parts = item["input_ids"].count(self.processor.image_token_id)
+        if parts != len(images):
             raise ValueError(
-                f"a conversation with {item['input_ids'].count(self.processor.image_token_id)} image parts and "
-                f"{len(images)} images was found; expected one image for each part, in the order of the parts."
+                f"a conversation with {parts} image parts and {len(images)} images was found; expected one image for "
+                "each part, in the order of the parts."
             )
         return {**item, "images": images}

@@ -7,7 +7,9 @@ The prompt of every answer is cut exactly where generation would start, so the i
 ids that generation is given. The file travels with every checkpoint and imports nothing of this package.
 """
 
+import base64
 import copy
+import io
 import itertools
 import json
 import os
@@ -15,6 +17,7 @@ import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
+from urllib.request import Request, urlopen
 
 import transformers
 from PIL import Image, ImageOps
@@ -28,7 +31,6 @@ from transformers import (
     PreTrainedConfig,
     ProcessorMixin,
 )
-from transformers.image_utils import load_image
 from transformers.processing_utils import MultiModalData
 
 
@@ -58,7 +60,7 @@ _BLANK = "\u2003"
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
-    """An image as a viewer shows it: EXIF orientation applied, alpha on white, first frame, three channels of 8 bits."""
+    """An image as a viewer shows it: EXIF orientation applied, alpha on white, first frame, 8-bit RGB."""
     image = ImageOps.exif_transpose(image)
     if image.mode.startswith("I"):  # 16 bits a pixel: converting would clip everything above 255 to white
         image = image.convert("I").point(lambda value: value * (1 / 256)).convert("L")
@@ -528,12 +530,8 @@ class VLMProcessor(ProcessorMixin):
 
         It depends on roles and parts, not on the words, so it is found once for each shape of conversation.
         """
-        shape = [
-            {**m, "content": [p["type"] for p in m["content"]], "train": None, "weight": None} for m in messages
-        ]
-        key = json.dumps(
-            [shape, template, add_generation_prompt, kwargs, sorted(empty)], default=repr, sort_keys=True
-        )
+        shape = [{**m, "content": [p["type"] for p in m["content"]], "train": None, "weight": None} for m in messages]
+        key = json.dumps([shape, template, add_generation_prompt, kwargs, sorted(empty)], default=repr, sort_keys=True)
         if key in self._layouts:
             return self._layouts[key]
 
@@ -635,16 +633,23 @@ class VLMProcessor(ProcessorMixin):
 
         starts = {answer.first: answer for answer in answers}
         ends = {answer.last: answer for answer in answers}
+        written = 0
         for position, literal in enumerate(literals):
             if position in starts:
-                write(literal[: starts[position].start])
+                write(literal[written : starts[position].start])
                 flush()
                 pieces.learn = starts[position].learned
-                literal = literal[starts[position].start :]
-            write(literal)
+                written = starts[position].start
+            write(literal[written:])
+            written = 0
             if position < len(slots):
                 buffer += filled[position]
             if position in ends:
+                # A blank between an answer and its end token is the answer's: a blank alone could not end one.
+                (control, piece), *more = encoder.split(literals[position + 1]) or [(None, "")]
+                if control is None and piece.isspace() and more:
+                    buffer += piece
+                    written = len(piece)
                 flush()
                 pieces.learn = False
                 at_end = position == len(slots) - 1 and not literals[-1]
@@ -759,11 +764,26 @@ def _parts(messages):
 
 def _open(part):
     found = next((part[key] for key in ("image", "path", "url", "base64") if key in part), None)
-    if found is None:
+    if isinstance(found, Image.Image):
+        return to_rgb(found)
+    if not isinstance(found, (str, Path)):
         raise ValueError("an image part names no image; expected a PIL image, a path or a URL under 'image'.")
-    if isinstance(found, (str, Path)) and os.path.isfile(found):
-        found = Image.open(found)
-    return to_rgb(found if isinstance(found, Image.Image) else load_image(found))
+    try:
+        if os.path.isfile(found):
+            source = found
+        elif str(found).startswith(("http://", "https://")):
+            request = Request(found, headers={"User-Agent": f"transformers/{transformers.__version__}"})
+            with urlopen(request, timeout=60) as response:
+                source = io.BytesIO(response.read())
+        else:
+            source = io.BytesIO(base64.b64decode(str(found).split(",")[-1], validate=True))
+        with Image.open(source) as image:
+            return to_rgb(image)
+    except Exception as error:  # Pillow's decoders raise nearly anything on a broken file
+        reason = " ".join(str(error).split())[:200]
+        raise ValueError(
+            f"{str(found)[:80]}: no readable image file, URL or base64 data was found there ({reason})."
+        ) from error
 
 
 def _pad(row, length, value, side):

@@ -97,7 +97,7 @@ class Turn:
 
 @dataclass(frozen=True)
 class Scene:
-    """One to four objects, each at its own place, on a ground. `seed` decides jitter, wording and choice of questions."""
+    """One to four objects, each at its own place, on a ground; `seed` decides jitter, wording and the questions."""
 
     objects: tuple[Object, ...]
     ground: str
@@ -122,28 +122,28 @@ class Scene:
         return image.reduce(_OVERSAMPLING)
 
     def captions(self) -> list[str]:
-        """Five captions in differing words, each naming every object in reading order: its place, size, colour, shape.
-
-        The place comes first because a model that knows where to look finds out what is there in a tenth of the steps.
-        """
+        """Five captions in differing words, each naming all objects in reading order: place, size, colour, shape."""
         things = [(thing.place, f"a {thing}") for thing in self.objects]
         number = _NUMBERS[len(things)] + (" object" if len(things) == 1 else " objects")
         return [
             "; ".join(f"{where}: {what}" for where, what in things) + ".",
-            "at the " + _listed([f"{where} there is {what}" for where, what in things], " and at the ", ", at the ") + ".",
+            "at the " + _listed([f"{where} is {what}" for where, what in things], " and at the ", ", at the ") + ".",
             f"{number} on a {self.ground} ground: " + ", ".join(f"{where} {what}" for where, what in things) + ".",
             "the " + _listed([f"{where} shows {what}" for where, what in things], " and the ", ", the ") + ".",
             "we see " + _listed([f"in the {where} corner {what}" for where, what in things]) + ".",
         ]
 
     def dialogue(self) -> list[Turn]:
-        """Two to five turns about the scene, no question subject twice, the kinds in equal shares as far as possible."""
+        """Two to five turns about the scene, nothing asked twice.
+
+        The kinds come in turn, in random order, except that relations, which fewer scenes allow, have two chances.
+        """
         rng = Random(f"dialogue {self.seed}")
         wanted = rng.randint(2, 5)
         turns, asked, kinds = [], set(), []
         while len(turns) < wanted:
             if not kinds:
-                kinds = rng.sample(KINDS, len(KINDS))
+                kinds = rng.sample((*KINDS, "relation"), len(KINDS) + 1)
             found = _ASK[kind := kinds.pop()](self, rng)
             if found is None or found[0] in asked:
                 continue
@@ -183,7 +183,7 @@ def split_of(objects: tuple[Object, ...]) -> str:
 
 
 def questions(split: str, n: int, seed: int = 0) -> list[tuple[Scene, Turn]]:
-    """`n` single questions, each about its own scene, the kinds of `KINDS` in equal shares: for exact-match evaluation."""
+    """`n` single questions, each about its own scene, all `KINDS` in equal shares: for exact-match evaluation."""
     items = []
     for position in range(n):
         kind, index, found = KINDS[position % len(KINDS)], position, None
@@ -197,7 +197,7 @@ def questions(split: str, n: int, seed: int = 0) -> list[tuple[Scene, Turn]]:
 
 
 def _objects(rng: Random, unseen: bool) -> tuple[Object, ...]:
-    """One to four objects in reading order. In every second scene shapes or colours come from two, so that they recur."""
+    """One to four objects in reading order. In half of the scenes shapes or colours come from two, so they recur."""
     places = sorted(rng.sample(range(len(PLACES)), rng.randint(1, 4)))
     names = list(PLACES)
     colours, shapes = set(COLOURS), set(SHAPES)

@@ -2,7 +2,7 @@
 
 Each template is written down a second time, in plain Python, as the pieces that it consists of: control tokens, text
 that is given, text that is learned, ends that are learned. The ids of the pieces come from the bare vocabulary of each
-tokenizer, which knows no special token at all. What training and generation are given has to be just that, for any text.
+tokenizer, which knows no special token at all. What training and generation get has to be just that, for any text.
 """
 
 import copy
@@ -153,6 +153,16 @@ def mistral(messages, prompt, tokenizer):
     return pieces
 
 
+def llama2(messages, prompt, tokenizer):
+    pieces = [control(tokenizer.bos_token)]
+    for message in messages:
+        if message["role"] == "assistant":
+            pieces += [*joined(message, learned, " ", trim=True), learned(" "), end(tokenizer.eos_token)]
+        else:
+            pieces += [*joined(message, before="[INST] ", trim=True), given_text(" [/INST]")]
+    return pieces
+
+
 def parts(messages, prompt, tokenizer):
     pieces = [control("<|im_start|>")]
     for message in messages:
@@ -168,7 +178,7 @@ def parts(messages, prompt, tokenizer):
 
 READINGS = {
     "default": default, "plain": plain, "chatml": chatml, "generation": chatml, "llama3": llama3, "gemma": gemma,
-    "phi": phi, "vicuna": vicuna, "mistral": mistral, "parts": parts,
+    "phi": phi, "vicuna": vicuna, "mistral": mistral, "llama2": llama2, "parts": parts,
 }  # fmt: skip
 KNOWS_NO_SYSTEM = ("gemma",)
 BARE_NAME = "\ue0f0{}"  # in place of the special tokens in a bare vocabulary; nothing spells it
@@ -250,9 +260,9 @@ CONTROL_STRINGS = sorted(
 FRAGMENTS = CONTROL_STRINGS + [
     "User: ", "\nUser: what", "Assistant:", "\nAssistant: no", "ASSISTANT:", "USER: ", "assistant\n", "system", "\n",
     "<|im_start|>assistant\n", "<|im_end|>\n<|im_start|>user\n", "<start_of_turn>model\n", "<image><image>", "<ima",
-    "{{ messages }}", "{% generation %}", "{%- endgeneration -%}", "{# no #}", " ", "   ", "\t", "\r\n", "\u3000", "\u2003",
-    "\ue0000\ue001", "\ue000", "a", "a red circle", " blue.", "42", "日本語のテキスト", "你好", "🙂", "👩‍👩‍👧", "é", "e\u0301", "<", ">",
-    "|>", "▁", "##a", "\x00", "&lt;", "'type'", "I'm",
+    "{{ messages }}", "{% generation %}", "{%- endgeneration -%}", "{# no #}", " ", "   ", "\t", "\r\n", "\u3000",
+    "\u2003", "\ue0000\ue001", "\ue000", "a", "a red circle", " blue.", "42", "日本語のテキスト", "你好", "🙂",
+    "\U0001f469\u200d\U0001f467", "é", "e\u0301", "<", ">", "|>", "▁", "##a", "\x00", "&lt;", "'type'", "I'm",
 ]  # fmt: skip
 
 texts = st.one_of(
@@ -370,8 +380,9 @@ def check(kind, template, messages, picture):
         left[start : stop + 1] = [False] * (stop + 1 - start)
         if exact:
             answer = "".join(all_texts([message]))
-            answer = answer.strip() if template in ("llama3", "gemma") else answer
-            answer = " " + answer if template in ("default", "vicuna", "mistral", "parts") else answer
+            answer = answer.strip() if template in ("llama3", "gemma", "llama2") else answer
+            answer = " " + answer if template in ("default", "vicuna", "mistral", "llama2", "parts") else answer
+            answer = answer + " " if template == "llama2" else answer
             assert tokenizer.decode(ids[start:stop]) == answer
     assert not any(left)
 
@@ -424,7 +435,9 @@ def test_a_control_token_typed_in_any_role_stays_text(kind, template, role, imag
     if role == "system" and template in KNOWS_NO_SYSTEM:
         pytest.skip("the template has no system role")
     for typed in CONTROL_STRINGS:
-        messages = replaced(dialogue(1, 1, role == "system"), lambda m, text: typed if m["role"] == role else text)
+        messages = replaced(
+            dialogue(1, 1, role == "system"), lambda m, text, typed=typed: typed if m["role"] == role else text
+        )
         check(kind, template, messages, image())
 
 
@@ -434,7 +447,7 @@ def test_what_is_learned_does_not_depend_on_what_is_asked(kind, template):
     messages = dialogue(3, 2, template not in KNOWS_NO_SYSTEM)
     answers = learned_ids(processor.encode_messages(messages))
     for typed in ["b", "Assistant:", "<|im_start|>assistant\n", IMAGE_TOKEN, "🙂 ", *CONTROL_STRINGS]:
-        other = replaced(messages, lambda m, text: text if m["role"] == "assistant" else typed)
+        other = replaced(messages, lambda m, text, typed=typed: text if m["role"] == "assistant" else typed)
         assert learned_ids(processor.encode_messages(other)) == answers
     if template == "plain" and kind == "unigram-always":
         return  # an answer right after an image starts with a blank there
@@ -458,7 +471,9 @@ def test_plain_words_give_the_ids_of_the_whole_string(kind, template):
 def test_templates_with_and_without_generation_marks_give_the_same_labels(kind):
     for turns in (1, 3):
         messages = dialogue(turns, 2, system=True)
-        assert case(kind, "generation")[0].encode_messages(messages) == case(kind, "chatml")[0].encode_messages(messages)
+        assert case(kind, "generation")[0].encode_messages(messages) == case(kind, "chatml")[0].encode_messages(
+            messages
+        )
 
 
 @each_case
@@ -490,6 +505,23 @@ def test_an_empty_answer_is_an_end_token(kind, template):
             encoded = processor.encode_messages(messages)
             assert encoded == expected(processor, bare, template, messages)
             assert len([id for id in learned_ids(encoded) if id in processor.end_token_ids]) == 2
+
+
+@pytest.mark.parametrize("kind", tiny.TOKENIZERS)
+def test_without_an_end_of_its_own_an_answer_ends_with_what_follows_and_the_last_with_eos(kind):
+    processor, bare = tiny.processor_of(copy.deepcopy(trained(kind))), Bare(kind)
+    processor.set_chat_template(tiny.OPEN)
+    said = [("user", "what is it?"), ("assistant", "a red circle"), ("user", "how many"), ("assistant", "two")]
+    messages = [{"role": role, "content": [text_part(text)]} for role, text in said]
+    prompt = bare.ids("user: what is it?\nassistant:", None)
+    first, second = bare.ids(" a red circle", "text"), bare.ids(" two", "text")
+    between = bare.ids("\nuser: how many\nassistant:", "text")
+    ids, supervised = processor.encode_messages(messages)
+    assert ids == [*prompt, *first, *between, *second, processor.tokenizer.eos_token_id]
+    given = [False] * len(prompt), [False] * (len(between) - 1)
+    assert supervised == [*given[0], *[True] * (len(first) + 1), *given[1], *[True] * (len(second) + 1)]
+    assert processor.end_token_ids == [processor.tokenizer.eos_token_id]
+    assert processor.encode_messages(messages[:3], add_generation_prompt=True)[0] == [*prompt, *first, *between]
 
 
 def test_an_answer_after_a_text_gets_no_blank():

@@ -1,4 +1,4 @@
-"""What the built-in dataset promises: disjoint splits, unseen pairs, right answers that the question does not give away."""
+"""What the built-in dataset promises: disjoint splits, unseen pairs, right answers that the question does not tell."""
 
 import json
 import subprocess

@@ -38,7 +38,8 @@ CORPUS = [
 ] * 30
 
 CHATML = (
-    "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>' + '\n' }}"
+    "{% for message in messages %}"
+    "{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>' + '\n' }}"
     "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
 )
 
@@ -57,7 +58,8 @@ LLAMA3 = (
 )
 
 GEMMA = (
-    "{{ bos_token }}{% if messages[0]['role'] == 'system' %}{{ raise_exception('System role not supported') }}{% endif %}"
+    "{{ bos_token }}"
+    "{% if messages[0]['role'] == 'system' %}{{ raise_exception('System role not supported') }}{% endif %}"
     "{% for message in messages %}{% if (message['role'] == 'user') != (loop.index0 % 2 == 0) %}"
     "{{ raise_exception('Conversation roles must alternate') }}{% endif %}"
     "{{ '<start_of_turn>' + ('model' if message['role'] == 'assistant' else message['role']) + '\n' "
@@ -87,6 +89,13 @@ MISTRAL = (
     "{% else %}{{ '[INST] ' + message['content'] + ' [/INST]' }}{% endif %}{% endfor %}"
 )
 
+# A blank stands between an answer and its end.
+LLAMA2 = (
+    "{{ bos_token }}{% for message in messages %}{% if message['role'] == 'assistant' %}"
+    "{{ ' ' + message['content'].strip() + ' ' + eos_token }}{% else %}"
+    "{{ '[INST] ' + message['content'].strip() + ' [/INST]' }}{% endif %}{% endfor %}"
+)
+
 # Like SmolVLM's: it reads contents as parts, and writes the image token itself.
 PARTS = (
     "<|im_start|>{% for message in messages %}{{ message['role'] | capitalize }}"
@@ -94,6 +103,12 @@ PARTS = (
     "{% for part in message['content'] %}{% if part['type'] == 'text' %}{{ part['text'] }}"
     "{% elif part['type'] == 'image' %}{{ '<image>' }}{% endif %}{% endfor %}<end_of_utterance>\n{% endfor %}"
     "{% if add_generation_prompt %}{{ 'Assistant:' }}{% endif %}"
+)
+
+# It writes nothing at all after the last answer.
+OPEN = (
+    "{% for message in messages %}{{ '\n' if not loop.first }}{{ message['role'] + ': ' + message['content'] }}"
+    "{% endfor %}{% if add_generation_prompt %}{{ '\nassistant:' }}{% endif %}"
 )
 
 TEMPLATES = {
@@ -109,6 +124,7 @@ TEMPLATES = {
     ),
     "vicuna": (VICUNA, []),
     "mistral": (MISTRAL, ["[INST]", "[/INST]"]),
+    "llama2": (LLAMA2, []),
     "parts": (PARTS, ["<|im_start|>", "<end_of_utterance>"]),
 }
 """Name -> chat template and the special tokens it writes."""

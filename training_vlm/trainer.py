@@ -1,13 +1,16 @@
 """The Trainer, with what it cannot express for this model: nothing computed in vain, and a loss that weighs tokens.
 
-Two things differ from the stock Trainer. The head is computed at supervised positions only: the same loss and
-gradients, without the logits of a thousand image positions. And the evaluation loss is the mean over tokens, where the
-stock loop averages the means of batches, which makes it depend on the batch size.
+Four things differ from the stock Trainer. The head is computed at supervised positions only: the same loss and
+gradients, without the logits of a thousand image positions. The evaluation loss is the mean over tokens, where the
+stock loop averages the means of batches, which makes it depend on the batch size. And label smoothing shifts the labels,
+which the stock one does only for the classes that it knows by name. And a checkpoint is read as any saved folder is.
 """
+
+import functools
 
 import torch
 from torch import nn
-from transformers import Trainer, TrainerCallback
+from transformers import PreTrainedModel, Trainer, TrainerCallback
 from transformers.trainer_pt_utils import LengthGroupedSampler
 from transformers.trainer_utils import EvalLoopOutput
 
@@ -20,13 +23,14 @@ class VLMTrainer(Trainer):
         self.card = None  # what writes the model card, once there is something to say
         self._only_loss = False
         self._evaluated = None
+        if self.label_smoother is not None and self.compute_loss_func is None:
+            self.compute_loss_func = functools.partial(smoothed_loss, epsilon=self.label_smoother.epsilon)
         self.add_callback(_EpochOfDataset())
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         """See `Trainer.compute_loss`; logits are left out where nobody reads them."""
         labels = inputs.get("labels")
-        loss_is_ours = self.label_smoother is None and self.compute_loss_func is None
-        if labels is not None and loss_is_ours and (model.training or self._only_loss):
+        if labels is not None and self.compute_loss_func is None and (model.training or self._only_loss):
             inputs = {**inputs, "logits_to_keep": supervised_positions(labels)}
         loss, outputs = super().compute_loss(model, inputs, True, num_items_in_batch)
         if labels is not None and not model.training and self._evaluated is not None:
@@ -48,6 +52,19 @@ class VLMTrainer(Trainer):
         if f"{metric_key_prefix}_loss" in output.metrics:
             output.metrics[f"{metric_key_prefix}_loss"] = total / max(tokens, 1)
         return output
+
+    def _load_from_checkpoint(self, resume_from_checkpoint, model=None):
+        # A saved file has the Hub's names of the weights (of a ViT, for one), which only `from_pretrained` translates;
+        # the stock method would leave such weights as they are (https://github.com/huggingface/transformers/issues/43701).
+        model = self.model if model is None else model
+        if not isinstance(model, PreTrainedModel) or self.is_fsdp_enabled:
+            return super()._load_from_checkpoint(resume_from_checkpoint, model)
+        model.load_state_dict(type(model).from_pretrained(resume_from_checkpoint).state_dict())
+
+    def _load_best_model(self):
+        if not isinstance(self.model, PreTrainedModel) or self.is_fsdp_enabled or self.is_deepspeed_enabled:
+            return super()._load_best_model()
+        self._load_from_checkpoint(self.state.best_model_checkpoint)
 
     def create_model_card(self, *args, **kwargs) -> None:
         """Write the model card: the run's own where there is one, for `push_to_hub` too."""
@@ -74,12 +91,24 @@ class VLMTrainer(Trainer):
         sums = torch.zeros(len(labels), 2, device=logits.device)
         sums[:, 0].index_add_(0, keep.nonzero()[:, 0], losses)
         sums[:, 1] = keep.sum(1)
-        self._evaluated += self.accelerator.gather_for_metrics(sums).double().sum(0).cpu()
+        self._evaluated += self.accelerator.gather_for_metrics(sums).cpu().double().sum(0)
 
 
 def supervised_positions(labels: torch.Tensor) -> torch.Tensor:
     """The positions of `(batch, tokens)` that predict a supervised token, as a bool mask for `logits_to_keep`."""
     return nn.functional.pad(labels, (0, 1), value=-100)[:, 1:] != -100
+
+
+def smoothed_loss(
+    outputs: dict[str, torch.Tensor], labels: torch.Tensor, num_items_in_batch: torch.Tensor | None = None, *, epsilon: float
+) -> torch.Tensor:
+    """The token-weighted loss with label smoothing (https://arxiv.org/abs/1512.00567), as a `compute_loss_func`."""
+    targets = nn.functional.pad(labels, (0, 1), value=-100)[:, 1:]
+    total = nn.functional.cross_entropy(
+        outputs["logits"].float().flatten(0, 1), targets.flatten(), reduction="sum", label_smoothing=epsilon
+    )
+    count = (targets != -100).sum() if num_items_in_batch is None else num_items_in_batch
+    return total / torch.as_tensor(count, device=total.device).clamp(min=1)
 
 
 class _EpochOfDataset(TrainerCallback):

@@ -1,0 +1,273 @@
+"""Training through the Trainer: the loss falls, a run can be stopped and resumed, and a checkpoint holds everything."""
+
+import shutil
+
+import pytest
+import torch
+from transformers import Trainer, TrainingArguments
+
+from modeling_vlm import VLMForConditionalGeneration
+from processing import VLMDataCollator, VLMProcessor
+from tests import tiny
+from training_vlm.arguments import VLMTrainingArguments
+from training_vlm.trainer import VLMTrainer
+from training_vlm.tuning import apply_tuning
+
+
+SETTINGS = dict(
+    use_cpu=True, bf16=False, report_to=[], disable_tqdm=True, dataloader_num_workers=0, learning_rate=1e-3,
+    per_device_train_batch_size=2, per_device_eval_batch_size=3, max_steps=6, save_strategy="no", logging_steps=1,
+    seed=7, lr_scheduler_type="cosine",
+)  # fmt: skip
+
+
+def trainer_of(pair, folders, items, folder, kind=VLMTrainer, dropout=0.1, **changes):
+    """A Trainer over a freshly composed model; dropout is on, so that its random numbers matter as well."""
+    model, processor = tiny.compose(*folders(pair), tiny.PAIRS[pair][2])
+    for module in model.modules():
+        if isinstance(module, torch.nn.Dropout):
+            module.p = dropout
+    apply_tuning(model, "last:1", "full")
+    settings = {**SETTINGS, "output_dir": str(folder), **changes}
+    if kind is Trainer:
+        arguments = TrainingArguments(**settings, remove_unused_columns=False)
+    else:
+        arguments = VLMTrainingArguments(**settings)
+    return kind(
+        model=model, args=arguments, processing_class=processor, data_collator=VLMDataCollator(processor),
+        train_dataset=items, eval_dataset=items,
+    )  # fmt: skip
+
+
+def weights(trainer):
+    return {name: parameter.detach().clone() for name, parameter in trainer.model.named_parameters()}
+
+
+def same(one, other):
+    return one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
+
+
+@pytest.mark.parametrize("kind", [Trainer, VLMTrainer])
+def test_the_loss_falls(pair, folders, image, tmp_path, kind):
+    """The model and the collator need nothing of ours around them."""
+    items = tiny.ragged_dialogues(image)
+    trainer = trainer_of(pair, folders, items, tmp_path, kind, max_steps=30, learning_rate=1e-2)
+    trainer.train()
+    losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+    assert len(losses) == 30 and sum(losses[-4:]) < 0.6 * sum(losses[:4])
+
+
+def test_both_trainers_take_the_same_steps(pair, folders, image, tmp_path):
+    """What ours leaves out was never read: the weights are those of the stock Trainer."""
+    items = tiny.ragged_dialogues(image)
+    results = []
+    for kind in (Trainer, VLMTrainer):
+        trainer = trainer_of(pair, folders, items, tmp_path, kind, dropout=0.0, optim="sgd", learning_rate=0.1)
+        trainer.train()
+        results.append(weights(trainer))
+    for name, tensor in results[0].items():
+        torch.testing.assert_close(results[1][name], tensor, rtol=1e-4, atol=1e-5)
+
+
+def test_a_resumed_run_is_the_run(pair, folders, image, tmp_path):
+    """Stopped after three of six steps, in the middle of an epoch of four."""
+    items = tiny.ragged_dialogues(image)
+    whole = trainer_of(pair, folders, items, tmp_path / "whole", save_strategy="steps", save_steps=3)
+    start = weights(whole)
+    whole.train()
+    # Another process would start with another model and another state of the random numbers.
+    torch.manual_seed(1234)
+    resumed = trainer_of(pair, folders, items, tmp_path / "resumed", save_strategy="steps", save_steps=3)
+    resumed.train(resume_from_checkpoint=str(tmp_path / "whole" / "checkpoint-3"))
+    assert resumed.state.global_step == 6
+    assert same(weights(resumed), weights(whole))
+    halfway = VLMForConditionalGeneration.from_pretrained(tmp_path / "whole" / "checkpoint-3")
+    halfway = {name: parameter.detach() for name, parameter in halfway.named_parameters()}
+    assert not same(halfway, weights(whole)) and not same(halfway, start)
+    again = [entry["loss"] for entry in resumed.state.log_history if "loss" in entry]
+    assert again == [entry["loss"] for entry in whole.state.log_history if "loss" in entry]
+
+
+def test_one_seed_gives_one_run(pair, folders, image, tmp_path):
+    items = tiny.ragged_dialogues(image)
+    runs = []
+    for seed in (7, 7, 8):
+        trainer = trainer_of(pair, folders, items, tmp_path, seed=seed)
+        trainer.train()
+        runs.append(weights(trainer))
+    assert same(runs[0], runs[1]) and not same(runs[0], runs[2])
+
+
+def test_worker_processes_change_nothing(folders, image, tmp_path):
+    items = tiny.ragged_dialogues(image)
+    runs = []
+    for workers in (0, 2):
+        trainer = trainer_of("vit-gpt2", folders, items, tmp_path, dataloader_num_workers=workers)
+        trainer.train()
+        runs.append(weights(trainer))
+    assert same(*runs)
+
+
+class Captions(torch.utils.data.Dataset):
+    """Shows another conversation of each pair in every other epoch."""
+
+    def __init__(self, items):
+        self.items, self.epoch, self.shown = items, 0, []
+
+    def __len__(self):
+        return len(self.items) // 2
+
+    def __getitem__(self, index):
+        self.shown.append((self.epoch, index))
+        return self.items[2 * index + self.epoch % 2]
+
+    def set_epoch(self, epoch):
+        self.epoch = epoch
+
+
+def test_a_data_set_is_told_its_epoch_after_resuming_too(folders, image, tmp_path):
+    items = tiny.ragged_dialogues(image)
+    whole = trainer_of(
+        "vit-gpt2", folders, Captions(items), tmp_path / "whole", save_strategy="steps", save_steps=3, eval_strategy="no"
+    )
+    whole.train()
+    assert {epoch for epoch, _ in whole.train_dataset.shown} == {0, 1, 2}
+    resumed = trainer_of("vit-gpt2", folders, Captions(items), tmp_path / "resumed")
+    resumed.train(resume_from_checkpoint=str(tmp_path / "whole" / "checkpoint-3"))
+    assert same(weights(resumed), weights(whole))
+
+
+class WithLengths(torch.utils.data.Dataset):
+    """Knows its lengths without reading an item."""
+
+    def __init__(self, items, lengths):
+        self.items, self.lengths, self.read = items, lengths, 0
+
+    def __len__(self):
+        return len(self.items)
+
+    def __getitem__(self, index):
+        self.read += 1
+        return self.items[index]
+
+
+def test_grouping_by_length_reads_no_item_and_pads_less(folders, image, tmp_path):
+    processor = tiny.compose(*folders("vit-gpt2"), "cls")[1]
+    items = tiny.ragged_dialogues(image) * 8
+    lengths = [tiny.collate(processor, [item])["input_ids"].shape[1] for item in items]
+    padded = []
+    for strategy in ("random", "group_by_length"):
+        data = WithLengths(items, lengths)
+        trainer = trainer_of("vit-gpt2", folders, data, tmp_path, train_sampling_strategy=strategy)
+        loader = trainer.get_train_dataloader()
+        assert data.read == 0
+        padded.append(sum(batch["input_ids"].numel() for batch in loader))
+        assert data.read == len(items)
+    assert padded[1] < 0.9 * padded[0]
+
+
+def test_a_checkpoint_holds_everything(pair, folders, image, tmp_path):
+    """Model, processor and code; it goes on training as it is."""
+    items = tiny.ragged_dialogues(image)
+    trainer = trainer_of(pair, folders, items, tmp_path, save_strategy="steps", save_steps=2, max_steps=2)
+    trainer.train()
+    checkpoint = tmp_path / "checkpoint-2"
+    names = {path.name for path in checkpoint.iterdir()}
+    assert {
+        "config.json", "generation_config.json", "model.safetensors", "processor_config.json", "tokenizer.json",
+        "tokenizer_config.json", "chat_template.jinja", "optimizer.pt", "scheduler.pt", "trainer_state.json",
+        "modeling_vlm.py", "configuration_vlm.py", "projector_vlm.py", "backbones_vlm.py", "processing_vlm.py",
+    } <= names  # fmt: skip
+    assert not any(name.endswith((".bin", ".pth")) and name.startswith("pytorch_model") for name in names)
+    model = VLMForConditionalGeneration.from_pretrained(checkpoint)
+    processor = VLMProcessor.from_pretrained(checkpoint)
+    batch, again = (tiny.collate(one, items) for one in (trainer.processing_class, processor))
+    assert batch.keys() == again.keys() and all(torch.equal(batch[key], again[key]) for key in batch)
+    with torch.no_grad():
+        assert torch.equal(model(**again).logits, trainer.model.eval()(**batch).logits)
+    assert model.generation_config.suppress_tokens == trainer.model.generation_config.suppress_tokens
+    assert model.generation_config.eos_token_id == trainer.model.generation_config.eos_token_id
+    assert model.generation_config.pad_token_id == processor.tokenizer.pad_token_id
+
+
+def test_a_run_that_is_not_in_a_package_saves_the_code_all_the_same(composed, tmp_path):
+    """`save_model` at the end of a run writes what a checkpoint has."""
+    model, processor = composed
+    arguments = VLMTrainingArguments(**SETTINGS, output_dir=str(tmp_path / "out"))
+    trainer = VLMTrainer(
+        model=model, args=arguments, processing_class=processor, data_collator=VLMDataCollator(processor)
+    )
+    trainer.save_model()
+    assert {"modeling_vlm.py", "processing_vlm.py", "model.safetensors"} <= {p.name for p in (tmp_path / "out").iterdir()}
+    shutil.rmtree(tmp_path / "out")
+
+
+@pytest.mark.parametrize("prefix", ["eval", "test"])
+def test_metrics_are_computed_from_logits_and_labels(composed, image, tmp_path, prefix):
+    model, processor = composed
+    items = tiny.ragged_dialogues(image)[:7]
+
+    def accuracy(found):
+        predicted, labels = found.predictions.argmax(-1)[:, :-1], found.label_ids[:, 1:]
+        return {"accuracy": (predicted == labels)[labels != -100].mean(), "rows": len(labels)}
+
+    trainer = VLMTrainer(
+        model=model, args=VLMTrainingArguments(**SETTINGS, output_dir=str(tmp_path)), processing_class=processor,
+        data_collator=VLMDataCollator(processor), eval_dataset=items, compute_metrics=accuracy,
+    )  # fmt: skip
+    metrics = trainer.evaluate(metric_key_prefix=prefix)
+    assert {f"{prefix}_loss", f"{prefix}_accuracy", f"{prefix}_rows"} <= metrics.keys()
+    assert metrics[f"{prefix}_rows"] == 7
+    right = total = 0
+    for item in items:
+        batch = tiny.collate(processor, [item])
+        with torch.no_grad():
+            predicted = model(**batch).logits.argmax(-1)[:, :-1]
+        kept = batch["labels"][:, 1:] != -100
+        right, total = right + (predicted == batch["labels"][:, 1:])[kept].sum().item(), total + kept.sum().item()
+    assert metrics[f"{prefix}_accuracy"] == pytest.approx(right / total)
+
+
+def test_predictions_come_back(composed, image, tmp_path):
+    model, processor = composed
+    items = tiny.ragged_dialogues(image)[:5]
+    trainer = VLMTrainer(
+        model=model, args=VLMTrainingArguments(**SETTINGS, output_dir=str(tmp_path)), processing_class=processor,
+        data_collator=VLMDataCollator(processor),
+    )  # fmt: skip
+    found = trainer.predict(items)
+    # Logits alone: no cache, no image features.
+    assert found.predictions.shape == (5, found.label_ids.shape[1], model.config.text_config.vocab_size)
+    assert "test_loss" in found.metrics
+
+
+def test_the_best_model_is_loaded_at_the_end(pair, folders, image, tmp_path):
+    """The one with the highest loss here, so that it is not the last; there may be several evaluation sets."""
+    items = tiny.ragged_dialogues(image)
+    trainer = trainer_of(
+        pair, folders, items, tmp_path, eval_strategy="steps", eval_steps=2, save_strategy="steps", save_steps=2,
+        load_best_model_at_end=True, greater_is_better=True, metric_for_best_model="loss", max_steps=4,
+    )  # fmt: skip
+    trainer.train()
+    evaluated = [entry["eval_loss"] for entry in trainer.state.log_history if "eval_loss" in entry]
+    assert len(evaluated) == 2 and trainer.state.best_metric == evaluated[0] > evaluated[1]
+    best = VLMForConditionalGeneration.from_pretrained(trainer.state.best_model_checkpoint)
+    assert same(weights(trainer), {name: parameter.detach() for name, parameter in best.named_parameters()})
+    metrics = trainer.evaluate({"short": items[:2], "long": items[2:]})
+    assert {"eval_short_loss", "eval_long_loss"} <= metrics.keys()
+
+
+def test_a_batch_of_nothing_to_learn_does_no_harm(folders, image, tmp_path):
+    """A step whose every conversation was dropped or unsupervised has loss 0, and the weights stay numbers."""
+    items = tiny.ragged_dialogues(image)[:2]
+    for item in items:
+        for message in item["messages"]:
+            message["train"] = False
+    trainer = trainer_of("siglip-llama", folders, items, tmp_path, max_steps=2)
+    before = weights(trainer)
+    trainer.train()
+    assert [entry["loss"] for entry in trainer.state.log_history if "loss" in entry] == [0.0, 0.0]
+    assert trainer.data_collator.dropped == {"no token of it is supervised": 4}
+    assert all(torch.isfinite(tensor).all() for tensor in weights(trainer).values())
+    assert same(weights(trainer), before)
+    assert trainer.evaluate()["eval_loss"] == 0.0
