@@ -44,10 +44,17 @@ def _from_pretrained(what: str, name: str, loader, **kwargs):
 
 
 def load_backbone_config(what: str, backbone: str | PreTrainedConfig, kwargs: BackboneKwargs) -> PreTrainedConfig:
-    """The config of a Hub name or folder; a config is taken as it is."""
-    if isinstance(backbone, PreTrainedConfig):
-        return backbone
-    return _from_pretrained(what, backbone, AutoConfig, **_without_attention(kwargs))
+    """
+    The config of a Hub name or folder; a config is taken as it is.
+
+    Raises:
+        `ValueError`: it cannot be loaded, or brings code of its own.
+    """
+    config = backbone
+    if not isinstance(backbone, PreTrainedConfig):
+        config = _from_pretrained(what, backbone, AutoConfig, **_without_attention(kwargs))
+    _refuse_own_code(what, config._name_or_path, config)
+    return config
 
 
 def load_vision_tower(
@@ -88,7 +95,20 @@ def load_language_model(
 
 def _load_quietly(what, name, auto_class, config, dtype, kwargs):
     with _silenced():  # the library's report on weights is replaced by a check of those that matter
-        return _from_pretrained(what, name, auto_class, config=config, dtype=dtype, output_loading_info=True, **kwargs)
+        model, info = _from_pretrained(
+            what, name, auto_class, config=config, dtype=dtype, output_loading_info=True, **kwargs
+        )
+    _refuse_own_code(what, name, model)
+    return model, info
+
+
+def _refuse_own_code(what, name, loaded):
+    # A saved folder carries Duet's files only, so it could not be loaded again.
+    if type(loaded).__module__.startswith("transformers_modules."):
+        raise ValueError(
+            f"the {what} {str(name)!r} needs code of its own ({type(loaded).__name__}), which a composed checkpoint "
+            "cannot carry; choose a model that transformers itself has, or leave out trust_remote_code where it has it."
+        )
 
 
 def _refuse_missing(what, name, missing):

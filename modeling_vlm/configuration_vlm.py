@@ -101,7 +101,8 @@ class VLMConfig(PreTrainedConfig):
         if self.vision_feature_layer >= 0 or kept < 1:
             raise ValueError(
                 f"vision_feature_layer={self.vision_feature_layer} does not fit a vision encoder of {depth} layers; "
-                f"choose null (its final output) or a number from -{depth} (after the first layer) to -1 (after the last)."
+                f"choose null (its final output) or a number from -{depth} (after the first layer) to -1 (after the "
+                "last)."
             )
         self.vision_num_hidden_layers = depth
         self.vision_config = copy.deepcopy(self.vision_config)
@@ -123,8 +124,8 @@ class VLMConfig(PreTrainedConfig):
         if value is None:
             where = f" {self.vision_config._name_or_path!r}" if self.vision_config._name_or_path else ""
             raise ValueError(
-                f"the vision encoder{where} ({self.vision_config.model_type}) has no {name} in its config; Duet needs an "
-                "encoder that cuts images of one fixed size into patches, such as ViT, CLIP, SigLIP or DINOv2."
+                f"the vision encoder{where} ({self.vision_config.model_type}) has no {name} in its config; Duet needs "
+                "an encoder that cuts images of one fixed size into patches, such as ViT, CLIP, SigLIP or DINOv2."
             )
         return value
 

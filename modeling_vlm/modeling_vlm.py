@@ -97,7 +97,7 @@ class VLMModel(VLMPreTrainedModel):
     Args:
         config (`VLMConfig`): the composition.
         vision_tower (`PreTrainedModel`, *optional*): a loaded encoder; built from `config.vision_config` if missing.
-        language_model (`PreTrainedModel`, *optional*): a loaded headless language model; else from `config.text_config`.
+        language_model (`PreTrainedModel`, *optional*): a loaded headless one; else from `config.text_config`.
 
     Raises:
         `ValueError`: the encoder cannot give the visual tokens that the config asks for.
@@ -167,7 +167,7 @@ class VLMModel(VLMPreTrainedModel):
         for backbone in (self.vision_tower, self.language_model):
             if mode and not any(parameter.requires_grad for parameter in backbone.parameters()):
                 backbone.eval()
-        # Gradients pass through a frozen language model to the projector; blocks are checkpointed in training mode only.
+        # Blocks are checkpointed in training mode only, and gradients pass through a frozen language model as well.
         for block in self.language_model.modules():
             if isinstance(block, GradientCheckpointingLayer) and block.gradient_checkpointing:
                 block.training = mode
@@ -259,7 +259,8 @@ class VLMModel(VLMPreTrainedModel):
             mask = self.get_placeholder_mask(input_ids, inputs_embeds, image_features)
             inputs_embeds = inputs_embeds.masked_scatter(mask, image_features)
         elif input_ids is not None:
-            self.get_placeholder_mask(input_ids, inputs_embeds, inputs_embeds.new_empty(0))  # no image: no token for one
+            no_features = inputs_embeds.new_empty(0)
+            self.get_placeholder_mask(input_ids, inputs_embeds, no_features)
 
         outputs = self.language_model(
             inputs_embeds=inputs_embeds,
@@ -406,6 +407,20 @@ class VLMForConditionalGeneration(VLMPreTrainedModel, GenerationMixin):
     def get_image_features(self, pixel_values: torch.Tensor, **kwargs) -> BaseModelOutputWithPooling:
         """See `VLMModel.get_image_features`."""
         return self.model.get_image_features(pixel_values, **kwargs)
+
+    def _expand_inputs_for_generation(self, expand_size=1, is_encoder_decoder=False, input_ids=None, **kwargs):
+        # Beams and samples repeat each prompt, and a prompt may have any number of images: they go with their prompt.
+        pixel_values, split = kwargs.get("pixel_values"), None
+        if pixel_values is not None and input_ids is not None:
+            images = (input_ids == self.config.image_token_id).sum(1) // self.config.image_seq_length
+            if images.sum() == len(pixel_values):
+                split = kwargs.pop("pixel_values").split(images.tolist())
+        input_ids, kwargs = super()._expand_inputs_for_generation(
+            expand_size=expand_size, is_encoder_decoder=is_encoder_decoder, input_ids=input_ids, **kwargs
+        )
+        if split is not None:
+            kwargs["pixel_values"] = torch.cat([of_prompt for of_prompt in split for _ in range(expand_size)])
+        return input_ids, kwargs
 
     @can_return_tuple
     def forward(

@@ -430,7 +430,8 @@ class VLMProcessor(ProcessorMixin):
         Ids of a conversation, one id an image, and which of them are supervised.
 
         Supervised are the tokens of each assistant message and the end token behind it: the first token that the
-        template puts after the answer, else eos. `"train": False` on a message leaves it out.
+        template puts after the answer (with the blanks before a control token), else eos. `"train": False` on a message
+        leaves it out.
 
         Returns:
             `(ids, supervised)`, two lists of one length; see `expand_images`.
@@ -679,9 +680,10 @@ class _Pieces:
 
     def add(self, ids, kind):
         for id in ids:
+            shows = id == self.image_token_id
             self.ids.append(id)
-            self.supervised.append((self.learn or self.end_pending) and id != self.image_token_id)
-            self.end_pending = False
+            self.supervised.append((self.learn or self.end_pending) and not shows)
+            self.end_pending = self.end_pending and shows
             self.after = kind
 
 

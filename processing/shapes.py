@@ -29,10 +29,8 @@ from PIL import Image, ImageDraw
 
 COLOURS: dict[str, tuple[int, int, int]] = {
     "red": (225, 30, 35),
-    "orange": (255, 140, 0),
     "yellow": (250, 230, 40),
     "green": (30, 150, 50),
-    "cyan": (60, 215, 225),
     "blue": (35, 60, 215),
     "purple": (125, 35, 165),
     "pink": (255, 130, 190),
@@ -122,28 +120,36 @@ class Scene:
         return image.reduce(_OVERSAMPLING)
 
     def captions(self) -> list[str]:
-        """Five captions in differing words, each naming all objects in reading order: place, size, colour, shape."""
+        """Five captions in differing words, each naming all objects: three place by place, one by shape, one by colour."""
         things = [(thing.place, f"a {thing}") for thing in self.objects]
         number = _NUMBERS[len(things)] + (" object" if len(things) == 1 else " objects")
+        by_shape, by_colour = [], []
+        for shape in SHAPES:
+            found = [f"{thing.place} {thing.size} {thing.colour}" for thing in self.objects if thing.shape == shape]
+            by_shape.append(f"{_plural(shape)}: " + ", ".join([_NUMBERS[len(found)], *found]))
+        for colour in COLOURS:
+            found = [f"{thing.place} {thing.size} {thing.shape}" for thing in self.objects if thing.colour == colour]
+            by_colour += [f"{colour}: " + ", ".join([_NUMBERS[len(found)], *found])] if found else []
         return [
             "; ".join(f"{where}: {what}" for where, what in things) + ".",
             "at the " + _listed([f"{where} is {what}" for where, what in things], " and at the ", ", at the ") + ".",
             f"{number} on a {self.ground} ground: " + ", ".join(f"{where} {what}" for where, what in things) + ".",
-            "the " + _listed([f"{where} shows {what}" for where, what in things], " and the ", ", the ") + ".",
-            "we see " + _listed([f"in the {where} corner {what}" for where, what in things]) + ".",
+            "; ".join(by_shape) + ".",
+            "; ".join(by_colour) + ".",
         ]
 
     def dialogue(self) -> list[Turn]:
         """Two to five turns about the scene, nothing asked twice.
 
-        The kinds come in turn, in random order, except that relations, which fewer scenes allow, have two chances.
+        The kinds come in turn, in random order, except that those which are learned last have two chances.
         """
         rng = Random(f"dialogue {self.seed}")
-        wanted = rng.randint(2, 5)
+        wanted = rng.choice((2, 3, 4, 5, 5))
         turns, asked, kinds = [], set(), []
         while len(turns) < wanted:
             if not kinds:
-                kinds = rng.sample((*KINDS, "relation"), len(KINDS) + 1)
+                kinds = [*KINDS, "colour", "count", "exists"]
+                rng.shuffle(kinds)
             found = _ASK[kind := kinds.pop()](self, rng)
             if found is None or found[0] in asked:
                 continue
@@ -299,11 +305,11 @@ def _listed(parts: list[str], last: str = " and ", between: str = ", ") -> str:
     return last.join([between.join(parts[:-1]), parts[-1]] if len(parts) > 1 else parts)
 
 
-# Drawing. Grounds are grey, light or dark, so that a colour always belongs to an object.
+# Drawing. Grounds are grey, so that a colour always belongs to an object.
 
 
 def _ground(ground: str, side: int, rng: Random) -> Image.Image:
-    grey = rng.choice((rng.randint(15, 45), rng.randint(205, 235)))
+    grey = rng.randint(100, 155)
     image = Image.new("L", (side, side), grey)
     if ground == "speckled":
         grains = bytes(grey - 15 + value % 31 for value in rng.randbytes(24 * 24))

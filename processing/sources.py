@@ -110,7 +110,7 @@ def _take(splits: Splits, split: str | None, where: str) -> datasets.Dataset:
 # --- what is drawn on the fly
 
 
-DRAWN_ROWS = {"train": 40_000, "validation": 500, "test": 2_500}
+DRAWN_ROWS = {"train": 20_000, "validation": 500, "test": 2_000}
 DRAWN_SIZE = 64
 
 

@@ -326,6 +326,10 @@ def test_the_account_says_what_will_be_learned(processor, tmp_path):
     batch = VLMDataCollator(processor)([*dataset])
     assert dataset.account.tokens == batch["attention_mask"].sum() == sum(item["length"] for item in dataset)
     assert dataset.account.supervised == batch["labels"][:, 1:].ne(IGNORE).sum()
+    plain = tiny.processor_of("byte-level", "plain")  # here the answer is the first of all, which nothing predicts
+    rows = datasets.Dataset.from_list([{"messages": conversation("", "blue")["messages"]}])
+    account = encode_rows(rows, plain, encode_dialogue, source="s").account
+    assert account.supervised == account.tokens - 1
 
 
 @pytest.mark.parametrize("encode, prompt", [(encode_caption, ""), (encode_dialogue, "Describe it.")])

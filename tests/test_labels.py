@@ -507,6 +507,32 @@ def test_an_empty_answer_is_an_end_token(kind, template):
             assert len([id for id in learned_ids(encoded) if id in processor.end_token_ids]) == 2
 
 
+@each_case
+def test_an_image_in_an_answer_is_not_learned_and_its_end_is(kind, template):
+    processor, _ = case(kind, template)
+    messages = dialogue(2, 0, False)
+    contents = [[IMAGE, text_part("blue")], [text_part("a"), IMAGE, text_part("b")], [text_part("blue"), IMAGE]]
+    for content in contents[
+        : 2 if template == "llama2" else 3
+    ]:  # there, a blank between image and end is all it learns
+        messages[1] = {"role": "assistant", "content": content}
+        ids, supervised = processor.encode_messages(messages)
+        assert ids.count(processor.image_token_id) == 1
+        assert not supervised[ids.index(processor.image_token_id)]
+        ends = [id in processor.end_token_ids and flag for id, flag in zip(ids, supervised)]
+        assert sum(ends) == 2 and not supervised[ends.index(True) + 1]
+
+
+@pytest.mark.parametrize("template", ["llama3", "gemma", "llama2"])
+def test_parts_side_by_side_are_trimmed_as_one(template):
+    processor, bare = case("byte-level", template)
+    for words in (["  ", " a ", "b ", "\n"], [" ", "", "  "], ["a", ""], ["", "a "]):
+        messages = dialogue(1, 0, False)
+        for message in messages:
+            message["content"] = [text_part(text) for text in words]
+        assert processor.encode_messages(messages) == expected(processor, bare, template, messages)
+
+
 @pytest.mark.parametrize("kind", tiny.TOKENIZERS)
 def test_without_an_end_of_its_own_an_answer_ends_with_what_follows_and_the_last_with_eos(kind):
     processor, bare = tiny.processor_of(copy.deepcopy(trained(kind))), Bare(kind)
@@ -626,6 +652,17 @@ def test_every_max_length_gives_an_intact_sample_or_a_counted_drop(kind, templat
     processor, _ = case(kind, template)
     for turns, images in ((1, 0), (2, 1), (2, 3)):
         check_every_length(processor, encode_dialogue, dialogue(turns, images, False), image())
+
+
+def test_the_first_token_of_all_is_never_what_a_sample_is_kept_for(image):
+    """There is nothing that it could be predicted from."""
+    processor, _ = case("byte-level", "plain")
+    messages = dialogue(1, 0, False)
+    alone = replaced(messages, lambda m, text: "blue" if m["role"] == "assistant" else "")
+    assert processor.encode_messages(alone)[1][0]
+    check_every_length(processor, encode_dialogue, alone, image())
+    with pytest.raises(SampleDropped, match=DROP_REASONS[0]):
+        encode_dialogue(processor, {"messages": replaced(messages, lambda m, text: "")})
 
 
 @pytest.mark.parametrize("kind", tiny.TOKENIZERS)

@@ -287,23 +287,24 @@ def test_an_image_looks_the_same_wherever_it_comes_from(tmp_path):
     from processing.images import load_image
 
     processor = processor_of("byte-level", "chatml")
-    turned = Image.new("RGB", (4, 2), "red")
-    exif = turned.getexif()
-    exif[0x0112] = 6
-    files = {
-        "alpha.png": Image.new("RGBA", (4, 4), (255, 0, 0, 0)),
-        "palette.png": Image.new("RGBA", (4, 4), (255, 0, 0, 0)).quantize(),
-        "deep.png": Image.new("I;16", (4, 4), 256 * 100),
-        "turned.jpg": turned,
-    }
-    for name, picture in files.items():
-        picture.save(tmp_path / name, **({"exif": exif} if name == "turned.jpg" else {}))
+    clear, white = Image.new("RGBA", (4, 4), (255, 0, 0, 0)), Image.new("RGB", (4, 4), "white")
+    lying = Image.new("RGB", (16, 8), "red")
+    lying.paste("blue", (8, 0, 16, 8))
+    exif = lying.getexif()
+    exif[0x0112] = 6  # to be turned clockwise
+    for name, picture, seen, options in (
+        ("alpha.png", clear, white, {}),
+        ("palette.png", clear.quantize(), white, {}),
+        ("deep.png", Image.new("I;16", (4, 4), 256 * 100), Image.new("RGB", (4, 4), (100, 100, 100)), {}),
+        ("turned.png", lying, lying.transpose(Image.Transpose.ROTATE_270), {"exif": exif}),
+    ):
+        picture.save(tmp_path / name, **options)
+        expected = processor.image_processor([seen], return_tensors="pt")["pixel_values"]
         trained = processor.image_processor([load_image(tmp_path / name)], return_tensors="pt")["pixel_values"]
+        assert torch.equal(trained, expected), name
         data = base64.b64encode((tmp_path / name).read_bytes()).decode()
         for part in (pictured(str(tmp_path / name)), pictured(Image.open(tmp_path / name)), pictured(data)):
-            assert torch.equal(ask(processor, [user(part, "a")])["pixel_values"], trained), name
-    white = processor.image_processor([Image.new("RGB", (4, 4), "white")], return_tensors="pt")["pixel_values"]
-    assert torch.equal(ask(processor, [user(pictured(files["alpha.png"]), "a")])["pixel_values"], white)
+            assert torch.equal(ask(processor, [user(part, "a")])["pixel_values"], expected), name
 
 
 def test_an_image_that_cannot_be_read_gives_one_line_that_names_it(url, tmp_path):
@@ -332,7 +333,8 @@ def test_prompts_of_a_batch_are_padded_on_the_left(image):
             assert torch.equal(batch["input_ids"][row, -length:], alone["input_ids"][0])
             assert batch["attention_mask"][row].sum() == length == batch["attention_mask"][row, -length:].sum()
             assert (batch["input_ids"][row, :-length] == processor.tokenizer.pad_token_id).all()
-        assert torch.equal(batch["pixel_values"], ask(processor, other)["pixel_values"])
+        in_order = processor.image_processor([image(1), image(2)], return_tensors="pt")["pixel_values"]
+        assert torch.equal(batch["pixel_values"], in_order)
 
 
 def test_batched_generation_gives_the_tokens_of_one_at_a_time(composed, image):
@@ -468,11 +470,11 @@ def test_a_saved_processor_gives_the_same_tensors(template, tmp_path, image):
     loaded.save_pretrained(again)
     assert VLMProcessor.from_pretrained(again).encode_messages(messages[:2]) == processor.encode_messages(messages[:2])
 
-    tokenizer = AutoTokenizer.from_pretrained(tmp_path)
     shown = [{**m, "content": [{k: v for k, v in p.items() if k != "image"} for p in m["content"]]} for m in messages]
-    for prompt in (True, False):
-        rendered = tokenizer.apply_chat_template(shown, tokenize=False, add_generation_prompt=prompt)
-        assert rendered == processor.apply_chat_template(messages, add_generation_prompt=prompt)
+    for tokenizer in (processor.tokenizer, loaded.tokenizer, AutoTokenizer.from_pretrained(tmp_path)):
+        for prompt in (True, False):
+            rendered = tokenizer.apply_chat_template(shown, tokenize=False, add_generation_prompt=prompt)
+            assert rendered == processor.apply_chat_template(messages, add_generation_prompt=prompt)
 
 
 def test_a_saved_processor_keeps_a_prompt_open(tmp_path):

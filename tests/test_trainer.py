@@ -128,7 +128,13 @@ class Captions(torch.utils.data.Dataset):
 def test_a_data_set_is_told_its_epoch_after_resuming_too(folders, image, tmp_path):
     items = tiny.ragged_dialogues(image)
     whole = trainer_of(
-        "vit-gpt2", folders, Captions(items), tmp_path / "whole", save_strategy="steps", save_steps=3, eval_strategy="no"
+        "vit-gpt2",
+        folders,
+        Captions(items),
+        tmp_path / "whole",
+        save_strategy="steps",
+        save_steps=3,
+        eval_strategy="no",
     )
     whole.train()
     assert {epoch for epoch, _ in whole.train_dataset.shown} == {0, 1, 2}
@@ -198,7 +204,9 @@ def test_a_run_that_is_not_in_a_package_saves_the_code_all_the_same(composed, tm
         model=model, args=arguments, processing_class=processor, data_collator=VLMDataCollator(processor)
     )
     trainer.save_model()
-    assert {"modeling_vlm.py", "processing_vlm.py", "model.safetensors"} <= {p.name for p in (tmp_path / "out").iterdir()}
+    assert {"modeling_vlm.py", "processing_vlm.py", "model.safetensors"} <= {
+        p.name for p in (tmp_path / "out").iterdir()
+    }
     shutil.rmtree(tmp_path / "out")
 
 

@@ -134,7 +134,9 @@ def test_the_table_counts_every_parameter_once(composed, text):
     model, _ = composed
     apply_tuning(model, "last:1", text)
     parts = describe_parts(model)
-    assert sum(part.parameters for part in parts) == model.num_parameters() == sum(p.numel() for p in model.parameters())
+    assert (
+        sum(part.parameters for part in parts) == model.num_parameters() == sum(p.numel() for p in model.parameters())
+    )
     assert sum(part.trained for part in parts) == model.num_parameters(only_trainable=True)
     names = [part.name for part in parts]
     assert ("head" in names) is not model.config.tie_word_embeddings

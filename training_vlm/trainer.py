@@ -2,8 +2,8 @@
 
 Four things differ from the stock Trainer. The head is computed at supervised positions only: the same loss and
 gradients, without the logits of a thousand image positions. The evaluation loss is the mean over tokens, where the
-stock loop averages the means of batches, which makes it depend on the batch size. And label smoothing shifts the labels,
-which the stock one does only for the classes that it knows by name. And a checkpoint is read as any saved folder is.
+stock loop averages the means of batches, which makes it depend on the batch size. Label smoothing shifts the labels,
+which the stock one does only for the classes that it knows by name. A checkpoint is read as any saved folder is.
 """
 
 import functools
@@ -100,7 +100,11 @@ def supervised_positions(labels: torch.Tensor) -> torch.Tensor:
 
 
 def smoothed_loss(
-    outputs: dict[str, torch.Tensor], labels: torch.Tensor, num_items_in_batch: torch.Tensor | None = None, *, epsilon: float
+    outputs: dict[str, torch.Tensor],
+    labels: torch.Tensor,
+    num_items_in_batch: torch.Tensor | None = None,
+    *,
+    epsilon: float,
 ) -> torch.Tensor:
     """The token-weighted loss with label smoothing (https://arxiv.org/abs/1512.00567), as a `compute_loss_func`."""
     targets = nn.functional.pad(labels, (0, 1), value=-100)[:, 1:]
