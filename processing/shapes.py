@@ -120,7 +120,7 @@ class Scene:
         return image.reduce(_OVERSAMPLING)
 
     def captions(self) -> list[str]:
-        """Five captions in differing words, each naming all objects: three place by place, one by shape, one by colour."""
+        """Five captions that each name all objects: three place by place, one by shape, one by colour."""
         things = [(thing.place, f"a {thing}") for thing in self.objects]
         number = _NUMBERS[len(things)] + (" object" if len(things) == 1 else " objects")
         by_shape, by_colour = [], []

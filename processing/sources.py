@@ -95,7 +95,7 @@ def _take(splits: Splits, split: str | None, where: str) -> datasets.Dataset:
         split = "train" if "train" in candidates else candidates[0]
     unknown = [part for part in split_names(split) if part not in splits]
     if unknown:
-        raise ValueError(f"{where}: no split {unknown[0]!r}; expected one of {', '.join(splits)}; choose with --train_split")
+        raise ValueError(f"{where}: no split {unknown[0]!r}; expected one of {', '.join(splits)}")
     opened = {part: _undecoded(splits[part]()) for part in split_names(split)}
     try:
         lengths = {part: len(rows) for part, rows in opened.items()}

@@ -22,8 +22,8 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int, max_length: int) -> P
     special = ["<pad>", "</s>"]
     if vocab_size < len(alphabet) + len(special):
         raise ValueError(
-            f"a vocabulary of {vocab_size} has no room for the {len(alphabet)} bytes and {len(special)} special tokens; "
-            "set a larger vocab_size in text_model."
+            f"a vocabulary of {vocab_size} has no room for the {len(alphabet)} bytes and {len(special)} special "
+            "tokens; set a larger vocab_size in text_model."
         )
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)

@@ -588,7 +588,7 @@ def test_words_added_to_a_vocabulary_keep_their_ids():
     tokenizer.add_tokens(["<|last|>"], special_tokens=True)
     tokenizer.add_tokens(["giraffe"])
     processor = tiny.processor_of(tokenizer)
-    encode = processor.text_encoder.encode
+    encode = processor.encoder.text.encode
     assert encode("a zebra") == tokenizer("a zebra")["input_ids"]
     assert encode("a giraffe") == tokenizer("a giraffe")["input_ids"]
     for typed in ("<think>", "<|last|>", IMAGE_TOKEN):

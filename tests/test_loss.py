@@ -63,7 +63,7 @@ def test_the_loss_is_the_formula(composed, image, stage):
             caption = item["messages"][1]["content"][0]["text"]
             add([tokenizer.bos_token_id] if tokenizer("a")["input_ids"][0] == tokenizer.bos_token_id else [])
             add([model.config.image_token_id] * per_image)
-            add(processor.text_encoder.encode(caption, "control") + [tokenizer.eos_token_id], True)
+            add(processor.encoder.text.encode(caption, "control") + [tokenizer.eos_token_id], True)
         else:
             short, flags = processor.encode_messages(item["messages"])
             for id, flag in zip(short, flags):

@@ -153,7 +153,7 @@ def test_a_slow_tokenizer_is_refused():
     class Slow:
         is_fast = False
 
-    from processing.processing_vlm import TextEncoder
+    from processing.messages_vlm import TextEncoder
 
     with pytest.raises(ValueError, match="Slow is a slow tokenizer.*tokenizer.json") as caught:
         TextEncoder(Slow())

@@ -24,7 +24,10 @@ from training_vlm.tuning import apply_tuning
 
 
 ROOT = Path(__file__).parents[1]
-SHIPPED = ["backbones_vlm.py", "configuration_vlm.py", "modeling_vlm.py", "projector_vlm.py", "processing_vlm.py"]
+SHIPPED = [
+    "backbones_vlm.py", "configuration_vlm.py", "modeling_vlm.py", "projector_vlm.py", "messages_vlm.py",
+    "processing_vlm.py",
+]  # fmt: skip
 KINDS = ["composed", "cut", "loaded", "checkpoint-1", "checkpoint-2", "end_of_training"]
 AUTO_CLASSES = ["AutoModel", "AutoModelForImageTextToText", "AutoModelForCausalLM", "AutoModelForMultimodalLM"]
 

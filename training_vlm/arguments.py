@@ -28,19 +28,19 @@ class ModelArguments:
 
     model: str | None = field(
         default=None,
-        metadata={"help": "A composed model to go on with (stage 2: the output folder of stage 1), by folder or Hub name."},
+        metadata={"help": "A composed model to go on with (stage 2: stage 1's output folder): folder or Hub name."},
     )
-    model_revision: str | None = field(default=None, metadata={"help": "Branch, tag or commit of that model on the Hub."})
+    model_revision: str | None = field(default=None, metadata={"help": "Branch, tag or commit of `model`."})
     vision_model: str | None = field(
         default=None,
-        metadata={"help": "Vision encoder of a new model: Hub name or folder; in yaml also a config, to start from scratch."},
+        metadata={"help": "Vision encoder of a new model: Hub name or folder; in yaml also a config, to learn anew."},
     )
     text_model: str | None = field(default=None, metadata={"help": "Language model of a new model, likewise."})
     tokenizer: str | None = field(
         default=None,
         metadata={
-            "help": "Tokenizer, by Hub name or folder; the language model's own if not given. For a language model from "
-            "scratch one is trained on the training texts."
+            "help": "Tokenizer, by Hub name or folder; the language model's own if not given. For a language model "
+            "from scratch one is trained on the training texts."
         },
     )
     vision_revision: str | None = field(default=None, metadata={"help": "Branch, tag or commit of the vision encoder."})
@@ -78,8 +78,8 @@ class ModelArguments:
     tune_vision: str | None = field(
         default=None,
         metadata={
-            "help": "What learns of the vision encoder: frozen, full, or last:N (its last N blocks). Frozen if not given, "
-            "full where it starts from scratch."
+            "help": "What learns of the vision encoder: frozen, full, or last:N (its last N blocks). Frozen if not "
+            "given, full where it starts from scratch."
         },
     )
     tune_text: str | None = field(default=None, metadata={"help": "What learns of the language model, likewise."})
@@ -121,7 +121,7 @@ class DataArguments:
         },
     )
     dataset_revision: str | None = field(default=None, metadata={"help": "Branch, tag or commit of a Hub data set."})
-    image_dir: str | None = field(default=None, metadata={"help": "Folder that image paths in the data are relative to."})
+    image_dir: str | None = field(default=None, metadata={"help": "Folder that image paths are relative to."})
     train_split: str | None = field(default=None, metadata={"help": "Split to learn from; `train`, or the only one."})
     eval_split: str | None = field(default=None, metadata={"help": "Split for the evaluation loss; none if not given."})
     test_split: str | None = field(
@@ -150,7 +150,7 @@ class DataArguments:
         },
     )
     pad_to_multiple_of: int | None = field(
-        default=None, metadata={"help": "Round the length of a batch up: fewer shapes for kernels that prepare for each."}
+        default=None, metadata={"help": "Round the length of a batch up: fewer shapes to prepare kernels for."}
     )
 
 
@@ -159,7 +159,7 @@ class GenerationArguments:
     """How the trained model answers, in the samples after training and as the saved default."""
 
     max_new_tokens: int = field(default=64, metadata={"help": "Longest answer."})
-    temperature: float = field(default=0.0, metadata={"help": "0 takes the likeliest token; above, answers are sampled."})
+    temperature: float = field(default=0.0, metadata={"help": "0 takes the likeliest token; above, it is sampled."})
     top_p: float = field(default=1.0, metadata={"help": "Sample from the likeliest tokens of this total probability."})
     num_beams: int = field(default=1, metadata={"help": "Beams of a beam search."})
 

@@ -228,7 +228,7 @@ def _load_composed(model_args, dtype):
     if settings.get("model_type") != VLMConfig.model_type:
         raise ValueError(
             f"{name} is a {settings.get('model_type')} checkpoint; expected a model composed by Duet (the output "
-            "folder of train_pretrain.py). A language model goes into --text_model, a vision encoder into --vision_model."
+            "folder of train_pretrain.py). Backbones go into --vision_model and --text_model."
         )
     attention = {f"{side}_config": getattr(model_args, f"{side}_attn_implementation") for side in ("vision", "text")}
     model = VLMForConditionalGeneration.from_pretrained(
