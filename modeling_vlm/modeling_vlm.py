@@ -116,7 +116,7 @@ class VLMModel(VLMPreTrainedModel):
         # One config object per backbone, so that a setting made on either side is made on both.
         config.vision_config, config.text_config = self.vision_tower.config, self.language_model.config
         self.max_positions = learned_positions(self.language_model)
-        if config.image_seq_length is None:
+        if config.image_seq_length is None or config.num_prefix_tokens is None:
             self._count_visual_tokens()
         self.post_init()
 
@@ -139,9 +139,13 @@ class VLMModel(VLMPreTrainedModel):
                 f'({config.vision_config.model_type}) has none; choose "patch".'
             )
         features = torch.empty(1, tokens, 1, device="meta")
-        config.image_seq_length = select_features(
-            features, config.vision_feature_select_strategy, config.num_prefix_tokens
-        ).shape[1]
+        found = select_features(features, config.vision_feature_select_strategy, config.num_prefix_tokens).shape[1]
+        if config.image_seq_length not in (None, found):
+            raise ValueError(
+                f"the config has image_seq_length={config.image_seq_length}, and this vision encoder "
+                f"({config.vision_config.model_type}) gives {found} visual tokens; leave it out, it is found."
+            )
+        config.image_seq_length = found
 
     def vision_hidden_states(self, pixel_values: torch.Tensor, **kwargs) -> tuple[ModelOutput, torch.Tensor]:
         """The tower's output, and its `(images, tokens, hidden)` states at the layer that the config names."""

@@ -208,6 +208,12 @@ def test_a_config_that_cannot_be_is_refused_in_one_line(options, says):
 # -- visual tokens ----------------------------------------------------------------------------------------------------
 
 
+def test_a_number_of_visual_tokens_that_is_given_is_checked():
+    assert from_configs(vit_config(), llama_config(), image_seq_length=4).config.num_prefix_tokens == 1
+    with pytest.raises(ValueError, match="image_seq_length=5.*gives 4"):
+        from_configs(vit_config(), llama_config(), image_seq_length=5)
+
+
 @pytest.mark.parametrize("strategy, tokens", [("cls", 1), ("patch", 4), ("full", 5)])
 def test_visual_tokens_of_an_encoder_with_cls(strategy, tokens):
     model = from_configs(vit_config(), llama_config(), vision_feature_select_strategy=strategy)
