@@ -384,29 +384,6 @@ class _Pieces:
             self.after = kind
 
 
-def withall_parts(messages):
-    """Messages with contents as lists of parts, without the null keys that `datasets` adds."""
-    result = []
-    for message in messages:
-        content = message.get("content")
-        if isinstance(content, str):
-            content = [{"type": "text", "text": content}]
-        parts = []
-        for part in content or []:
-            part = {key: value for key, value in part.items() if value is not None}
-            kind = part.get("type")
-            if kind == "image_url":
-                part = {"type": "image", "url": part["image_url"]["url"]}
-            elif kind not in ("image", "text") or (kind == "text" and not isinstance(part.get("text"), str)):
-                raise ValueError(
-                    f'a content part of type {kind!r} was found; expected {{"type": "text", "text": ...}} or '
-                    '{"type": "image"}.'
-                )
-            parts.append(part)
-        result.append({**message, "content": parts})
-    return result
-
-
 def with_parts(messages: list[dict]) -> list[dict]:
     """Messages with contents as lists of parts, without the null keys that `datasets` adds."""
     result = []
