@@ -54,6 +54,8 @@ SPLITS: tuple[str, ...] = ("train", "validation", "test")
 _PAIRS = [(colour, shape) for colour in COLOURS for shape in SHAPES]
 _SEEN_PAIRS = [pair for pair in _PAIRS if pair not in UNSEEN_PAIRS]
 _NUMBERS = ("zero", "one", "two", "three", "four")
+# How many objects a scene has: few more often than many.
+_OBJECTS = (1, 1, 1, 2, 2, 2, 3, 3, 4)
 # Of the test scenes, the share that is made to hold an unseen pair.
 _UNSEEN_SHARE = 0.25
 # Objects are drawn this many times larger and reduced: smooth edges at any image size.
@@ -202,7 +204,7 @@ def questions(split: str, n: int, seed: int = 0) -> list[tuple[Scene, Turn]]:
 
 def _objects(rng: Random, unseen: bool) -> tuple[Object, ...]:
     """One to four objects in reading order. In half of the scenes shapes or colours come from two, so they recur."""
-    places = sorted(rng.sample(range(len(PLACES)), rng.randint(1, 4)))
+    places = sorted(rng.sample(range(len(PLACES)), rng.choice(_OBJECTS)))
     names = list(PLACES)
     colours, shapes = set(COLOURS), set(SHAPES)
     theme = rng.random()
