@@ -48,10 +48,10 @@ class ModelArguments:
     vision_token: str | None = field(default=None, metadata={"help": "Hub token for the vision encoder."})
     text_token: str | None = field(default=None, metadata={"help": "Hub token for the language model."})
     vision_trust_remote_code: bool = field(
-        default=False, metadata={"help": "Run code from the vision encoder's repository."}
+        default=False, metadata={"help": "Passed on for the vision encoder; an encoder that needs it is refused."}
     )
     text_trust_remote_code: bool = field(
-        default=False, metadata={"help": "Run code from the language model's repository."}
+        default=False, metadata={"help": "Run the code of the tokenizer; a language model that needs it is refused."}
     )
     vision_attn_implementation: str | None = field(
         default=None, metadata={"help": "Attention of the vision encoder: sdpa, eager, flash_attention_2."}

@@ -538,7 +538,6 @@ def _say_goodbye(stage, folder):
 __all__ = [
     "PRETRAIN",
     "SFT",
-    "GenerationArguments",
     "build_trainer",
     "encode_data",
     "finish",
