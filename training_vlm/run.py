@@ -27,7 +27,7 @@ from processing.images import check_image
 from processing.sources import load_rows, split_names
 from processing.tokenizer import train_tokenizer
 
-from .arguments import Arguments, DataArguments, GenerationArguments, ModelArguments, VLMTrainingArguments
+from .arguments import Arguments, DataArguments, ModelArguments, VLMTrainingArguments
 from .evaluation import draw_samples, exact_match, find_questions, format_exact_match, generate_answers
 from .model_card import read_base_models, write_model_card
 from .trainer import VLMTrainer
