@@ -13,6 +13,7 @@ from training_vlm.arguments import parse_arguments
 from training_vlm.run import (
     PRETRAIN,
     build_trainer,
+    choose_max_length,
     encode_data,
     finish,
     load_data,
@@ -29,12 +30,13 @@ def main(argv: list[str] | None = None) -> None:
     arguments = model_args, data_args, _, training_args = parse_arguments("pretrain", argv)
     prepare(training_args)
 
-    data = load_data(data_args, training_args)
+    data = load_data(PRETRAIN, data_args, training_args)
     model, processor = load_model(PRETRAIN, model_args, data_args, data)
-    train_set, eval_set = encode_data(PRETRAIN, data, model, processor, data_args, training_args)
+    max_length = choose_max_length(model, data_args.max_length)
+    train_set, eval_set, surveys = encode_data(PRETRAIN, data, processor, data_args, training_args, max_length)
 
     trainer = build_trainer(PRETRAIN, arguments, model, processor, train_set, eval_set)
-    report(PRETRAIN, trainer)
+    report(PRETRAIN, trainer, surveys)
     losses = train(trainer)
     finish(PRETRAIN, arguments, trainer, data, losses)
 

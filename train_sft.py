@@ -12,6 +12,7 @@ from training_vlm.arguments import parse_arguments
 from training_vlm.run import (
     SFT,
     build_trainer,
+    choose_max_length,
     encode_data,
     finish,
     load_data,
@@ -28,12 +29,13 @@ def main(argv: list[str] | None = None) -> None:
     arguments = model_args, data_args, _, training_args = parse_arguments("sft", argv)
     prepare(training_args)
 
-    data = load_data(data_args, training_args)
+    data = load_data(SFT, data_args, training_args)
     model, processor = load_model(SFT, model_args, data_args, data)
-    train_set, eval_set = encode_data(SFT, data, model, processor, data_args, training_args)
+    max_length = choose_max_length(model, data_args.max_length)
+    train_set, eval_set, surveys = encode_data(SFT, data, processor, data_args, training_args, max_length)
 
     trainer = build_trainer(SFT, arguments, model, processor, train_set, eval_set)
-    report(SFT, trainer)
+    report(SFT, trainer, surveys)
     losses = train(trainer)
     finish(SFT, arguments, trainer, data, losses)
 

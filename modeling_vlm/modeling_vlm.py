@@ -426,6 +426,12 @@ class VLMForConditionalGeneration(VLMPreTrainedModel, GenerationMixin):
             kwargs["pixel_values"] = torch.cat([of_prompt for of_prompt in split for _ in range(expand_size)])
         return input_ids, kwargs
 
+    def _zero_of_image_parts(self) -> torch.Tensor | float:
+        """A 0 that all parameters which only an image reaches have a gradient of: every process waits for theirs."""
+        modules = (self.model.vision_tower, self.model.multi_modal_projector)
+        learning = [p for module in modules for p in module.parameters() if p.requires_grad]
+        return 0.0 * sum(parameter.sum() for parameter in learning)
+
     @can_return_tuple
     def forward(
         self,
@@ -436,6 +442,7 @@ class VLMForConditionalGeneration(VLMPreTrainedModel, GenerationMixin):
         past_key_values: Cache | None = None,
         inputs_embeds: torch.Tensor | None = None,
         labels: torch.LongTensor | None = None,
+        loss_weights: torch.Tensor | None = None,
         use_cache: bool | None = None,
         logits_to_keep: int | torch.Tensor = 0,
         num_items_in_batch: torch.Tensor | int | None = None,
@@ -447,6 +454,8 @@ class VLMForConditionalGeneration(VLMPreTrainedModel, GenerationMixin):
             labels (`torch.LongTensor` of shape `(batch, tokens)`):
                 The token at each position, or -100 where nothing is learned; the model shifts them. The loss is
                 `-sum_i 1[y_i supervised] log F(y_i | y_<i, Z)` over their number.
+            loss_weights (`torch.Tensor` of shape `(batch, tokens)`):
+                What each label's term of that sum is multiplied by, 1 if not given. The number stays that of labels.
             logits_to_keep (`int` or `torch.Tensor`):
                 Positions that the head is computed for: 0 all, `n` the last n, a 1-D tensor of positions, or a bool
                 mask `(batch, tokens)` (then logits are `(kept, vocab)`). The loss is that of the kept positions.
@@ -478,13 +487,21 @@ class VLMForConditionalGeneration(VLMPreTrainedModel, GenerationMixin):
                 num_items_in_batch = (targets != -100).sum()
             # A batch without a supervised token has loss 0 with a graph, not 0/0.
             num_items_in_batch = torch.as_tensor(num_items_in_batch, device=logits.device).clamp(min=1)
-            loss = self.loss_function(
-                logits,
-                labels=None,
-                vocab_size=logits.shape[-1],
-                shift_labels=targets.contiguous(),
-                num_items_in_batch=num_items_in_batch,
-            )
+            if loss_weights is None:
+                loss = self.loss_function(
+                    logits,
+                    labels=None,
+                    vocab_size=logits.shape[-1],
+                    shift_labels=targets.contiguous(),
+                    num_items_in_batch=num_items_in_batch,
+                )
+            else:
+                weights = nn.functional.pad(loss_weights, (0, 1))[..., 1:]
+                weights = _keep_positions(weights.unsqueeze(-1), logits_to_keep).flatten()
+                losses = nn.functional.cross_entropy(logits.float().flatten(0, -2), targets.flatten(), reduction="none")
+                loss = (losses * weights).sum() / num_items_in_batch
+            if self.training and outputs.image_hidden_states is None:
+                loss = loss + self._zero_of_image_parts()
         return VLMCausalLMOutputWithPast(
             loss=loss,
             logits=logits,

@@ -8,11 +8,14 @@ from typing import Any
 
 import torch
 
-from .encoding import DROP_REASONS, IGNORE, Encode, SampleDropped, encode_dialogue
-from .images import load_image
+from .account import BAD_SAMPLE_REASONS, DROP_REASONS, BatchAccount, Record
+from .dataset import encode_item
+from .encoding import IGNORE, Encode, encode_dialogue
+from .images import BadImage, load_image
 from .processing_vlm import VLMProcessor
 
 
+ON_BAD_SAMPLE = ("skip", "error")
 _MAX_WORKERS = 256
 
 
@@ -25,15 +28,19 @@ class VLMDataCollator:
         max_length: positions a sequence may have, image tokens included; conversations given encoded were cut before.
         encode: how a conversation becomes ids: `encode_dialogue` (stage 2) or `encode_caption` (stage 1).
         pad_to_multiple_of: round the batch's length up.
+        on_bad_sample: what happens to a row or an image that cannot be read: `"skip"` leaves the conversation out and
+            counts it, `"error"` raises.
+        account: add the batch's `BatchAccount` under `"account"`, for `VLMTrainer`, which takes it out again.
 
     Returns (from a call with a list of conversations, encoded or not):
-        `input_ids`, `attention_mask`, `labels`, each `(batch, tokens)`, padded on the right with labels -100, and
-        `pixel_values` `(images, channels, height, width)` where the batch has images. Conversations that cannot be
-        learned from are left out and counted in `dropped`, in worker processes too; a batch of nothing else is one
-        pad token with label -100, of which the loss is 0.
+        `input_ids`, `attention_mask`, `labels`, each `(batch, tokens)`, padded on the right with labels -100;
+        `loss_weights` of the same shape where a message has a weight; and `pixel_values`
+        `(images, channels, height, width)` where the batch has images. Conversations that cannot be learned from are
+        left out and counted in `dropped`, in worker processes too; a batch of nothing else is one pad token with label
+        -100, of which the loss is 0.
 
     Raises:
-        ValueError, FileNotFoundError: an image that cannot be read, by name.
+        ValueError: with `on_bad_sample="error"`, a row or an image that cannot be read, by name.
     """
 
     def __init__(
@@ -42,30 +49,80 @@ class VLMDataCollator:
         max_length: int | None = None,
         encode: Encode = encode_dialogue,
         pad_to_multiple_of: int | None = None,
+        on_bad_sample: str = "skip",
+        account: bool = False,
     ):
+        if on_bad_sample not in ON_BAD_SAMPLE:
+            raise ValueError(f"on_bad_sample={on_bad_sample!r}: expected one of {', '.join(ON_BAD_SAMPLE)}.")
         self.processor = processor
         self.max_length = max_length
         self.encode = encode
         self.pad_to_multiple_of = pad_to_multiple_of
+        self.on_bad_sample = on_bad_sample
+        self.account = account
+        self.skip_batches = 0
         # One row a worker: each writes its own, in memory that all processes see.
         self._dropped = torch.zeros(_MAX_WORKERS + 1, len(DROP_REASONS), dtype=torch.long).share_memory_()
 
     @property
     def dropped(self) -> dict[str, int]:
-        """How many conversations this collator left out, by reason."""
+        """How many conversations this collator left out, by reason, also of batches that are fetched ahead."""
         counts = self._dropped.sum(0).tolist()
         return {reason: count for reason, count in zip(DROP_REASONS, counts) if count}
 
-    def __call__(self, conversations: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
-        items = [item for item in map(self._encoded, conversations) if item is not None]
-        images = [load_image(reference) for item in items for reference in item["images"]]
-        rows = [self.processor.expand_images(item["input_ids"], item["labels"]) for item in items]
-        rows = rows or [([self.processor.tokenizer.pad_token_id], [IGNORE])]
+    def __call__(self, conversations: list[dict[str, Any]]) -> dict[str, Any]:
+        if self._is_skipped():
+            return {}
+        items, records = [], []
+        for conversation in conversations:
+            item, record = self._opened(conversation)
+            records.append(record)
+            if item is None:
+                self._count(record)
+            else:
+                items.append(item)
+        batch = self._padded([(item["input_ids"], item["labels"]) for item in items])
+        if any(item.get("weights") for item in items):
+            batch["loss_weights"] = self._weights(items, batch["labels"])
+        images = [image for item in items for image in item["images"]]
+        if images:
+            batch["pixel_values"] = self.processor.image_processor(images, return_tensors="pt")["pixel_values"]
+        if self.account:
+            padding = batch["labels"].numel() - sum(record.tokens for record in records)
+            batch["account"] = BatchAccount(records, padding)
+        return batch
+
+    def _opened(self, conversation) -> tuple[dict[str, Any] | None, Record]:
+        """A conversation with ids and decoded images, or `None`; and its record."""
+        item, record = encode_item(conversation, self.processor, self.encode, self.max_length)
+        if item is None:
+            if self.on_bad_sample == "error" and record.dropped in BAD_SAMPLE_REASONS:
+                raise ValueError(record.detail)
+            return item, record
+        try:
+            images = [load_image(image, size=self._image_size) for image in item["images"]]
+        except BadImage as error:
+            where = f"{record.source}, row {record.row}: " if record.source else ""
+            if self.on_bad_sample == "error":
+                raise type(error)(f"{where}{error}", error.reason) from error
+            return None, Record(record.source, record.row, error.reason, f"{where}{error}")
+        return {**item, "images": images}, record
+
+    @property
+    def _image_size(self):
+        """The least height and width that the image processor needs, so that large files are decoded no larger."""
+        size = dict(getattr(self.processor.image_processor, "size", None) or {})
+        sides = size.get("height", size.get("shortest_edge")), size.get("width", size.get("shortest_edge"))
+        return sides if None not in sides else None
+
+    def _padded(self, rows) -> dict[str, torch.Tensor]:
+        pad = self.processor.tokenizer.pad_token_id
+        rows = [self.processor.expand_images(*row) for row in rows] or [([pad], [IGNORE])]
         length = max(len(ids) for ids, _ in rows)
         if self.pad_to_multiple_of:
             length = -(-length // self.pad_to_multiple_of) * self.pad_to_multiple_of
         batch = {
-            "input_ids": torch.full((len(rows), length), self.processor.tokenizer.pad_token_id),
+            "input_ids": torch.full((len(rows), length), pad),
             "attention_mask": torch.zeros(len(rows), length, dtype=torch.long),
             "labels": torch.full((len(rows), length), IGNORE),
         }
@@ -73,24 +130,24 @@ class VLMDataCollator:
             batch["input_ids"][index, : len(ids)] = torch.tensor(ids)
             batch["attention_mask"][index, : len(ids)] = 1
             batch["labels"][index, : len(ids)] = torch.tensor(labels)
-        if images:
-            batch["pixel_values"] = self.processor.image_processor(images, return_tensors="pt")["pixel_values"]
         return batch
 
-    def _encoded(self, conversation):
-        item, images = conversation, conversation.get("images") or []
-        if "input_ids" not in item:
-            try:
-                item = self.encode(self.processor, conversation, self.max_length)
-            except SampleDropped as reason:
-                worker = torch.utils.data.get_worker_info()
-                row = 0 if worker is None else 1 + worker.id % _MAX_WORKERS
-                self._dropped[row, DROP_REASONS.index(str(reason))] += 1
-                return None
-        parts = item["input_ids"].count(self.processor.image_token_id)
-        if parts != len(images):
-            raise ValueError(
-                f"a conversation with {parts} image parts and {len(images)} images was found; expected one image for "
-                "each part, in the order of the parts."
-            )
-        return {**item, "images": images}
+    def _weights(self, items, labels) -> torch.Tensor:
+        loss_weights = (labels != IGNORE).float()
+        for index, item in enumerate(items):
+            if item.get("weights"):
+                _, weights = self.processor.expand_images(item["input_ids"], item["weights"])
+                loss_weights[index, : len(weights)] = torch.tensor(weights)
+        return loss_weights
+
+    def _count(self, record):
+        worker = torch.utils.data.get_worker_info()
+        row = 0 if worker is None else 1 + worker.id % _MAX_WORKERS
+        self._dropped[row, DROP_REASONS.index(record.dropped)] += 1
+
+    def _is_skipped(self) -> bool:
+        """Whether this batch is one of `skip_batches` that a resumed run on a stream has no use for."""
+        self._made = getattr(self, "_made", -1) + 1
+        worker = torch.utils.data.get_worker_info()
+        number = self._made if worker is None else self._made * worker.num_workers + worker.id
+        return number < self.skip_batches

@@ -158,7 +158,7 @@ def _without_prefix_space(state: dict) -> tuple[bool, bool]:
 
 class MessageEncoder:
     """
-    Conversations and captions into ids, one id an image, with the word which of them are supervised.
+    Conversations and captions into ids, one id an image, with the weight of each in the loss.
 
     Args:
         tokenizer: the language model's tokenizer, with a `tokenizers` backend.
@@ -179,8 +179,9 @@ class MessageEncoder:
         *,
         add_generation_prompt: bool = False,
         continue_final_message: bool = False,
+        supervise_prompt: bool = False,
         **template_kwargs,
-    ) -> tuple[list[int], list[bool]]:
+    ) -> tuple[list[int], list[float]]:
         """See `VLMProcessor.encode_messages`."""
         messages = with_parts(messages)
         texts = [part["text"] for part in all_parts(messages) if part["type"] == "text"]
@@ -188,27 +189,28 @@ class MessageEncoder:
         if continue_final_message:
             literals[-1] = ""
         answers = self._find_answers(messages, literals, slots, template, template_kwargs, empty)
-        ids, supervised = self._encode_pieces(texts, literals, slots, answers, open_end=continue_final_message)
+        pieces = _Pieces(self.image_token_id, prompt_weight=float(supervise_prompt))
+        self._encode_pieces(pieces, texts, literals, slots, answers, open_end=continue_final_message)
         images = sum(part["type"] == "image" for part in all_parts(messages))
-        if ids.count(self.image_token_id) != images:
+        if pieces.ids.count(self.image_token_id) != images:
             raise ValueError(
-                f"the chat template writes {ids.count(self.image_token_id)} image tokens for {images} images; expected "
-                f"one {self.image_token} for each image part."
+                f"the chat template writes {pieces.ids.count(self.image_token_id)} image tokens for {images} images; "
+                f"expected one {self.image_token} for each image part."
             )
-        return ids, supervised
+        return pieces.ids, pieces.weights
 
-    def encode_caption(self, content: list[dict]) -> tuple[list[int], list[bool]]:
+    def encode_caption(self, content: list[dict]) -> tuple[list[int], list[float]]:
         """See `VLMProcessor.encode_caption`."""
         ids = list(self.text.prefix_ids)
-        supervised, after = [False] * len(ids), None
+        weights, after = [0.0] * len(ids), None
         for part in content:
             if part["type"] == "image":
                 piece, after = [self.image_token_id], "control"
             else:
                 piece, after = self.text.encode(part["text"], after), "text"
             ids = ids + piece
-            supervised += [part["type"] == "text"] * len(piece)
-        return ids + [self.tokenizer.eos_token_id], supervised + [True]
+            weights += [float(part["type"] == "text")] * len(piece)
+        return ids + [self.tokenizer.eos_token_id], weights + [1.0]
 
     def render(self, messages: list[dict], template: str, **kwargs) -> str:
         """The text that a template makes of normalised messages; what it raises becomes a `ValueError`."""
@@ -279,7 +281,7 @@ class MessageEncoder:
 
     def _find_answers(self, messages, literals, slots, template, kwargs, empty):
         """
-        For each assistant message: the pieces from which to which it goes, and whether it is supervised.
+        For each assistant message: the pieces from which to which it goes, and its weight in the loss.
 
         An answer starts where the generation prompt of the messages before it ends, so what the template still writes
         before the text (a blank, an empty thought) belongs to the answer. If the last answer's generation prompt is no
@@ -306,13 +308,15 @@ class MessageEncoder:
                 last += len(prompt_slots) - first
                 first, begins = len(prompt_slots), True
             start = len(prompt_literals[-1]) if begins else len(literals[first])
-            learned = begins and messages[index].get("train") is not False
-            answers.append(_Answer(first, start, last, learned))
+            message = messages[index]
+            weight = 1.0 if message.get("weight") is None else float(message["weight"])
+            weight = 0.0 if message.get("train") is False or not begins else weight
+            answers.append(_Answer(first, start, last, weight))
         return answers
 
-    def _encode_pieces(self, texts, literals, slots, answers, open_end):
+    def _encode_pieces(self, pieces, texts, literals, slots, answers, open_end):
         """Tokenise what stands between control tokens and the ends of answers, piece by piece."""
-        encoder, pieces = self.text, _Pieces(self.image_token_id)
+        encoder = self.text
         buffer, filled = "", _fill(literals, slots, texts)
 
         def flush():
@@ -336,7 +340,7 @@ class MessageEncoder:
             if position in starts:
                 write(literal[written : starts[position].start])
                 flush()
-                pieces.learn = starts[position].learned
+                pieces.answer_weight = starts[position].weight
                 written = starts[position].start
             write(literal[written:])
             written = 0
@@ -349,13 +353,13 @@ class MessageEncoder:
                     buffer += piece
                     written = len(piece)
                 flush()
-                pieces.learn = False
+                pieces.answer_weight = None
                 at_end = position == len(slots) - 1 and not literals[-1]
-                pieces.end_pending = ends[position].learned and (bool(literals[position + 1]) or at_end)
+                if literals[position + 1] or at_end:
+                    pieces.end_weight = ends[position].weight
                 if at_end and not open_end:
                     pieces.add([self.tokenizer.eos_token_id], "control")
         flush()
-        return pieces.ids, pieces.supervised
 
 
 class _Answer(NamedTuple):
@@ -364,23 +368,29 @@ class _Answer(NamedTuple):
     first: int
     start: int
     last: int
-    learned: bool
+    weight: float
 
 
 class _Pieces:
-    """Ids as they are written, each with the word whether it is supervised."""
+    """
+    Ids as they are written, each with its weight in the loss: that of the answer it belongs to or ends, else the
+    prompt's; none for an image.
+    """
 
-    def __init__(self, image_token_id):
-        self.image_token_id = image_token_id
-        self.ids, self.supervised = [], []
-        self.after, self.learn, self.end_pending = None, False, False
+    def __init__(self, image_token_id, prompt_weight):
+        self.image_token_id, self.prompt_weight = image_token_id, prompt_weight
+        self.ids, self.weights = [], []
+        self.after, self.answer_weight, self.end_weight = None, None, None
 
     def add(self, ids, kind):
         for id in ids:
-            shows = id == self.image_token_id
+            if id == self.image_token_id:
+                weight = 0.0
+            else:
+                weights = (self.answer_weight, self.end_weight, self.prompt_weight)
+                weight, self.end_weight = next(w for w in weights if w is not None), None
             self.ids.append(id)
-            self.supervised.append((self.learn or self.end_pending) and not shows)
-            self.end_pending = self.end_pending and shows
+            self.weights.append(weight)
             self.after = kind
 
 

@@ -256,7 +256,9 @@ class VLMProcessor(ProcessorMixin):
                 _pad([int(id == self.image_token_id) for id in ids], length, 0, side) for ids in rows
             ]
         if return_assistant_tokens_mask:
-            data["assistant_masks"] = [_pad([int(flag) for flag in flags], length, 0, side) for _, flags in expanded]
+            data["assistant_masks"] = [
+                _pad([int(weight > 0) for weight in weights], length, 0, side) for _, weights in expanded
+            ]
         images = [_open(part) for messages in conversations for part in all_parts(messages) if part["type"] == "image"]
         if images:
             data.update(self.image_processor(images, **options.get("images_kwargs", {})))
@@ -279,18 +281,22 @@ class VLMProcessor(ProcessorMixin):
         *,
         add_generation_prompt: bool = False,
         continue_final_message: bool = False,
+        supervise_prompt: bool = False,
         chat_template: str | None = None,
         **template_kwargs,
-    ) -> tuple[list[int], list[bool]]:
+    ) -> tuple[list[int], list[float]]:
         """
-        Ids of a conversation, one id an image, and which of them are supervised.
+        Ids of a conversation, one id an image, and the weight of each in the loss.
 
-        Supervised are the tokens of each assistant message and the end token behind it: the first token that the
-        template puts after the answer (with the blanks before a control token), else eos. `"train": False` on a message
-        leaves it out.
+        Supervised (of weight 1) are the tokens of each assistant message and the end token behind it: the first token
+        that the template puts after the answer (with the blanks before a control token), else eos. `"train": False` on
+        an assistant message leaves it out, `"weight"` is the weight of its tokens and its end.
+
+        Args:
+            supervise_prompt (`bool`): everything but images and answers left out is supervised, the prompts too.
 
         Returns:
-            `(ids, supervised)`, two lists of one length; see `expand_images`.
+            `(ids, weights)`, two lists of one length, the weight 0 where nothing is learned; see `expand_images`.
 
         Raises:
             `ValueError`: the template refuses the messages, or rewrites them in a way that cannot be followed.
@@ -303,10 +309,11 @@ class VLMProcessor(ProcessorMixin):
             template,
             add_generation_prompt=add_generation_prompt,
             continue_final_message=continue_final_message,
+            supervise_prompt=supervise_prompt,
             **template_kwargs,
         )
 
-    def encode_caption(self, content: list[dict]) -> tuple[list[int], list[bool]]:
+    def encode_caption(self, content: list[dict]) -> tuple[list[int], list[float]]:
         """
         Ids of stage 1's sequence, which has no roles: what the tokenizer starts with, image, caption, eos.
 
@@ -314,7 +321,7 @@ class VLMProcessor(ProcessorMixin):
             content: parts in their order, image parts and the caption; every text and the eos are supervised.
 
         Returns:
-            `(ids, supervised)` as `encode_messages`; the ids before the caption are those of
+            `(ids, weights)` as `encode_messages`; the ids before the caption are those of
             `processor(images=..., text="<image>")`.
         """
         return self.encoder.encode_caption(content)
@@ -338,8 +345,8 @@ class VLMProcessor(ProcessorMixin):
         ends = [self.tokenizer.eos_token_id]
         if self.chat_template is not None:
             probe = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
-            ids, supervised = self.encode_messages(probe)
-            ends += [id for id, flag in zip(ids, supervised) if flag][-1:]
+            ids, weights = self.encode_messages(probe)
+            ends += [id for id, weight in zip(ids, weights) if weight][-1:]
         return sorted(set(ends))
 
     def update_generation_config(self, generation_config: GenerationConfig):

@@ -1,84 +1,142 @@
-"""A name becomes rows: a Hub repository, a folder, a file or COCO's captions, as one `datasets.Dataset`.
+"""A name becomes rows: a Hub repository, a folder, files or COCO's captions, as a `Source`, streamed or not.
 
-The `datasets` library does the reading. Added here are COCO's own layout (a captions JSON beside a folder of images),
-image columns that stay undecoded (one broken file must not end a run, and pixels belong in no cache), image paths that
-cannot leave their folder, and errors of one line each for what goes wrong with a name.
+The `datasets` library does the reading. Added here are image columns that stay undecoded (one broken file must not end
+a run, and pixels belong in no cache), the folder that image paths are relative to, the built-in drawn data set, and
+errors of one line each for what goes wrong with a name. COCO's own layout is read in `coco.py`.
 
 Whatever it is, a source is first a mapping from split names to functions that open them, so that a split is chosen and
-checked before anything large is read.
+checked before anything large is read. Streamed, nothing large is read at all: rows come as they are asked for.
 """
 
 import dataclasses
+import glob
+import hashlib
 import json
 import os
-import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import datasets
 import huggingface_hub
-from datasets.fingerprint import Hasher
+import numpy as np
+from datasets.utils.file_utils import xopen
 from huggingface_hub.errors import HFValidationError, RepositoryNotFoundError, RevisionNotFoundError
 from huggingface_hub.utils import httpx
+from PIL import Image
 
 from . import shapes
-from .conversations import IMAGE_COLUMNS
+from .coco import coco_files, coco_root, coco_rows
 
 
 CONVERTED = "refs/convert/parquet"
 """The branch in which the Hub keeps its own parquet copy of a dataset repository."""
 
-FILE_FORMATS = {".parquet": "parquet", ".json": "json", ".jsonl": "json", ".csv": "csv"}
+FILE_FORMATS = {
+    ".parquet": "parquet",
+    ".json": "json",
+    ".jsonl": "json",
+    ".ndjson": "json",
+    ".json.gz": "json",
+    ".jsonl.gz": "json",
+    ".csv": "csv",
+    ".tar": "webdataset",
+}
 
-Splits = dict[str, Callable[[], datasets.Dataset]]
+STREAM_SHARDS = 64
+"""Into how many parts rows that lie on this machine are streamed: at most so many workers can share them."""
+
+HELD_OUT_ROWS = 1_000
+"""How many rows are held out at most: evaluation is to be short, and nobody knows how long a stream is."""
+
+Rows = datasets.Dataset | datasets.IterableDataset
+Splits = dict[str, Callable[[], Rows]]
 
 
-def load_rows(
-    path: str | os.PathLike,
+class Source(NamedTuple):
+    """Rows, and what is needed to make conversations of them."""
+
+    name: str
+    """What to call it in messages."""
+    rows: Rows
+    """Their images are references, never decoded."""
+    image_dir: Path | None
+    """The folder that image paths in the rows are relative to, where there is one."""
+
+
+def open_source(
+    path: str | os.PathLike | Sequence[str | os.PathLike],
     *,
     name: str | None = None,
     split: str | None = None,
     revision: str | None = None,
     image_dir: str | os.PathLike | None = None,
     token: str | bool | None = None,
-) -> datasets.Dataset:
-    """The rows of a data set; their images are references, never decoded.
+    streaming: bool = False,
+) -> Source:
+    """Open a data set.
 
     Args:
-        path: what exists on this machine (a parquet, JSON, JSONL or CSV file; a folder of them, of images, or saved by
-            `datasets`; COCO's captions JSON or the folder that holds its `annotations`), else a dataset on the Hub.
+        path: what exists on this machine (a parquet, JSON, JSONL or CSV file or a WebDataset's tar; a pattern such as
+            `data/*.tar` or a list for several; a folder of them, of images, or saved by `datasets`; COCO's captions
+            JSON or the folder that holds its `annotations`), "shapes" for the built-in one, else a dataset on the Hub.
         name: the configuration of a Hub dataset that has several.
         split: a split, or a part of one as `datasets` writes it ("train[:90%]"); without it "train", or the only one.
         revision: branch, tag or commit of a Hub dataset.
         image_dir: the folder that image paths in the rows are relative to; without it the folder of a local file, and
             for COCO the one beside `annotations` with the split's name.
         token: for private and gated Hub datasets.
+        streaming: read rows as they are asked for, from the disk or the Hub, instead of converting or fetching all of
+            them first. (A JSON file that is one list can only be read as a whole: it is converted once all the same.)
 
     Raises:
         FileNotFoundError, ValueError, ConnectionError: one line each: what was found, where, and how to mend it.
     """
-    where, local = str(path), Path(path).expanduser()
+    folder = Path(image_dir).expanduser() if image_dir else None
+    where = _where(path)
+    if folder is not None and not folder.is_dir():
+        raise FileNotFoundError(f"{where}: no image folder {folder}; check --image_dir")
     if where == "shapes":
         splits = _drawn_splits(name)
-    elif captions := _coco_files(local):
-        splits = {part: partial(_coco_rows, file, part, image_dir) for part, file in captions.items()}
-    elif local.exists():
-        splits = _local_splits(local, name)
-        image_dir = image_dir or (local if local.is_dir() else local.parent)
-    elif local.is_absolute() or where.startswith((".", "~")) or where.count("/") > 1 or local.suffix in FILE_FORMATS:
-        raise FileNotFoundError(
-            f"{where}: no such file or folder (from {Path.cwd()}); check the path (COCO comes with --download)"
-        )
+    elif files := _named_files(path):
+        splits = _file_splits(where, files, streaming)
+        folder = folder or Path(os.path.commonpath([file.absolute().parent for file in files]))
     else:
-        splits = _hub_splits(where, name, revision, token)
+        local = Path(where).expanduser()
+        if captions := coco_files(local):
+            splits = {part: partial(coco_rows, file, part, folder) for part, file in captions.items()}
+            folder = folder or coco_root(local)
+        elif local.is_file():
+            splits = _file_splits(where, [local], streaming)
+            folder = folder or local.parent
+        elif local.exists():
+            splits = _folder_splits(local, name, streaming)
+            folder = folder or local
+        elif local.is_absolute() or where.startswith((".", "~")) or where.count("/") > 1 or _format(local):
+            raise FileNotFoundError(
+                f"{where}: no such file or folder (from {Path.cwd()}); check the path (COCO comes with --download)"
+            )
+        else:
+            splits = _hub_splits(where, name, revision, token, streaming)
     rows = _take(splits, split, where)
-    if not len(rows):
-        raise ValueError(f"{where}: no rows in split {split or 'train'!r}; expected at least one")
+    if isinstance(rows, datasets.Dataset):
+        if not len(rows):
+            raise ValueError(f"{where}: no rows in split {split or 'train'!r}; expected at least one")
+        if streaming:
+            rows = rows.to_iterable_dataset(num_shards=min(len(rows), STREAM_SHARDS))
     if where == "shapes":
-        return rows.with_transform(_draw, columns=["image"], output_all_columns=True)
-    return _with_image_paths(rows, image_dir, where)
+        rows = _with_drawings(rows)
+    return Source(where, rows, folder)
+
+
+def _where(path: str | os.PathLike | Sequence[str | os.PathLike]) -> str:
+    """What to call a source in messages."""
+    if isinstance(path, (str, os.PathLike)):
+        return str(path)
+    if not path:
+        raise ValueError("an empty list names no data set; expected paths of files in it")
+    return str(path[0]) if len(path) == 1 else f"{path[0]} and {len(path) - 1} more"
 
 
 def split_names(split: str) -> list[str]:
@@ -86,7 +144,70 @@ def split_names(split: str) -> list[str]:
     return [part.split("[")[0].split("(")[0].strip() for part in split.split("+")]
 
 
-def _take(splits: Splits, split: str | None, where: str) -> datasets.Dataset:
+def hold_out(rows: Rows, share: float, seed: int = 0) -> tuple[Rows, Rows | None]:
+    """Divide rows into some to learn from and some to evaluate on, the same ones in every run.
+
+    Of a `Dataset` a random `share` is held out, without copying anything. Of a stream, which has no length and no order
+    that workers or a shuffling would keep, about one row in `round(1 / share)` is, chosen by a hash of its content. At
+    most `HELD_OUT_ROWS` are evaluated on (what more of a stream is held out is in neither part). No row is ever in both
+    parts, whatever is done to them later.
+
+    Args:
+        rows: what `open_source` gave.
+        share: the share to hold out.
+        seed: another one chooses other rows.
+
+    Returns:
+        the rows to learn from and those to evaluate on, `None` where the share makes none.
+
+    Raises:
+        ValueError: `share` is none.
+    """
+    if not 0 <= share < 1:
+        raise ValueError(f"the share of rows to hold out is {share}; expected a number from 0 to below 1, e.g. 0.05")
+    if isinstance(rows, datasets.IterableDataset):
+        if not share:
+            return rows, None
+        every = max(round(1 / share), 2)
+        choice = {"every": every, "seed": seed}
+        held_out = rows.filter(_is_held_out, fn_kwargs=choice).take(HELD_OUT_ROWS)
+        return rows.filter(_is_learned, fn_kwargs=choice), held_out
+    count = min(int(len(rows) * share), HELD_OUT_ROWS)
+    if not count:
+        return rows, None
+    order = np.random.default_rng(seed).permutation(len(rows))
+    # In their own order, in which they are read fastest; the Trainer shuffles what it learns from.
+    return rows.select(np.sort(order[:-count])), rows.select(np.sort(order[-count:]))
+
+
+def _is_held_out(row: dict[str, Any], every: int, seed: int) -> bool:
+    digest = hashlib.blake2b(str(seed).encode(), digest_size=8)
+    _add_to(digest, row)
+    return int.from_bytes(digest.digest(), "big") % every == 0
+
+
+def _is_learned(row: dict[str, Any], every: int, seed: int) -> bool:
+    return not _is_held_out(row, every, seed)
+
+
+def _add_to(digest: "hashlib._Hash", value: Any) -> None:
+    """Add the content of a row to a hash: everything but where it came from."""
+    if isinstance(value, dict):
+        stored = value.get("bytes") is not None  # an image, whose path is then only a name
+        for key in sorted(value):
+            if not key.startswith("__") and not (stored and key == "path"):
+                _add_to(digest, key)
+                _add_to(digest, value[key])
+    elif isinstance(value, list):
+        for item in value:
+            _add_to(digest, item)
+    elif isinstance(value, Image.Image):
+        digest.update(value.tobytes())
+    else:
+        digest.update(value if isinstance(value, bytes) else repr(value).encode())
+
+
+def _take(splits: Splits, split: str | None, where: str) -> Rows:
     """The rows of a split expression."""
     if split is None:
         candidates = list(splits) if len(splits) == 1 else [part for part in splits if part.startswith("train")]
@@ -97,14 +218,23 @@ def _take(splits: Splits, split: str | None, where: str) -> datasets.Dataset:
     if unknown:
         raise ValueError(f"{where}: no split {unknown[0]!r}; expected one of {', '.join(splits)}")
     opened = {part: _undecoded(splits[part]()) for part in split_names(split)}
+    if any(isinstance(rows, datasets.IterableDataset) for rows in opened.values()):
+        if "[" in split:
+            raise ValueError(
+                f"{where}: {split!r} is a part of a split, and how long that is nobody knows while it is streamed; "
+                "name whole splits, or do not stream it"
+            )
+        return _joined([opened[part] for part in split_names(split)])
     try:
         lengths = {part: len(rows) for part, rows in opened.items()}
         pieces = datasets.ReadInstruction.from_spec(split).to_absolute(lengths)
     except (ValueError, AssertionError) as error:
         raise ValueError(f"{where}: no split {split!r} ({_reason(error)}); expected e.g. train[:90%]") from None
-    return datasets.concatenate_datasets(
-        [opened[piece.splitname].select(range(piece.from_, piece.to)) for piece in pieces]
-    )
+    return _joined([opened[piece.splitname].select(range(piece.from_, piece.to)) for piece in pieces])
+
+
+def _joined(parts: list[Rows]) -> Rows:
+    return parts[0] if len(parts) == 1 else datasets.concatenate_datasets(parts)
 
 
 # --- what is drawn on the fly
@@ -149,15 +279,22 @@ def _turns(turns: list[shapes.Turn]) -> list[dict[str, str]]:
 
 
 def _drawn(scenes: list[shapes.Scene], columns: dict[str, list]) -> datasets.Dataset:
-    return datasets.Dataset.from_dict({"image": [json.dumps(dataclasses.asdict(s)) for s in scenes], **columns})
+    images = [{"bytes": json.dumps(dataclasses.asdict(scene)).encode(), "path": None} for scene in scenes]
+    return datasets.Dataset.from_dict({"image": images, **columns}).cast_column("image", datasets.Image(decode=False))
+
+
+def _with_drawings(rows: Rows) -> Rows:
+    """The same rows with images, drawn when they are looked at; what is stored of one is only what is in it."""
+    if isinstance(rows, datasets.IterableDataset):
+        return rows.map(_draw, batched=True, batch_size=1)
+    return rows.with_transform(_draw, columns=["image"], output_all_columns=True)
 
 
 def _draw(batch: dict[str, list]) -> dict[str, list]:
-    """The images of scenes that are looked at; what is stored of an image is only what is in it."""
-    return {"image": [_scene(description).draw(DRAWN_SIZE) for description in batch["image"]]}
+    return {"image": [_scene(image["bytes"]).draw(DRAWN_SIZE) for image in batch["image"]]}
 
 
-def _scene(description: str) -> shapes.Scene:
+def _scene(description: bytes) -> shapes.Scene:
     fields = json.loads(description)
     return shapes.Scene(**{**fields, "objects": tuple(shapes.Object(**thing) for thing in fields["objects"])})
 
@@ -165,18 +302,46 @@ def _scene(description: str) -> shapes.Scene:
 # --- what lies on this machine
 
 
-def _local_splits(path: Path, name: str | None) -> Splits:
-    """The splits of a local file or folder, in any form that `datasets` reads."""
+def _named_files(path: str | os.PathLike | Sequence[str | os.PathLike]) -> list[Path]:
+    """The files that a pattern or a list names; none where `path` is one name."""
+    if isinstance(path, (str, os.PathLike)):
+        where = os.path.expanduser(path)
+        if os.path.exists(where) or not glob.has_magic(where):
+            return []
+        files = sorted(Path(file) for file in glob.glob(where, recursive=True) if os.path.isfile(file))
+        if not files:
+            raise FileNotFoundError(f"{path}: no file has a name like this (from {Path.cwd()}); check the pattern")
+        return files
+    files = [file for each in path for file in _named_files(each) or [Path(each).expanduser()]]
+    if missing := [file for file in files if not file.is_file()]:
+        raise FileNotFoundError(f"{missing[0]}: no such file (from {Path.cwd()}); check the path")
+    return files
+
+
+def _format(file: Path) -> str | None:
+    """In which of the `FILE_FORMATS` a file is, by its name."""
+    return next((kind for suffix, kind in FILE_FORMATS.items() if file.name.endswith(suffix)), None)
+
+
+def _file_splits(where: str, files: list[Path], streaming: bool) -> Splits:
+    """The only split of some files of one kind."""
+    for file in files:
+        if _format(file) is None:
+            raise ValueError(f"{file}: a file of unknown kind; expected one of {', '.join(FILE_FORMATS)}, or a folder")
+        if not file.stat().st_size:
+            raise ValueError(f"{file}: an empty file; expected rows")
+    formats = sorted({_format(file) for file in files})
+    if len(formats) > 1:
+        raise ValueError(f"{where}: files of several kinds ({', '.join(formats)}); name those of one kind")
+    build = partial(datasets.load_dataset_builder, formats[0], data_files=[glob.escape(str(file)) for file in files])
+    return _built_splits(where, build, streaming)
+
+
+def _folder_splits(path: Path, name: str | None, streaming: bool) -> Splits:
+    """The splits of a folder, in any form that `datasets` reads."""
     if any((path / marker).is_file() for marker in ("dataset_dict.json", "state.json")):  # saved with save_to_disk
         return _reading(path, lambda: _saved_splits(datasets.load_from_disk(str(path))))
-    if path.is_dir():
-        return _built_splits(path, partial(datasets.load_dataset_builder, str(path), name))
-    if path.suffix not in FILE_FORMATS:
-        raise ValueError(f"{path}: a file of unknown kind; expected one of {', '.join(FILE_FORMATS)}, or a folder")
-    if not path.stat().st_size:
-        raise ValueError(f"{path}: an empty file; expected rows")
-    builder = partial(datasets.load_dataset_builder, FILE_FORMATS[path.suffix], data_files=str(path))
-    return _built_splits(path, builder)
+    return _built_splits(path, partial(datasets.load_dataset_builder, str(path), name), streaming)
 
 
 def _saved_splits(saved: datasets.Dataset | datasets.DatasetDict) -> Splits:
@@ -184,31 +349,58 @@ def _saved_splits(saved: datasets.Dataset | datasets.DatasetDict) -> Splits:
     return {name: lambda rows=rows: rows for name, rows in parts.items()}
 
 
-def _built_splits(where: str | Path, build: Callable[..., datasets.DatasetBuilder]) -> Splits:
-    """The splits of what `build` makes, prepared when they are opened."""
+def _built_splits(
+    where: str | Path, build: Callable[..., datasets.DatasetBuilder], streaming: bool, token: str | bool | None = None
+) -> Splits:
+    """The splits of what `build` makes, prepared when they are opened, or streamed."""
     builder = _reading(where, build)
 
-    def opened(split: str) -> datasets.Dataset:
-        rows = prepared(builder, split)
+    def opened(split: str) -> Rows:
+        rows = read(builder, split)
         # Where a field is a text in one row and a list in the next, `datasets` stores JSON and takes a text that is
         # itself JSON for what it says: the answer "42" becomes a number. Stored as JSON from the top of its column,
         # every text stays a text.
         mixed = [
             column
-            for column, feature in rows.features.items()
+            for column, feature in (rows.features or {}).items()
             if any(isinstance(leaf, datasets.Json) for leaf in _leaves(feature) if leaf is not feature)
         ]
         if mixed and hasattr(builder.config, "on_mixed_types"):
             features = {**rows.features, **{column: datasets.Json() for column in mixed}}
-            rows = prepared(build(features=datasets.Features(features)), split)
+            rows = read(build(features=datasets.Features(features)), split)
         return rows
 
-    def prepared(builder: datasets.DatasetBuilder, split: str) -> datasets.Dataset:
+    def read(builder: datasets.DatasetBuilder, split: str) -> Rows:
+        if streaming:
+            rows = _undecoded(builder.as_streaming_dataset(split=split))
+            if rows.num_shards == 1:  # a parquet file is divided by its row groups, for several workers
+                rows = rows.reshard()
+            if rows.features is not None and hasattr(builder.config, "drop_metadata"):  # a folder of images
+                rows = _with_contents(rows, token)
+            # Of JSON that is one list the library knows no features before it has read all of it.
+            if rows.features is not None or not hasattr(builder.config, "on_mixed_types"):
+                return rows
         builder.download_and_prepare()
         return builder.as_dataset(split=split)
 
     names = map(str, builder.info.splits or builder.config.data_files)
     return {name: partial(_reading, where, partial(opened, name)) for name in names}
+
+
+def _with_contents(rows: datasets.IterableDataset, token: str | bool | None) -> datasets.IterableDataset:
+    """The same rows of a folder of images, with the content of images that are no file of this machine."""
+    return rows.map(_row_with_contents, fn_kwargs={"token": token}, features=rows.features)
+
+
+def _row_with_contents(value: Any, token: str | bool | None) -> Any:
+    if isinstance(value, list):
+        return [_row_with_contents(item, token) for item in value]
+    if not isinstance(value, dict):
+        return value
+    if value.keys() == {"bytes", "path"} and value["bytes"] is None and "://" in (value["path"] or ""):
+        with xopen(value["path"], "rb", download_config=datasets.DownloadConfig(token=token)) as file:
+            return {"bytes": file.read(), "path": value["path"]}
+    return {key: _row_with_contents(item, token) for key, item in value.items()}
 
 
 def _reading(where: str | Path, read: Callable[[], Any]) -> Any:
@@ -228,7 +420,7 @@ def _reading(where: str | Path, read: Callable[[], Any]) -> Any:
 # --- what lies on the Hub
 
 
-def _hub_splits(repo: str, name: str | None, revision: str | None, token: str | bool | None) -> Splits:
+def _hub_splits(repo: str, name: str | None, revision: str | None, token: str | bool | None, streaming: bool) -> Splits:
     """The splits of a dataset repository on the Hub, or of its copy in the cache when the Hub is out of reach."""
     at = f"{repo} at revision {revision}" if revision else repo
     try:
@@ -250,93 +442,14 @@ def _hub_splits(repo: str, name: str | None, revision: str | None, token: str | 
         )
     # In the Hub's parquet copy a configuration is a folder.
     config = {"data_dir": name} if name and revision == CONVERTED else {"name": name}
-    return _built_splits(at, partial(datasets.load_dataset_builder, repo, **config, revision=revision, token=token))
-
-
-# --- COCO's captions
-
-
-def _coco_files(path: Path) -> dict[str, Path]:
-    """Split name -> captions JSON in COCO's layout, `path` being the file or the folder above `annotations`."""
-    if path.is_dir():
-        files = sorted(path.glob("annotations/captions_*.json"))
-        return {file.stem.removeprefix("captions_"): file for file in files}
-    if path.suffix == ".json" and path.is_file() and _is_one_object(path):
-        return {path.stem.removeprefix("captions_"): path}
-    return {}
-
-
-def _is_one_object(path: Path) -> bool:
-    """Whether a JSON file is one object, as COCO's are, and not a list of rows or a row in each line."""
-    with path.open(encoding="utf-8", errors="replace") as file:
-        if not file.read(64).lstrip().startswith("{"):
-            return False
-        file.seek(0)
-        first, rest = file.readline(), file.readline()
-    try:
-        json.loads(first)
-    except ValueError:
-        return True  # an object written over several lines
-    return not rest.strip()
-
-
-def _coco_rows(path: Path, split: str, image_dir: str | os.PathLike | None) -> datasets.Dataset:
-    """One row for each captioned image of a COCO captions file: `image` (its path), `caption` (a list), `image_id`."""
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{path}: not valid JSON ({_reason(error)}); was it copied or fetched to its end?") from None
-    images, annotations = (_coco_list(content, key, path) for key in ("images", "annotations"))
-    folder = Path(image_dir).expanduser() if image_dir else path.parent.parent / split
-    if not folder.is_dir():
-        raise FileNotFoundError(
-            f"{path}: its images are not in {folder}; give their folder with --image_dir, or fetch COCO with --download"
-        )
-    captions = {}
-    for number, image in enumerate(images):
-        _coco_check(image, {"id": int, "file_name": str}, f"{path}: images[{number}]")
-        captions[image["id"]] = (_inside(folder, image["file_name"], f"{path}: images[{number}]"), [])
-    for number, annotation in enumerate(annotations):
-        _coco_check(annotation, {"image_id": int, "caption": str}, f"{path}: annotations[{number}]")
-        if annotation["image_id"] not in captions:
-            raise ValueError(
-                f"{path}: annotations[{number}] has image_id {annotation['image_id']}; expected the id of an image"
-            )
-        captions[annotation["image_id"]][1].append(annotation["caption"])
-    rows = [{"image": image, "caption": texts, "image_id": key} for key, (image, texts) in captions.items() if texts]
-    if not rows:
-        raise ValueError(f"{path}: no captions; expected at least one in annotations")
-    features = datasets.Features(
-        image=datasets.Image(decode=False),
-        caption=datasets.List(datasets.Value("string")),
-        image_id=datasets.Value("int64"),
-    )
-    # Kept on disk under a name that follows the file, so that later steps on these rows find their caches again.
-    state = path.stat()
-    fingerprint = Hasher.hash([str(path.resolve()), state.st_size, state.st_mtime_ns, str(folder.resolve())])
-    return datasets.Dataset.from_generator(lambda: iter(rows), features, fingerprint=fingerprint)
-
-
-def _coco_list(content: dict[str, Any], key: str, path: Path) -> list[Any]:
-    if not isinstance(content.get(key), list):
-        raise ValueError(
-            f"{path}: one JSON object with the keys {', '.join(content)}; "
-            "expected COCO captions (lists under images and annotations), a list of rows, or a row in each line"
-        )
-    return content[key]
-
-
-def _coco_check(entry: Any, expected: dict[str, type], place: str) -> None:
-    if not isinstance(entry, dict) or not all(isinstance(entry.get(key), kind) for key, kind in expected.items()):
-        found = f"the keys {', '.join(entry)}" if isinstance(entry, dict) else repr(entry)[:80]
-        wanted = " and ".join(f"{key} ({kind.__name__})" for key, kind in expected.items())
-        raise ValueError(f"{place} has {found}; expected {wanted}, as in COCO's captions_train2017.json")
+    build = partial(datasets.load_dataset_builder, repo, **config, revision=revision, token=token)
+    return _built_splits(at, build, streaming, token)
 
 
 # --- images stay references
 
 
-def _undecoded(rows: datasets.Dataset) -> datasets.Dataset:
+def _undecoded(rows: Rows) -> Rows:
     """The same rows with every image, in lists too, given as {"bytes", "path"}."""
 
     def undecoded(feature: Any) -> Any:
@@ -348,34 +461,15 @@ def _undecoded(rows: datasets.Dataset) -> datasets.Dataset:
             return {key: undecoded(value) for key, value in feature.items()}
         return feature
 
+    if rows.features is None:  # streamed text, which holds no images
+        return rows
+    features = datasets.Features(undecoded(dict(rows.features)))
+    if isinstance(rows, datasets.IterableDataset):
+        return rows.decode(False).cast(features)  # images on the Hub may be set to be decoded ahead, by threads
     # Only the reading changes, not what is stored: `cast` would copy every image of a list column.
     info = rows.info.copy()
-    info.features = datasets.Features(undecoded(dict(rows.features)))
+    info.features = features
     return datasets.Dataset(rows.data, info=info, split=rows.split)
-
-
-def _with_image_paths(rows: datasets.Dataset, image_dir: str | os.PathLike | None, where: str) -> datasets.Dataset:
-    """The same rows with image paths that can be opened from anywhere."""
-    columns = [column for column in IMAGE_COLUMNS if _holds_paths(rows.features.get(column))]
-    if not columns:
-        return rows
-    folder = Path(image_dir).expanduser() if image_dir else None
-    if folder is not None and not folder.is_dir():
-        raise FileNotFoundError(f"{where}: no image folder {folder}; check --image_dir")
-
-    place = {"columns": columns, "folder": folder, "where": where}
-    return rows.map(_row_with_image_paths, with_indices=True, fn_kwargs=place, desc="Finding image files")
-
-
-def _row_with_image_paths(
-    row: dict[str, Any], index: int, *, columns: list[str], folder: Path | None, where: str
-) -> dict[str, Any]:
-    def resolved(value: Any, place: str) -> Any:
-        if isinstance(value, list):
-            return [resolved(item, place) for item in value]
-        return _inside(folder, value, place) if isinstance(value, str) and value else value
-
-    return {column: resolved(row[column], f"{where}, row {index}, {column}") for column in columns}
 
 
 def _leaves(feature: Any) -> Iterator[Any]:
@@ -387,25 +481,6 @@ def _leaves(feature: Any) -> Iterator[Any]:
             yield from _leaves(inner)
     else:
         yield feature
-
-
-def _holds_paths(feature: Any) -> bool:
-    while isinstance(feature, (datasets.List, datasets.LargeList)):
-        feature = feature.feature
-    return isinstance(feature, datasets.Json) or feature in (datasets.Value("string"), datasets.Value("large_string"))
-
-
-def _inside(folder: Path | None, name: str, place: str) -> str:
-    """The absolute path of an image named by a data set, which may not lead out of the image folder."""
-    if re.match(r"[a-z]+://", name):
-        raise ValueError(f"{place}: the image {name} is a URL; fetch the images and name their folder with --image_dir")
-    if folder is None:
-        raise ValueError(f"{place}: the image is the path {name}; name the folder it is relative to with --image_dir")
-    base = os.path.abspath(folder)
-    full = os.path.normpath(os.path.join(base, name))
-    if os.path.commonpath([base, full]) != base:
-        raise ValueError(f"{place}: the image {name} lies outside {base}; give a folder that holds all as --image_dir")
-    return full
 
 
 def _reason(error: BaseException) -> str:

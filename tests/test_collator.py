@@ -12,16 +12,9 @@ from datasets.fingerprint import Hasher
 from PIL import Image
 
 from processing import VLMDataCollator
-from processing.encoding import (
-    DROP_REASONS,
-    IGNORE,
-    EncodedDataset,
-    SampleDropped,
-    _RowEncoder,
-    encode_caption,
-    encode_dialogue,
-    encode_rows,
-)
+from processing.account import DROP_REASONS
+from processing.dataset import ConversationDataset, Reading, _RowEncoder
+from processing.encoding import IGNORE, SampleDropped, encode_caption, encode_dialogue
 from tests import tiny
 
 
@@ -261,21 +254,26 @@ def test_images_that_do_not_match_their_parts_give_one_line(processor, image, pa
         VLMDataCollator(processor)([encoded])
 
 
-def test_an_image_that_cannot_be_read_gives_one_line_that_names_it(processor, tmp_path):
+def test_an_image_that_cannot_be_read_is_counted_or_gives_one_line_that_names_it(processor, tmp_path):
+    strict = VLMDataCollator(processor, on_bad_sample="error")
     (tmp_path / "broken.jpg").write_bytes(b"no image")
     Image.effect_noise((64, 64), 50).save(tmp_path / "cut.png")
     (tmp_path / "cut.png").write_bytes((tmp_path / "cut.png").read_bytes()[:1000])
     for name, error in (("broken.jpg", ValueError), ("cut.png", ValueError), ("gone.jpg", FileNotFoundError)):
         with pytest.raises(error, match=name) as caught:
-            VLMDataCollator(processor)([conversation(["image"], "a", images=[str(tmp_path / name)])])
+            strict([conversation(["image"], "a", images=[str(tmp_path / name)])])
         one_line(caught)
+        collator = VLMDataCollator(processor)
+        batch = collator([conversation(["image"], "a", images=[str(tmp_path / name)]), conversation("b", "c")])
+        assert len(batch["input_ids"]) == 1 and "pixel_values" not in batch
+        assert collator.dropped == {"missing image file" if name == "gone.jpg" else "unreadable image": 1}
 
 
 def test_a_conversation_that_the_template_refuses_gives_one_line_with_its_place():
     processor = tiny.processor_of("byte-level", "gemma")
     sample = {"messages": [{"role": "system", "content": "a"}, *conversation("b", "c")["messages"]]}
     with pytest.raises(ValueError, match=r"talks, row 7: the chat template refuses .*system") as caught:
-        VLMDataCollator(processor)([{**sample, "source": "talks", "row": 7}])
+        VLMDataCollator(processor, on_bad_sample="error")([{**sample, "source": "talks", "row": 7}])
     one_line(caught)
 
 
@@ -302,13 +300,23 @@ def caption_rows(folder, count=5, captions=3):
     return datasets.Dataset.from_list(rows)
 
 
+def encoded(rows, processor, encode, seed=0, **reading):
+    dataset = ConversationDataset(rows, Reading(source="s", **reading), seed)
+    dataset.encode_ahead(processor, encode)
+    return dataset
+
+
+def dropped_of(dataset):
+    return dataset.account.report()["total"]["dropped"]
+
+
 def caption_of(processor, item):
     return processor.decode([label for label in item["labels"] if label != IGNORE][:-1])
 
 
 def test_encoded_rows_make_the_batches_of_their_conversations(processor, tmp_path):
-    dataset = encode_rows(caption_rows(tmp_path), processor, encode_caption, source="s")
-    assert len(dataset) == 15 and dataset.account.conversations == 15 and dataset.account.dropped == {}
+    dataset = encoded(caption_rows(tmp_path), processor, encode_caption)
+    assert len(dataset) == 15 and dataset.account.total["learned from"] == 15 and dropped_of(dataset) == {}
     assert [caption_of(processor, item) for item in dataset] == [
         f"row {row} caption {number}" for row in range(5) for number in range(3)
     ]
@@ -322,23 +330,23 @@ def test_encoded_rows_make_the_batches_of_their_conversations(processor, tmp_pat
 
 
 def test_the_account_says_what_will_be_learned(processor, tmp_path):
-    dataset = encode_rows(caption_rows(tmp_path), processor, encode_caption, source="s")
+    dataset = encoded(caption_rows(tmp_path), processor, encode_caption)
     batch = VLMDataCollator(processor)([*dataset])
-    assert dataset.account.tokens == batch["attention_mask"].sum() == sum(item["length"] for item in dataset)
-    assert dataset.account.supervised == batch["labels"][:, 1:].ne(IGNORE).sum()
+    assert dataset.account.total["tokens"] == batch["attention_mask"].sum() == sum(item["length"] for item in dataset)
+    assert dataset.account.total["supervised"] == batch["labels"][:, 1:].ne(IGNORE).sum()
     plain = tiny.processor_of("byte-level", "plain")  # here the answer is the first of all, which nothing predicts
     rows = datasets.Dataset.from_list([{"messages": conversation("", "blue")["messages"]}])
-    account = encode_rows(rows, plain, encode_dialogue, source="s").account
-    assert account.supervised == account.tokens - 1
+    total = encoded(rows, plain, encode_dialogue).account.total
+    assert total["supervised"] == total["tokens"] - 1
 
 
 @pytest.mark.parametrize("encode, prompt", [(encode_caption, ""), (encode_dialogue, "Describe it.")])
 def test_the_first_all_or_a_random_caption(processor, tmp_path, encode, prompt):
     rows = caption_rows(tmp_path)
-    first = encode_rows(rows, processor, encode, prompt=prompt, caption_choice="first", source="s")
+    first = encoded(rows, processor, encode, prompt=prompt, caption_choice="first")
     assert [caption_of(processor, item) for item in first] == [f"row {row} caption 0" for row in range(5)]
     one, same, other = (
-        encode_rows(rows, processor, encode, prompt=prompt, caption_choice="random", seed=seed, source="s")
+        encoded(rows, processor, encode, prompt=prompt, caption_choice="random", seed=seed)
         for seed in (1, 1, 2)
     )
     shown = []
@@ -371,9 +379,9 @@ def test_a_random_caption_is_never_one_that_was_dropped(processor, tmp_path):
             raise SampleDropped(DROP_REASONS[2])
         return made
 
-    dataset = encode_rows(datasets.Dataset.from_list(rows), processor, encode, caption_choice="random", source="s")
-    assert len(dataset) == 4 and dataset.account.conversations == 12
-    assert dataset.account.dropped == {DROP_REASONS[2]: 5} and max(lengths) > 30
+    dataset = encoded(datasets.Dataset.from_list(rows), processor, encode, caption_choice="random")
+    assert len(dataset) == 4 and dataset.account.total["learned from"] == 12
+    assert dropped_of(dataset) == {DROP_REASONS[2]: 5} and max(lengths) > 30
     for epoch in range(10):
         dataset.set_epoch(epoch)
         assert [caption_of(processor, item)[:5] for item in dataset] == ["row 0", "row 1", "row 3", "row 4"]
@@ -387,20 +395,13 @@ def test_drops_are_counted_wherever_they_are(dropped):
     rows = [{"messages": [{"role": "user", "content": "a"}]} for _ in range(2000)]
     for row, item in enumerate(rows):
         item["messages"].append({"role": "assistant", "content": f"b {row}", "train": row not in lost})
-    dataset = encode_rows(datasets.Dataset.from_list(rows), processor, encode_dialogue, source="s")
-    assert len(dataset) == dataset.account.conversations == 2000 - len(lost)
-    assert dataset.account.dropped == ({DROP_REASONS[0]: len(lost)} if lost else {})
+    dataset = encoded(datasets.Dataset.from_list(rows), processor, encode_dialogue)
+    assert len(dataset) == dataset.account.total["learned from"] == 2000 - len(lost)
+    assert dropped_of(dataset) == ({DROP_REASONS[0]: len(lost)} if lost else {})
     kept = [row for row in range(2000) if row not in lost]
     for index in (0, len(kept) // 2, -1):
         assert f"b {kept[index]}<|im_end|>" in processor.decode(dataset[index % len(kept)]["input_ids"])
         assert dataset[index % len(kept)]["images"] == []
-
-
-def test_nothing_to_learn_gives_one_line(processor):
-    rows = datasets.Dataset.from_list([{"messages": unlearnable("a", "b")["messages"]}] * 3)
-    with pytest.raises(ValueError, match=r"s: there is nothing to learn from: no token .* \(3 samples\)") as caught:
-        encode_rows(rows, processor, encode_dialogue, source="s")
-    one_line(caught)
 
 
 def test_a_data_set_is_encoded_once_for_all_processes(tmp_path):
@@ -408,18 +409,21 @@ def test_a_data_set_is_encoded_once_for_all_processes(tmp_path):
     fresh = tiny.processor_of(tiny.byte_level_tokenizer(), "chatml")
     used = pickle.loads(pickle.dumps(fresh))
     used.encode_messages(conversation("a", "b")["messages"])
-    names = [Hasher.hash(_RowEncoder(processor, encode_dialogue, "", "all", None, "s")) for processor in (fresh, used)]
+
+    def name(processor, max_length=None):
+        return Hasher.hash(_RowEncoder(processor, encode_dialogue, max_length, Reading(), "skip", datasets.Features()))
+
+    names = [name(processor, None) for processor in (fresh, used)]
     fresh.encode_messages(conversation("c", "d", "e", "f")["messages"])
-    names.append(Hasher.hash(_RowEncoder(fresh, encode_dialogue, "", "all", None, "s")))
+    names.append(name(fresh, None))
     assert len(set(names)) == 1
-    longer = Hasher.hash(_RowEncoder(fresh, encode_dialogue, "", "all", 9, "s"))
+    longer = name(fresh, 9)
     fresh.image_seq_length += 1
-    assert len({names[0], longer, Hasher.hash(_RowEncoder(fresh, encode_dialogue, "", "all", None, "s"))}) == 3
+    assert len({names[0], longer, name(fresh, None)}) == 3
 
 
 def test_workers_read_an_encoded_data_set(processor, tmp_path):
-    dataset = encode_rows(caption_rows(tmp_path), processor, encode_caption, caption_choice="random", source="s")
-    assert isinstance(dataset, EncodedDataset)
+    dataset = encoded(caption_rows(tmp_path), processor, encode_caption, caption_choice="random")
     loader = torch.utils.data.DataLoader(dataset, batch_size=2, collate_fn=VLMDataCollator(processor), num_workers=2)
     plain = torch.utils.data.DataLoader(dataset, batch_size=2, collate_fn=VLMDataCollator(processor))
     for one, other in zip(loader, plain, strict=True):

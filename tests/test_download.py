@@ -11,7 +11,7 @@ from PIL import Image
 
 from processing.download import download_coco
 from processing.images import load_image
-from processing.sources import load_rows
+from processing.sources import open_source
 
 
 class Server:
@@ -104,9 +104,9 @@ def check(root) -> None:
         "train2017/000000000025.jpg",
     ]
     assert [path.name for path in root.iterdir() if path.name.startswith(".")] == []
-    rows = load_rows(root)
+    _, rows, image_dir = open_source(root)
     assert rows["caption"][:] == [["Number 9."], ["Number 25."]]
-    assert load_image(rows[1]["image"]).size == (32, 32)
+    assert load_image(image_dir / rows[1]["image"]).size == (32, 32)
 
 
 def test_coco_arrives_in_its_layout_with_a_progress_bar_and_only_once(server, tmp_path, capfd):

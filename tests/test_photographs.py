@@ -8,7 +8,7 @@ import datasets
 import pytest
 
 import train_pretrain
-from processing.sources import load_rows
+from processing.sources import open_source
 
 
 NAMES = ["airplane", "car", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck"]
@@ -18,7 +18,7 @@ pytestmark = pytest.mark.skipif(not FOLDER.is_dir(), reason="DUET_TEST_DATA name
 
 
 def test_a_model_learns_from_photographs_as_the_hub_stores_them(folders, tmp_path):
-    rows = load_rows(FOLDER / "test.parquet").select(range(400))
+    rows = open_source(FOLDER / "test.parquet").rows.select(range(400))
     captions = [f"a photo of a {NAMES[label]}" for label in rows["label"]]
     rows = rows.remove_columns("label").add_column("caption", captions)
     (tmp_path / "photographs").mkdir()

@@ -28,6 +28,10 @@ SHIPPED = [
     "backbones_vlm.py", "configuration_vlm.py", "modeling_vlm.py", "projector_vlm.py", "messages_vlm.py",
     "processing_vlm.py",
 ]  # fmt: skip
+# What belongs to a run that can be resumed, not to the model.
+OF_TRAINING = {
+    "optimizer.pt", "scheduler.pt", "trainer_state.json", "rng_state.pth", "training_args.bin", "data_account_0.json"
+}  # fmt: skip
 KINDS = ["composed", "cut", "loaded", "checkpoint-1", "checkpoint-2", "end_of_training"]
 AUTO_CLASSES = ["AutoModel", "AutoModelForImageTextToText", "AutoModelForCausalLM", "AutoModelForMultimodalLM"]
 
@@ -228,7 +232,7 @@ def test_what_was_loaded_is_saved_again_with_all_files(pair, saved, found, kind)
     first = {path.name for path in (work / pair / kind).iterdir() if path.is_file()}
     again = set(found[0][f"{pair}/{kind}"]["files again"])
     assert set(SHIPPED) <= again
-    assert first - again <= {"optimizer.pt", "scheduler.pt", "trainer_state.json", "rng_state.pth", "training_args.bin"}
+    assert first - again <= OF_TRAINING
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -331,8 +331,9 @@ def test_an_image_that_breaks_later_is_one_line_from_a_worker_too(refused, folde
     line = refused(train_pretrain.main, [
         "--vision_model", str(vision), "--text_model", str(text), "--dataset", str(tmp_path / "rows.jsonl"), *QUICK,
         "--max_steps", "100", "--dataloader_num_workers", "1", "--output_dir", str(tmp_path / "out"),
+        "--on_bad_sample", "error", "--eval_share", "0",
     ])  # fmt: skip
-    assert line.startswith(f"error: {tmp_path / '299.png'}")
+    assert line.startswith(f"error: {tmp_path / 'rows.jsonl'}, row 299: {tmp_path / '299.png'}: ")
 
 
 def run_script(arguments, tmp_path, **environment):

@@ -1,25 +1,45 @@
 """A name gives rows with undecoded images, from this machine or a Hub; a wrong name or file gives one line."""
 
+import gzip
+import io
 import json
 import os
 import subprocess
 import sys
+import tarfile
 from pathlib import Path
 
 import datasets
 import pytest
+import torch
 from PIL import Image
 
 from processing.conversations import conversations_from_row
-from processing.images import check_image, load_image
-from processing.sources import load_rows, split_names
-from tests.fake_hub import hub_environment, start_fake_hub
+from processing.images import load_image
+from processing.sources import hold_out, open_source, split_names
+from tests import fake_hub
+
+
+def load_rows(*arguments, **options):
+    return open_source(*arguments, **options).rows
 
 
 def one_line(caught) -> str:
     line = str(caught.value)
     assert "\n" not in line and len(line) < 400
     return line
+
+
+def conversations_of(source) -> list[dict]:
+    return [
+        conversation
+        for index, row in enumerate(source.rows)
+        for conversation in conversations_from_row(row, source=source.name, index=index, image_dir=source.image_dir)
+    ]
+
+
+def images_of(source) -> list:
+    return [image for conversation in conversations_of(source) for image in conversation["images"]]
 
 
 # --- COCO
@@ -49,12 +69,13 @@ def write_coco(root: Path, split: str = "train2017", **changes) -> Path:
 @pytest.mark.parametrize("named", ["folder", "file"])
 def test_coco_is_one_row_for_each_captioned_image(tmp_path, named):
     file = write_coco(tmp_path / "coco")
-    rows = load_rows(tmp_path / "coco" if named == "folder" else file)
+    source = open_source(tmp_path / "coco" if named == "folder" else file)
+    rows = source.rows
     assert rows["caption"][:] == [["A meal. "], ["A giraffe.", "Two giraffes."]]
     assert rows["image_id"][:] == [9, 25]
-    assert rows[0]["image"] == {"bytes": None, "path": str(tmp_path / "coco/train2017/000000000009.jpg")}
-    assert [load_image(row["image"]).size for row in rows] == [(6, 4), (6, 4)]
-    assert len(conversations_from_row(rows[1])) == 2
+    assert rows[0]["image"] == "train2017/000000000009.jpg"
+    assert [load_image(image).size for image in images_of(source)] == [(6, 4), (6, 4), (6, 4)]
+    assert [conversation["row"] for conversation in conversations_of(source)] == [0, 1, 1]
 
 
 def test_coco_splits_are_the_captions_files_of_the_folder(tmp_path):
@@ -73,7 +94,9 @@ def test_coco_images_may_lie_elsewhere(tmp_path):
     with pytest.raises(FileNotFoundError) as caught:
         load_rows(file)
     assert "images are not in" in one_line(caught) and "--image_dir" in one_line(caught)
-    assert load_rows(file, image_dir=tmp_path / "pictures")[0]["image"]["path"].startswith(str(tmp_path / "pictures"))
+    elsewhere = open_source(file, image_dir=tmp_path / "pictures")
+    assert elsewhere.rows[0]["image"] == "000000000009.jpg"
+    assert [load_image(image).size for image in images_of(elsewhere)] == [(6, 4), (6, 4), (6, 4)]
 
 
 def test_coco_rows_are_found_again_and_follow_a_changed_file(tmp_path):
@@ -123,9 +146,9 @@ def test_image_paths_in_a_text_file_are_relative_to_its_folder(tmp_path, suffix)
     rows = datasets.Dataset.from_dict({"image": ["pics/a.png", "pics/b.png"], "caption": ["red", "blue"]})
     file = tmp_path / f"data{suffix}"
     rows.to_csv(file) if suffix == ".csv" else rows.to_json(file, lines=suffix == ".jsonl")
-    found = load_rows(file)
-    assert found["image"][:] == [str(tmp_path / "pics/a.png"), str(tmp_path / "pics/b.png")]
-    assert found["caption"][:] == ["red", "blue"]
+    source = open_source(file)
+    assert images_of(source) == [str(tmp_path / "pics/a.png"), str(tmp_path / "pics/b.png")]
+    assert source.rows["caption"][:] == ["red", "blue"]
 
 
 @pytest.mark.parametrize("answer", ["42", "true", '{"a": 1}', "[1, 2]", '"quoted"', "1e3", "null", "plain"])
@@ -141,24 +164,30 @@ def test_texts_beside_lists_of_parts_stay_exactly_what_they_are(tmp_path, answer
     ]
     file.write_text("\n".join(map(json.dumps, rows)))
     (tmp_path / "pics").mkdir()
-    one, other = load_rows(file, image_dir=tmp_path / "pics")
-    assert one["images"] == [str(tmp_path / "pics/a.png"), str(tmp_path / "pics/b.png")] and not other["images"]
-    for row in (one, other):
-        (conversation,) = conversations_from_row(row)
-        assert conversation["messages"][1] == {**messages[1], "content": [{"type": "text", "text": answer}]}
-    assert conversation["messages"][0]["content"] == parts
+    for streaming in (False, True):
+        source = open_source(file, image_dir=tmp_path / "pics", streaming=streaming)
+        assert images_of(source) == [str(tmp_path / "pics/a.png"), str(tmp_path / "pics/b.png")]
+        # Filtered, as `hold_out` does, rows are decoded and read again.
+        for kept in (source.rows, source.rows.filter(lambda row: True)):
+            conversations = conversations_of(source._replace(rows=kept))
+            for conversation in conversations:
+                assert conversation["messages"][1] == {**messages[1], "content": [{"type": "text", "text": answer}]}
+            assert conversations[1]["messages"][0]["content"] == parts
 
 
 @pytest.mark.parametrize("name", ["../a.png", "/etc/a.png", "pics/../../a.png", "https://example.org/a.png"])
 def test_an_image_path_cannot_leave_its_folder(tmp_path, name):
     file = tmp_path / "data.jsonl"
-    file.write_text(json.dumps({"image": "fine.png", "caption": "x"}) + "\n" + json.dumps({"image": name}))
+    file.write_text(
+        json.dumps({"image": "fine.png", "caption": "x"}) + "\n" + json.dumps({"image": name, "caption": "y"})
+    )
     with pytest.raises(ValueError) as caught:
-        load_rows(file)
-    assert f"{file}, row 1, image: the image {name} " in one_line(caught) and "--image_dir" in one_line(caught)
+        conversations_of(open_source(file))
+    assert one_line(caught).startswith(f"{file}, row 1") and f"the image {name} " in one_line(caught)
+    assert "--image_dir" in one_line(caught)
 
 
-def test_a_missing_image_folder_is_one_line(tmp_path):
+def test_a_missing_image_folder_is_one_line_at_once(tmp_path):
     file = tmp_path / "data.jsonl"
     file.write_text(json.dumps({"image": "a.png", "caption": "x"}))
     with pytest.raises(FileNotFoundError) as caught:
@@ -195,15 +224,21 @@ def test_reading_undecoded_copies_nothing_and_keeps_later_caches(tmp_path):
     assert one.cache_files == other.cache_files
 
 
-def test_a_folder_of_images_with_metadata_is_read(tmp_path):
+@pytest.mark.parametrize("kind", ["jsonl", "csv"])
+@pytest.mark.parametrize("linked", [False, True])
+def test_a_folder_of_images_with_metadata_is_read_undecoded(tmp_path, kind, linked):
     place = tmp_path / "data"
-    (place / "train").mkdir(parents=True)
-    pictures("red")[0].save(place / "train/a.png")
-    (place / "train/metadata.jsonl").write_text(json.dumps({"file_name": "a.png", "text": "A red wall."}))
-    (row,) = load_rows(place)
-    (conversation,) = conversations_from_row(row)
-    assert load_image(conversation["images"][0]).size == (3, 2)
-    assert conversation["messages"][1]["content"][0]["text"] == "A red wall."
+    folder_of_images(place, kind)
+    if linked:  # `datasets` names the images in the folder behind the link
+        (tmp_path / "link").symlink_to(place)
+        place = tmp_path / "link"
+    for streaming in (False, True):
+        source = open_source(place, streaming=streaming)
+        for row in source.rows:
+            assert row["image"]["bytes"] is None and row["image"]["path"].endswith(".png")
+        assert [load_image(image).getpixel((0, 0)) for image in images_of(source)] == [(255, 0, 0), (0, 0, 255)]
+        texts = [conversation["messages"][1]["content"][0]["text"] for conversation in conversations_of(source)]
+        assert texts == ["A red wall.", "A blue wall."]
 
 
 def test_a_saved_dataset_has_its_splits_and_parts_of_them(tmp_path):
@@ -269,24 +304,251 @@ def test_a_hub_name_when_offline_is_one_line():
     assert "nlphuji/flickr30k: no such file or folder here, and the Hub cannot be reached" in one_line(caught)
 
 
+# --- several files, and other forms
+
+
+def test_a_pattern_or_a_list_names_several_files(tmp_path, monkeypatch):
+    for number in range(3):
+        rows = datasets.Dataset.from_dict({"image": [f"{number}.png"], "caption": [f"row {number}"]})
+        (tmp_path / "deep/er").mkdir(parents=True, exist_ok=True)
+        rows.to_parquet(tmp_path / f"deep/er/part-{number}.parquet")
+        rows.to_json(tmp_path / f"deep/part-{number}.jsonl")
+    for path in (
+        tmp_path / "deep/er/*.parquet",
+        str(tmp_path / "**/*.parquet"),
+        [tmp_path / f"deep/er/part-{number}.parquet" for number in range(3)],
+        [str(tmp_path / "deep/er/part-0.parquet"), str(tmp_path / "deep/er/part-[12].parquet")],
+        tmp_path / "deep/*.jsonl",
+    ):
+        source = open_source(path)
+        assert source.rows["caption"][:] == ["row 0", "row 1", "row 2"]
+        assert "," not in source.name and source.name.endswith(" more") == isinstance(path, list)
+        folder = tmp_path / ("deep" if str(path).endswith("jsonl") else "deep/er")
+        assert images_of(source) == [str(folder / f"{number}.png") for number in range(3)]
+    for path, message in (
+        (tmp_path / "*.tar", "no file has a name like this"),
+        ([], "an empty list names no data set"),
+        ([tmp_path / "gone.jsonl"], "no such file"),
+        (tmp_path / "deep/**/part-0.*", "files of several kinds (json, parquet)"),
+    ):
+        with pytest.raises((FileNotFoundError, ValueError)) as caught:
+            load_rows(path)
+        assert message in one_line(caught)
+
+
+LLAVA = [
+    {"id": "a", "image": "a.png", "conversations": [{"from": "human", "value": "<image>\n2"}] * 2},
+    {"id": "b", "conversations": [{"from": "human", "value": "42"}, {"from": "gpt", "value": '{"a": 1}'}]},
+    {"id": "c", "image": ["a.png", "b.png"], "conversations": [{"from": "human", "value": "[1]"}]},
+]
+
+
+def write_json(place: Path, rows: list[dict]) -> Path:
+    """Rows as one list, as a line each, or the latter compressed, as the name says."""
+    lines = not place.name.startswith("list")
+    content = "\n".join(map(json.dumps, rows)) if lines else json.dumps(rows, indent=1)
+    with (gzip.open if place.suffix == ".gz" else open)(place, "wt") as file:
+        file.write(content)
+    return place
+
+
+@pytest.mark.parametrize("name", ["list.json", "lines.json", "lines.jsonl", "lines.ndjson", "lines.jsonl.gz"])
+@pytest.mark.parametrize("streaming", [False, True])
+def test_llavas_rows_are_what_their_file_says(tmp_path, name, streaming):
+    """An image that is a text, a list or not there; texts that are JSON."""
+    rows = list(load_rows(write_json(tmp_path / name, LLAVA), streaming=streaming))
+    assert [{key: value for key, value in row.items() if value is not None} for row in rows] == LLAVA
+
+
+# --- streamed
+
+
+def write_parquet(place: Path, column: str = "image", rows: int = 7) -> Path:
+    picture = [pictures("red", "blue")[: 1 + number % 2] for number in range(rows)]
+    feature = datasets.List(datasets.Image()) if column == "images" else datasets.Image()
+    datasets.Dataset.from_dict(
+        {column: picture if column == "images" else [each[0] for each in picture], "text": list(map(str, range(rows)))},
+        features=datasets.Features({column: feature, "text": datasets.Value("string")}),
+    ).to_parquet(place)
+    return place
+
+
+def folder_of_images(place: Path, kind: str = "jsonl") -> Path:
+    (place / "train").mkdir(parents=True)
+    texts = {"a.png": "A red wall.", "b.png": "A blue wall."}
+    for name, picture in zip(texts, pictures("red", "blue")):
+        picture.save(place / "train" / name)
+    rows = datasets.Dataset.from_dict({"file_name": list(texts), "text": list(texts.values())})
+    file = place / f"train/metadata.{kind}"
+    rows.to_csv(file) if kind == "csv" else rows.to_json(file)
+    return place
+
+
+def web_dataset(place: Path) -> Path:
+    """Three tar files of two rows each, an image and its caption."""
+    place.mkdir()
+    for number in range(3):
+        with tarfile.open(place / f"{number:04}.tar", "w") as archive:
+            for row, picture in enumerate(pictures("red", "blue")):
+                content = io.BytesIO()
+                picture.save(content, "PNG")
+                for suffix, data in (("png", content.getvalue()), ("txt", f"row {number} {row}".encode())):
+                    entry = tarfile.TarInfo(f"{number:04}{row:04}.{suffix}")
+                    entry.size = len(data)
+                    archive.addfile(entry, io.BytesIO(data))
+    return place
+
+
+def saved(place: Path) -> Path:
+    datasets.Dataset.from_dict({"images": [pictures("red", "blue")] * 4, "text": list("abcd")}).save_to_disk(place)
+    return place
+
+
+def text_table(place: Path) -> Path:
+    datasets.Dataset.from_dict({"image": ["a.png", "b.png"], "caption": ["red", "7"]}).to_csv(place)
+    return place
+
+
+KINDS = {
+    "parquet": lambda place: write_parquet(place / "a.parquet"),
+    "parquet of lists": lambda place: write_parquet(place / "a.parquet", "images"),
+    "parquet files": lambda place: [write_parquet(place / f"{n}.parquet", rows=n + 1) for n in range(3)],
+    "jsonl": lambda place: write_json(place / "lines.jsonl", LLAVA),
+    "jsonl.gz": lambda place: write_json(place / "lines.jsonl.gz", LLAVA),
+    "json list": lambda place: write_json(place / "list.json", LLAVA),
+    "csv": lambda place: text_table(place / "a.csv"),
+    "folder of images": lambda place: folder_of_images(place / "images"),
+    "webdataset folder": lambda place: web_dataset(place / "web"),
+    "webdataset file": lambda place: web_dataset(place / "web") / "0001.tar",
+    "webdataset pattern": lambda place: web_dataset(place / "web") / "*.tar",
+    "save_to_disk": lambda place: saved(place / "saved"),
+    "coco": lambda place: write_coco(place / "coco").parent.parent,
+    "shapes": lambda place: "shapes",
+}
+
+
+def comparable(rows) -> list[dict]:
+    """Rows with drawn images as their pixels, and keys in one order."""
+
+    def plain(value):
+        if isinstance(value, dict):
+            return {key: plain(value[key]) for key in sorted(value)}
+        return value.tobytes() if isinstance(value, Image.Image) else value
+
+    return [plain(row) for row in rows]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_streamed_rows_are_the_rows(tmp_path, kind):
+    """In their order, and in two workers each of them once."""
+    path, split = KINDS[kind](tmp_path), "test[:20]" if kind == "shapes" else None
+    # Streamed first, while nothing is prepared that it could fall back on.
+    streamed, whole = (open_source(path, split=split, streaming=streaming) for streaming in (True, False))
+    assert isinstance(streamed.rows, datasets.IterableDataset) and isinstance(whole.rows, datasets.Dataset)
+    assert (streamed.name, streamed.image_dir) == (whole.name, whole.image_dir)
+    expected = comparable(whole.rows)
+    assert comparable(streamed.rows) == expected and len(expected) > 1
+    assert comparable(streamed.rows) == expected, "in a second epoch"
+    workers = min(2, streamed.rows.num_shards)
+    loader = torch.utils.data.DataLoader(streamed.rows, batch_size=None, num_workers=workers)
+    assert sorted(map(repr, comparable(loader))) == sorted(map(repr, expected))
+
+
+@pytest.mark.parametrize("kind", [kind for kind in KINDS if kind not in ("json list", "coco")])
+def test_a_stream_converts_nothing(tmp_path, monkeypatch, kind):
+    """But JSON that is one object or list, which can only be read as a whole."""
+    monkeypatch.setattr(datasets.DatasetBuilder, "download_and_prepare", lambda *arguments: pytest.fail("prepared"))
+    next(iter(load_rows(KINDS[kind](tmp_path), streaming=True)))
+
+
+def test_a_part_of_a_split_cannot_be_streamed(tmp_path):
+    for name in ("train", "test"):
+        write_parquet(tmp_path / f"{name}.parquet")
+    assert len(list(load_rows(tmp_path, split="train+test", streaming=True))) == 14
+    with pytest.raises(ValueError) as caught:
+        load_rows(tmp_path, split="train[:90%]", streaming=True)
+    assert one_line(caught).startswith(f"{tmp_path}: 'train[:90%]' is a part of a split") and "name whole" in one_line(
+        caught
+    )
+
+
+@pytest.mark.parametrize("name", sorted({"data.jsonl", "data.parquet", "data.csv"}))
+def test_an_unreadable_file_is_one_line_when_it_is_streamed(tmp_path, name):
+    content, message = UNREADABLE[name]
+    (tmp_path / name).write_text(content)
+    with pytest.raises(ValueError) as caught:
+        load_rows(tmp_path / name, streaming=True)
+    assert one_line(caught).startswith(str(tmp_path / name)) and message in one_line(caught)
+
+
+# --- held out
+
+
+def test_a_share_is_held_out_without_a_copy(tmp_path):
+    rows = load_rows(write_parquet(tmp_path / "a.parquet", rows=100))
+    learned, held_out = hold_out(rows, 0.21)
+    assert (len(learned), len(held_out)) == (79, 21)
+    assert sorted(learned["text"][:] + held_out["text"][:], key=int) == list(map(str, range(100)))
+    assert hold_out(rows, 0.21)[1]["text"][:] == held_out["text"][:] != hold_out(rows, 0.21, seed=1)[1]["text"][:]
+    assert held_out["text"][:] != list(map(str, range(79, 100))), "not just the end"
+    assert learned.data.nbytes == rows.data.nbytes, "the same table behind another index"
+    assert hold_out(rows, 0) == (rows, None) == hold_out(rows, 0.001)
+    for share in (-0.1, 1, 5):
+        with pytest.raises(ValueError, match="expected a number from 0 to below 1"):
+            hold_out(rows, share)
+
+
+def test_at_most_a_thousand_rows_are_held_out():
+    rows = datasets.Dataset.from_dict({"text": list(map(str, range(5000)))})
+    assert list(map(len, hold_out(rows, 0.5))) == [4000, 1000]
+    learned, held_out = hold_out(rows.to_iterable_dataset(), 0.5)
+    assert len(list(held_out)) == 1000 and 2300 < len(list(learned)) < 2700
+
+
+@pytest.mark.parametrize("kind", ["jsonl", "webdataset pattern", "shapes"])
+def test_what_is_held_out_of_a_stream_is_never_learned(tmp_path, kind):
+    """Whatever the order and in whatever worker; so it goes by content, not by number."""
+    path, split = KINDS[kind](tmp_path), "test[:40]" if kind == "shapes" else None
+    rows = load_rows(path, split=split, streaming=True)
+    learned, held_out = hold_out(rows, 0.34)
+    apart = [sorted(map(repr, comparable(part))) for part in (learned, held_out)]
+    assert sorted(apart[0] + apart[1]) == sorted(map(repr, comparable(rows)))
+    assert apart[0] and (apart[1] or len(apart[0]) < 10)
+    assert sorted(map(repr, comparable(learned.shuffle(seed=1, buffer_size=10)))) == apart[0]
+    loader = torch.utils.data.DataLoader(learned, batch_size=None, num_workers=min(2, rows.num_shards))
+    assert sorted(map(repr, comparable(loader))) == apart[0]
+    assert sorted(map(repr, comparable(hold_out(load_rows(path, split=split, streaming=True), 0.34)[1]))) == apart[1]
+    assert hold_out(rows, 0) == (rows, None)
+
+
 # --- the Hub
 
 
 READ_FROM_HUB = """
-import json
-from processing.conversations import conversations_from_row
+import json, os
+from pathlib import Path
 from processing.images import load_image
-from processing.sources import load_rows
+from processing.conversations import conversations_from_row
+from processing.sources import open_source
+
+def streamed(*arguments, **options):
+    rows = open_source(*arguments, **options, streaming=True).rows
+    return [[load_image(row["image"]).getpixel((0, 0)), row["caption"]] for row in rows]
 
 def outcome(*arguments, **options):
     try:
-        return len(load_rows(*arguments, **options))
+        return len(open_source(*arguments, **options).rows)
     except Exception as error:
         return f"{type(error).__name__}: {error}"
 
 converted = {"revision": "refs/convert/parquet"}
 flickr = "nlphuji/flickr30k"
 found = {
+    # First, while there is nothing in the cache.
+    "streamed": streamed(flickr, **converted),
+    "streamed images": streamed("me/walls"),
+    "stored": [str(file) for file in Path(os.environ["HF_HOME"]).rglob("*") if file.suffix in (".parquet", ".png")],
+    "part of a stream": outcome(flickr, split="test[:50%]", streaming=True, **converted),
     # Before anything is cached, and again after it: an older copy must not hide a mistake.
     "script": outcome(flickr),
     "unreachable": outcome("me/private"),
@@ -297,17 +559,29 @@ found = {
     "no such revision": outcome(flickr, revision="nope"),
     "script again": outcome(flickr),
 }
-row = load_rows(flickr, **converted).shuffle(seed=42)[0]
+row = open_source(flickr, **converted).rows.shuffle(seed=42)[0]
 found["columns"] = sorted(row)
 found["conversations"] = len(conversations_from_row(row))
 found["first"] = conversations_from_row(row, prompt="What?", caption_choice="first")[0]["messages"]
 found["size"] = load_image(row["image"]).size
+found["stored later"] = len(list(Path(os.environ["HF_HOME"]).rglob("*.parquet")))
 print(json.dumps(found))
 """
 
 
-def test_flickr30k_is_read_from_the_hub_as_it_is_there(tmp_path):
+def test_flickr30k_is_read_from_the_hub_as_it_is_there(tmp_path, monkeypatch):
     """The repository is a script; the Hub's parquet copy of it has one folder for its configuration, one split."""
+    answer = fake_hub._Handler._answer
+
+    def answer_parts(self, status, content, headers):
+        """Parts of files, which is what a stream asks for."""
+        if status == 200 and (asked := self.headers.get("Range")):
+            start, end = (int(place) for place in asked.removeprefix("bytes=").split("-"))
+            headers = headers | {"Content-Range": f"bytes {start}-{end}/{len(content)}"}
+            status, content = 206, content[start : end + 1]
+        answer(self, status, content, headers)
+
+    monkeypatch.setattr(fake_hub._Handler, "_answer", answer_parts)
     count = 6
     script = tmp_path / "hub/datasets/nlphuji/flickr30k"
     script.mkdir(parents=True)
@@ -329,8 +603,11 @@ def test_flickr30k_is_read_from_the_hub_as_it_is_there(tmp_path):
         },
         features=datasets.Features(features),
     ).to_parquet(copy)
-    with start_fake_hub(tmp_path / "hub") as url:
-        environment = hub_environment(url, tmp_path / "home") | {"PYTHONPATH": os.pathsep.join(sys.path)}
+    walls = folder_of_images(tmp_path / "hub/datasets/me/walls")
+    metadata = walls / "train/metadata.jsonl"
+    metadata.write_text(metadata.read_text().replace('"text"', '"caption"'))
+    with fake_hub.start_fake_hub(tmp_path / "hub") as url:
+        environment = fake_hub.hub_environment(url, tmp_path / "home") | {"PYTHONPATH": os.pathsep.join(sys.path)}
         ran = subprocess.run(
             [sys.executable, "-c", READ_FROM_HUB], env=environment, capture_output=True, text=True, timeout=120
         )
@@ -343,73 +620,12 @@ def test_flickr30k_is_read_from_the_hub_as_it_is_there(tmp_path):
     assert "me/private: neither a file or folder here nor a dataset on the Hub" in found["unreachable"]
     assert (found["converted"], found["configuration"], found["part"]) == (count, count, count // 2)
     assert "no split 'train'; expected one of test" in found["no such split"]
+    captions = [[f"Caption {i} of image {k}." for i in range(5)] for k in range(count)]
+    assert found["streamed"] == [[[255, 0, 0], texts] for texts in captions]
+    assert found["stored"] == [] and found["stored later"] == 1
+    assert found["streamed images"] == [[[255, 0, 0], "A red wall."], [[0, 0, 255], "A blue wall."]]
+    assert "'test[:50%]' is a part of a split" in found["part of a stream"]
     assert found["no such revision"].startswith("FileNotFoundError: nlphuji/flickr30k at revision nope: the Hub has no")
     assert found["columns"] == ["caption", "filename", "image", "img_id", "sentids", "split"]
     assert found["conversations"] == 5 and found["size"] == [3, 2]
     assert found["first"][0]["content"] == [{"type": "image"}, {"type": "text", "text": "What?"}]
-
-
-# --- images
-
-
-def test_every_kind_of_reference_loads_the_same_image(tmp_path):
-    image, path = pictures("red")[0], tmp_path / "a.png"
-    image.save(path)
-    stored = {"bytes": path.read_bytes(), "path": "gone.png"}
-    for reference in (image, str(path), path, stored, {"bytes": None, "path": str(path)}):
-        check_image(reference)
-        loaded = load_image(reference)
-        assert (loaded.mode, loaded.size, loaded.getpixel((0, 0))) == ("RGB", (3, 2), (255, 0, 0))
-    assert image.getpixel((0, 0)) == (255, 0, 0), "the caller's image is still open"
-
-
-def test_an_image_is_upright_opaque_rgb_of_its_first_frame(tmp_path):
-    def loaded(name: str, image: Image.Image, **options) -> Image.Image:
-        image.save(tmp_path / name, **options)
-        return load_image(tmp_path / name)
-
-    exif = Image.Exif()
-    exif[274] = 6  # stored lying on its side
-    assert loaded("turned.jpg", Image.new("RGB", (30, 20)), exif=exif).size == (20, 30)
-    assert loaded("clear.png", Image.new("RGBA", (2, 2), (255, 0, 0, 0))).getpixel((0, 0)) == (255, 255, 255)
-    assert loaded("half.png", Image.new("LA", (2, 2), (0, 128))).getpixel((0, 0)) == (127, 127, 127)
-    palette = Image.new("P", (2, 2), 0)
-    palette.putpalette([10, 20, 30])
-    assert loaded("palette.png", palette, transparency=0).getpixel((0, 0)) == (255, 255, 255)
-    moving = loaded("moving.gif", pictures("red")[0], save_all=True, append_images=pictures("blue"))
-    assert moving.getpixel((0, 0)) == (255, 0, 0)
-    assert loaded("deep.png", Image.new("I;16", (2, 2), 256 * 100)).getpixel((0, 0)) == (100, 100, 100)
-    assert loaded("print.jpg", Image.new("CMYK", (2, 2), (0, 255, 255, 0)), quality=95).getpixel((0, 0))[0] > 240
-
-
-def test_a_missing_or_broken_image_is_one_line_with_its_name(tmp_path):
-    (tmp_path / "text.jpg").write_text("no image")
-    (tmp_path / "empty.jpg").write_bytes(b"")
-    Image.effect_noise((64, 64), 50).save(tmp_path / "whole.jpg")
-    (tmp_path / "cut.jpg").write_bytes((tmp_path / "whole.jpg").read_bytes()[:900])
-    with pytest.raises(FileNotFoundError) as caught:
-        load_image({"bytes": None, "path": str(tmp_path / "gone.jpg")})
-    assert one_line(caught).startswith(f"{tmp_path / 'gone.jpg'}: no such image file")
-    for name in ("text.jpg", "empty.jpg", "cut.jpg"):
-        with pytest.raises(ValueError) as caught:
-            load_image(tmp_path / name)
-        assert one_line(caught).startswith(f"{tmp_path / name}: not a readable image (")
-    for name in ("gone.jpg", "text.jpg", "empty.jpg"):
-        with pytest.raises((FileNotFoundError, ValueError)):
-            check_image(tmp_path / name)
-    check_image(tmp_path / "cut.jpg")  # the header is whole
-    with pytest.raises(ValueError) as caught:
-        load_image({"bytes": b"no image", "path": None})
-    assert "an image stored in its row (8 bytes): not a readable image" in one_line(caught)
-    with pytest.raises(ValueError) as caught:
-        load_image(None)
-    assert "found NoneType where an image was expected" in one_line(caught)
-
-
-def test_a_huge_image_is_refused_by_its_size(tmp_path, monkeypatch):
-    Image.new("1", (100, 100)).save(tmp_path / "bomb.png")
-    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 1000)
-    for read in (load_image, check_image):
-        with pytest.raises(ValueError) as caught:
-            read(tmp_path / "bomb.png")
-        assert "decompression bomb" in one_line(caught)

@@ -16,6 +16,10 @@ import torch
 import yaml
 from transformers import HfArgumentParser, TrainingArguments
 
+from processing.collator import ON_BAD_SAMPLE
+from processing.conversations import CAPTION_CHOICES
+from processing.encoding import SUPERVISE, TRUNCATIONS
+
 
 ROOT = Path(__file__).resolve().parent.parent
 DEFAULT_RECIPE = ROOT / "recipes" / "shapes.yaml"
@@ -113,6 +117,13 @@ class DataArguments:
             "help": "Hub name, folder or file; COCO's folder or captions JSON; or `shapes`, the built-in data set."
         },
     )
+    datasets: str | None = field(
+        default=None,
+        metadata={
+            "help": "Several data sets, in yaml only: a list of {path, name, split, eval_split, revision, image_dir, "
+            "columns, max_samples, weight}. With weights, each is that share of the samples."
+        },
+    )
     dataset_name: str | None = field(default=None, metadata={"help": "Configuration of a data set that has several."})
     tokenizer_dataset_name: str | None = field(
         default=None,
@@ -122,8 +133,26 @@ class DataArguments:
     )
     dataset_revision: str | None = field(default=None, metadata={"help": "Branch, tag or commit of a Hub data set."})
     image_dir: str | None = field(default=None, metadata={"help": "Folder that image paths are relative to."})
+    allow_urls: bool = field(
+        default=False, metadata={"help": "Fetch images that are URLs, up to 20 MB and 10 seconds each."}
+    )
+    columns: str | None = field(
+        default=None,
+        metadata={"help": "What a column is, where its name does not say it: image=photo,caption=description."},
+    )
+    streaming: bool = field(
+        default=False, metadata={"help": "Read the data set while training, from its beginning on; needs --max_steps."}
+    )
+    shuffle_buffer: int = field(
+        default=1000, metadata={"help": "Of a streamed data set: samples among which the next is drawn."}
+    )
     train_split: str | None = field(default=None, metadata={"help": "Split to learn from; `train`, or the only one."})
-    eval_split: str | None = field(default=None, metadata={"help": "Split for the evaluation loss; none if not given."})
+    eval_split: str | None = field(
+        default=None, metadata={"help": "Split for the evaluation loss; without it `eval_share` is held out."}
+    )
+    eval_share: float = field(
+        default=0.01, metadata={"help": "Share of the training rows held out for the evaluation loss, 1,000 at most."}
+    )
     test_split: str | None = field(
         default=None,
         metadata={"help": "Split whose questions are answered by `generate` after training and compared exactly."},
@@ -144,14 +173,117 @@ class DataArguments:
     )
     max_length: int | None = field(
         default=None,
+        metadata={"help": "Positions of a sequence, image tokens included; what the language model has if not given."},
+    )
+    truncation: str = field(
+        default="truncate_text",
         metadata={
-            "help": "Positions of a sequence, image tokens included; what the language model has if not given. Longer "
-            "texts are cut at their end, images never."
+            "help": "What is longer than max_length: truncate_text cuts text from its end, keep_last_turns leaves out "
+            "the first turns, drop drops it. Images are never cut."
+        },
+    )
+    supervise: str = field(default="all", metadata={"help": "Learn all answers of a dialogue, or only the last."})
+    supervise_prompt: bool = field(default=False, metadata={"help": "Learn what the user and the system say as well."})
+    on_bad_sample: str = field(
+        default="skip", metadata={"help": "A row or image that cannot be read: skip and count it, or error and stop."}
+    )
+    encode_ahead: bool | None = field(
+        default=None,
+        metadata={
+            "help": "Encode all texts before the first step, and never again; otherwise when a batch is made. On for "
+            "up to 20,000 rows and where batches are grouped by length, if not given."
         },
     )
     pad_to_multiple_of: int | None = field(
         default=None, metadata={"help": "Round the length of a batch up: fewer shapes to prepare kernels for."}
     )
+
+    def __post_init__(self):
+        self.columns = _parse_columns(self.columns)
+        for name, choices in (
+            ("caption_choice", CAPTION_CHOICES),
+            ("truncation", TRUNCATIONS),
+            ("supervise", SUPERVISE),
+            ("on_bad_sample", ON_BAD_SAMPLE),
+        ):
+            if (value := getattr(self, name)) not in choices:
+                raise ValueError(f"{name}={value!r}: expected one of {', '.join(choices)}.")
+        if not 0 <= self.eval_share < 1:
+            raise ValueError(f"eval_share={self.eval_share}: expected a share from 0 to below 1.")
+
+    def sources(self) -> list["SourceArguments"]:
+        """
+        The data sets to learn from: those of `datasets`, or the one that `dataset` names.
+
+        Raises:
+            ValueError: none or both are given, or an entry is not as expected.
+        """
+        if self.datasets is None:
+            if self.dataset is None:
+                raise ValueError("no data set is named; add --dataset NAME (a Hub name, a folder, a file, or shapes).")
+            return [
+                SourceArguments(
+                    self.dataset, self.dataset_name, self.train_split, self.eval_split, self.dataset_revision,
+                    self.image_dir, self.columns, self.max_samples,
+                )
+            ]  # fmt: skip
+        single = ("dataset", "dataset_name", "dataset_revision", "train_split", "eval_split", "test_split")
+        if given := [name for name in single if getattr(self, name) is not None]:
+            raise ValueError(f"datasets and {given[0]} are both given; say it in the entries of datasets.")
+        if not isinstance(self.datasets, list) or not self.datasets:
+            raise ValueError("datasets: expected a list in a yaml file, as in `datasets: [{path: DATA, weight: 0.7}]`.")
+        sources, known = [], [f.name for f in fields(SourceArguments)]
+        for number, entry in enumerate(self.datasets):
+            if not isinstance(entry, dict) or "path" not in entry:
+                raise ValueError(f"datasets[{number}] is {entry!r}; expected {{path: DATA, ...}}.")
+            if unknown := [key for key in entry if key not in known]:
+                raise ValueError(f"datasets[{number}] has an unknown key {unknown[0]!r}{_suggest(unknown[0], known)}.")
+            entry = {"image_dir": self.image_dir, "columns": self.columns, "max_samples": self.max_samples, **entry}
+            sources.append(SourceArguments(**{**entry, "columns": _parse_columns(entry["columns"])}))
+        weights = [source.weight for source in sources]
+        if any(w is not None for w in weights) and not all(isinstance(w, (int, float)) and w > 0 for w in weights):
+            raise ValueError(f"datasets have the weights {weights}; expected a positive one for each, or none.")
+        return sources
+
+    def encoding_kwargs(self, asks: bool) -> dict[str, Any]:
+        """
+        What `encode_dialogue` or, where nothing is asked, `encode_caption` is given.
+
+        Raises:
+            ValueError: something about prompts, where there are none.
+        """
+        if asks:
+            return {
+                "truncation": self.truncation, "supervise": self.supervise, "supervise_prompt": self.supervise_prompt
+            }  # fmt: skip
+        if self.supervise != "all" or self.supervise_prompt:
+            raise ValueError("supervise and supervise_prompt are about dialogues; stage 1 learns captions alone.")
+        return {"truncation": self.truncation}
+
+
+@dataclass
+class SourceArguments:
+    """One data set to learn from; see `DataArguments` for what each means."""
+
+    path: str
+    name: str | None = None
+    split: str | None = None
+    eval_split: str | None = None
+    revision: str | None = None
+    image_dir: str | None = None
+    columns: dict[str, str] | None = None
+    max_samples: int | None = None
+    weight: float | None = None
+
+
+def _parse_columns(columns: Any) -> dict[str, str] | None:
+    if columns is None:
+        return None
+    if isinstance(columns, str):
+        columns = dict(pair.split("=", 1) for pair in columns.split(",") if "=" in pair)
+    if not isinstance(columns, dict) or not columns or not all(isinstance(v, str) for v in columns.values()):
+        raise ValueError(f"columns={columns!r}: expected what each is called, such as image=photo,caption=text.")
+    return {str(name).strip(): column.strip() for name, column in columns.items()}
 
 
 @dataclass

@@ -5,12 +5,11 @@ mend it. The scripts read as the order of these functions.
 """
 
 import functools
+import itertools
 import os
 import shutil
 import sys
 import traceback
-from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 
 import datasets
@@ -20,14 +19,24 @@ from transformers.utils import logging
 
 from modeling_vlm import VLMConfig, VLMForConditionalGeneration
 from processing import VLMDataCollator, VLMProcessor
-from processing.conversations import conversations_from_row
-from processing.download import download_coco
-from processing.encoding import Encode, EncodedDataset, encode_caption, encode_dialogue, encode_rows
-from processing.images import check_image
-from processing.sources import load_rows, split_names
+from processing.dataset import encode_item
+from processing.images import BadImage, load_image
 from processing.tokenizer import train_tokenizer
 
 from .arguments import Arguments, DataArguments, ModelArguments, VLMTrainingArguments
+from .data import (
+    PRETRAIN,
+    SFT,
+    Data,
+    Stage,
+    Survey,
+    encode_data,
+    encode_test,
+    load_data,
+    report_data,
+    training_texts,
+    write_data_report,
+)
 from .evaluation import draw_samples, exact_match, find_questions, format_exact_match, generate_answers
 from .model_card import read_base_models, write_model_card
 from .trainer import VLMTrainer
@@ -35,21 +44,6 @@ from .tuning import apply_tuning, describe_parts
 
 
 SAMPLES_SHOWN = 8
-IMAGES_CHECKED = 200
-
-
-@dataclass(frozen=True)
-class Stage:
-    """What makes a stage what it is: how a conversation is encoded, and whether captions answer a question."""
-
-    number: int
-    name: str
-    encode: Encode
-    asks: bool
-
-
-PRETRAIN = Stage(1, "alignment", encode_caption, asks=False)
-SFT = Stage(2, "instruction tuning", encode_dialogue, asks=True)
 
 
 def one_line_errors(main):
@@ -70,15 +64,6 @@ def one_line_errors(main):
             sys.exit(1)
 
     return wrapped
-
-
-@dataclass
-class Data:
-    """The rows of a run: to learn from, for the evaluation loss, and for the questions answered after training."""
-
-    train: datasets.Dataset
-    eval: datasets.Dataset | None
-    test: datasets.Dataset | None
 
 
 def prepare(training_args: VLMTrainingArguments) -> None:
@@ -133,41 +118,6 @@ def _is_complete(checkpoint: Path) -> bool:
     except (OSError, ValueError, TypeError):
         return False
     return True
-
-
-def load_data(data_args: DataArguments, training_args: VLMTrainingArguments) -> Data:
-    """
-    The rows of every split that the run reads.
-
-    Raises:
-        ValueError, FileNotFoundError, ConnectionError: a data set that is not there, or not as expected.
-    """
-    if data_args.dataset is None:
-        raise ValueError("no data set is named; add --dataset NAME (a Hub name, a folder, a file, or shapes).")
-    with training_args.main_process_first(desc="loading the data"):
-        if data_args.download:
-            named = filter(None, (data_args.train_split, data_args.eval_split, data_args.test_split))
-            splits = {part for split in named for part in split_names(split)} or {"train2017"}
-            download_coco(data_args.dataset, sorted(splits))
-
-        return Data(
-            train=_rows(data_args, data_args.train_split, data_args.max_samples),
-            eval=data_args.eval_split and _rows(data_args, data_args.eval_split, data_args.max_eval_samples),
-            test=data_args.test_split and _rows(data_args, data_args.test_split, data_args.max_test_samples),
-        )
-
-
-def _rows(data_args: DataArguments, split: str | None, limit: int | None, name: str | None = None) -> datasets.Dataset:
-    found = load_rows(
-        data_args.dataset,
-        name=name or data_args.dataset_name,
-        split=split,
-        revision=data_args.dataset_revision,
-        image_dir=data_args.image_dir,
-    )
-    if limit is not None and limit < len(found):
-        found = found.shuffle(seed=data_args.sample_seed).select(range(limit))
-    return found
 
 
 def load_model(
@@ -244,14 +194,11 @@ def _compose(stage, model_args, data_args, data, dtype):
     vision, text = _backbone("vision_model", model_args), _backbone("text_model", model_args)
     tokenizer = model_args.tokenizer
     if tokenizer is None and isinstance(text, PreTrainedConfig):
-        read = [data.train]
-        if data_args.tokenizer_dataset_name is not None:
-            read.append(_rows(data_args, data_args.train_split, None, data_args.tokenizer_dataset_name))
-        reading = {"prompt": data_args.prompt if stage.asks else "", "source": data_args.dataset}
-        texts = (words for rows in read for words in _texts(rows, reading))
         # One entry stays free for the image token.
         tokenizer = train_tokenizer(
-            texts, text.vocab_size - 1, getattr(text, "max_position_embeddings", None) or int(1e30)
+            training_texts(stage, data_args, data),
+            text.vocab_size - 1,
+            getattr(text, "max_position_embeddings", None) or int(1e30),
         )
         text.pad_token_id, text.bos_token_id = tokenizer.pad_token_id, None
         text.eos_token_id = tokenizer.eos_token_id
@@ -284,15 +231,6 @@ def _backbone(option: str, model_args: ModelArguments) -> str | PreTrainedConfig
     if model_type not in CONFIG_MAPPING:
         raise ValueError(f"{option} has model_type {model_type!r}; expected one that transformers knows, such as vit.")
     return CONFIG_MAPPING[model_type](**{key: setting for key, setting in value.items() if key != "model_type"})
-
-
-def _texts(rows: datasets.Dataset, reading: dict, limit: int = 20_000) -> Iterator[str]:
-    """Every text of the first conversations, with the words that the default template adds."""
-    yield "User: \nAssistant: "
-    for index, row in enumerate(rows.with_format(None).select(range(min(limit, len(rows))))):
-        for conversation in conversations_from_row(row, index=index, **reading):
-            for message in conversation["messages"]:
-                yield from (" " + part["text"] for part in message["content"] if part["type"] == "text")
 
 
 def check_fit(model: VLMForConditionalGeneration, processor: VLMProcessor) -> None:
@@ -342,55 +280,30 @@ def choose_max_length(model: VLMForConditionalGeneration, asked: int | None) -> 
     return chosen
 
 
-def encode_data(
-    stage: Stage, data: Data, model, processor: VLMProcessor, data_args: DataArguments, training_args
-) -> tuple[EncodedDataset, EncodedDataset | None]:
-    """Encode the training and evaluation rows; see `encode_rows`."""
-    reading = {
-        "prompt": data_args.prompt if stage.asks else "",
-        "max_length": choose_max_length(model, data_args.max_length),
-        "source": data_args.dataset,
-        "seed": training_args.data_seed if training_args.data_seed is not None else training_args.seed,
-    }
-    with training_args.main_process_first(desc="encoding the data"):
-        train = encode_rows(data.train, processor, stage.encode, caption_choice=data_args.caption_choice, **reading)
-        evaluation = data.eval and encode_rows(
-            data.eval,
-            processor,
-            stage.encode,
-            caption_choice="first" if data_args.caption_choice == "random" else data_args.caption_choice,
-            **reading,
-        )
-    if training_args.process_index == 0:
-        _check_images(train)
-    return train, evaluation
-
-
-def _check_images(dataset: EncodedDataset) -> None:
-    """Open the headers of some images, so that a wrong folder is known now and not in the first epoch."""
-    for index in range(0, len(dataset), max(1, len(dataset) // IMAGES_CHECKED)):
-        for reference in dataset[index]["images"]:
-            check_image(reference)
-
-
 def build_trainer(stage: Stage, arguments: Arguments, model, processor: VLMProcessor, train, evaluation) -> VLMTrainer:
     """The Trainer of a stage; its collator and its data agree on how a conversation is encoded."""
-    training_args = arguments[-1]
-    if evaluation is None:
+    _, data_args, _, training_args = arguments
+    if not evaluation:
+        evaluation = None
         training_args.eval_strategy = "no"
     return VLMTrainer(
         model=model,
         args=training_args,
         processing_class=processor,
         data_collator=VLMDataCollator(
-            processor, encode=stage.encode, pad_to_multiple_of=arguments[1].pad_to_multiple_of
+            processor,
+            choose_max_length(model, data_args.max_length),
+            encode=stage.encoder(data_args),
+            pad_to_multiple_of=data_args.pad_to_multiple_of,
+            on_bad_sample=data_args.on_bad_sample,
+            account=True,
         ),
         train_dataset=train,
         eval_dataset=evaluation,
     )
 
 
-def report(stage: Stage, trainer: VLMTrainer) -> None:
+def report(stage: Stage, trainer: VLMTrainer, surveys: dict[str, Survey]) -> None:
     """Say what will learn, at which rate, and from what; in one process."""
     if not trainer.is_world_process_zero():
         return
@@ -399,18 +312,11 @@ def report(stage: Stage, trainer: VLMTrainer) -> None:
     print(f"{'part':<18}{'parameters':>14}{'learn':>14}   rate")
     for part in describe_parts(trainer.model):
         print(f"{part.name:<18}{part.parameters:>14,}{part.trained:>14,}   {rate if part.trained else '-'}")
-    print(f"\n{'data':<18}{'samples':>14}{'tokens':>14}{'supervised':>14}")
-    for name, dataset in (("training", trainer.train_dataset), ("evaluation", trainer.eval_dataset)):
-        if dataset is None:
-            continue
-        account = dataset.account
-        print(f"{name:<18}{len(dataset):>14,}{account.tokens:>14,}{account.supervised:>14,}")
-        for reason, count in account.dropped.items():
-            print(f"{'':<18}{count:,} dropped: {reason}")
+    print(f"\n{report_data(surveys)}")
     batch = args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size
     precision = "bf16" if args.bf16 else "fp16" if args.fp16 else "fp32"
     print(
-        f"\n{batch} conversations a step ({args.per_device_train_batch_size} x {args.gradient_accumulation_steps} x "
+        f"{batch} conversations a step ({args.per_device_train_batch_size} x {args.gradient_accumulation_steps} x "
         f"{args.world_size} processes), {precision}, {args.device}, to {args.output_dir}\n",
         flush=True,
     )
@@ -443,13 +349,16 @@ def finish(stage: Stage, arguments: Arguments, trainer: VLMTrainer, data: Data, 
     for key, value in generation_args.to_generate().items():
         setattr(model.generation_config, key, value)
     trainer.save_model()
+    account = trainer.gathered_account()
     if trainer.is_world_process_zero():
+        print(f"\nconsumed\n{write_data_report(folder, account, trainer.train_dataset).table()}")
         shown, exact = _answer(stage, trainer, model, processor, data, data_args, generation_args)
         answers = generate_answers(
             model, processor, shown, args.per_device_eval_batch_size, **generation_args.to_generate()
         )
         draw_samples(processor, shown, answers, folder / "samples.png")
         asked = [processor.tokenizer.decode([i for i in q.ids if i != processor.image_token_id]) for q in shown]
+        dataset = ", ".join(part.reading.source for part in data.train)
         trainer.card = functools.partial(
             write_model_card,
             folder,
@@ -457,9 +366,9 @@ def finish(stage: Stage, arguments: Arguments, trainer: VLMTrainer, data: Data, 
             stage=stage.number,
             config=model.config,
             base_models=_base_models(model_args),
-            dataset=data_args.dataset,
+            dataset=dataset,
             parts=describe_parts(model),
-            settings=_settings(data_args, args),
+            settings=_settings(dataset, args),
             metrics=losses,
             exact=exact,
             samples=[(a, q.expected, g) for a, q, g in zip(asked, shown, answers)],
@@ -472,22 +381,21 @@ def finish(stage: Stage, arguments: Arguments, trainer: VLMTrainer, data: Data, 
 
 def _answer(stage, trainer, model, processor, data, data_args, generation_args):
     """Questions to show, and the exact-match table of the test split where there is one."""
-    reading = {
-        "prompt": data_args.prompt if stage.asks else "",
-        "max_length": choose_max_length(model, data_args.max_length),
-        "source": data_args.dataset,
-    }
     if data.test is None:
-        items = trainer.eval_dataset or trainer.train_dataset
-        items = [items[index] for index in range(min(SAMPLES_SHOWN, len(items)))]
-        return find_questions(items, processor)[:SAMPLES_SHOWN], None
-    items = encode_rows(data.test, processor, stage.encode, caption_choice="first", **reading)
+        dataset = trainer.eval_dataset or trainer.train_dataset
+        if not isinstance(dataset, torch.utils.data.IterableDataset):
+            dataset = map(dataset.__getitem__, range(len(dataset)))
+        settings = (processor, stage.encoder(data_args), choose_max_length(model, data_args.max_length))
+        encoded = (item for item, _ in (encode_item(item, *settings) for item in dataset) if item is not None)
+        return find_questions(itertools.islice(_readable(encoded), SAMPLES_SHOWN), processor)[:SAMPLES_SHOWN], None
+    items = encode_test(stage, data.test, processor, choose_max_length(model, data_args.max_length))
+    items = list(_readable(map(items.__getitem__, range(len(items)))))
     kinds = None
-    if {"kind", "subset"} <= set(data.test.column_names):
-        labels = data.test.with_format(None)
+    if {"kind", "subset"} <= set(data.test.rows.column_names):
+        labels = data.test.rows.select_columns(["kind", "subset"]).with_format(None)
         labels = list(zip(labels["kind"], labels["subset"]))
-        kinds = [labels[row] for row in items.encodings["row"]]
-    questions = find_questions((items[index] for index in range(len(items))), processor, kinds)
+        kinds = [labels[item["row"]] for item in items]
+    questions = find_questions(items, processor, kinds)
     answers = generate_answers(
         model,
         processor,
@@ -503,6 +411,18 @@ def _answer(stage, trainer, model, processor, data, data_args, generation_args):
     return questions[:SAMPLES_SHOWN], table
 
 
+def _readable(items):
+    """Those of encoded items whose images can be read: one that cannot must not end a run that is trained."""
+    for item in items:
+        try:
+            for reference in item["images"]:
+                load_image(reference)
+        except BadImage as error:
+            print(f"left out of the questions: {error}")
+        else:
+            yield item
+
+
 def _base_models(model_args):
     if model_args.model is not None:
         return read_base_models(model_args.model)
@@ -510,9 +430,9 @@ def _base_models(model_args):
     return [name for name in names if isinstance(name, str) and not Path(name).exists()]
 
 
-def _settings(data_args, args):
+def _settings(dataset, args):
     return {
-        "data": data_args.dataset,
+        "data": dataset,
         "epochs": f"{args.num_train_epochs:g}" if args.max_steps < 0 else f"{args.max_steps} steps",
         "conversations a step": args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size,
         "learning rate": f"{args.learning_rate:g}, {args.lr_scheduler_type.value}",
@@ -539,6 +459,7 @@ __all__ = [
     "PRETRAIN",
     "SFT",
     "build_trainer",
+    "choose_max_length",
     "encode_data",
     "finish",
     "load_data",

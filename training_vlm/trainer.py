@@ -1,18 +1,25 @@
 """The Trainer, with what it cannot express for this model: nothing computed in vain, and a loss that weighs tokens.
 
-Four things differ from the stock Trainer. The head is computed at supervised positions only: the same loss and
+Six things differ from the stock Trainer. The head is computed at supervised positions only: the same loss and
 gradients, without the logits of a thousand image positions. The evaluation loss is the mean over tokens, where the
 stock loop averages the means of batches, which makes it depend on the batch size. Label smoothing shifts the labels,
-which the stock one does only for the classes that it knows by name. A checkpoint is read as any saved folder is.
+which the stock one does only for the classes that it knows by name. A checkpoint is read as any saved folder is. The
+accounts of the batches that were trained on are added up, and go on with a resumed run. A run on a stream resumes at
+its next sample without decoding those before it.
 """
 
 import functools
+import json
+from pathlib import Path
 
 import torch
+from accelerate.utils import gather_object
 from torch import nn
-from transformers import PreTrainedModel, Trainer, TrainerCallback
+from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainerState
 from transformers.trainer_pt_utils import LengthGroupedSampler
 from transformers.trainer_utils import EvalLoopOutput
+
+from processing.account import Account
 
 
 class VLMTrainer(Trainer):
@@ -21,6 +28,7 @@ class VLMTrainer(Trainer):
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
         self.card = None  # what writes the model card, once there is something to say
+        self.account = Account()  # of this process
         self._only_loss = False
         self._evaluated = None
         if self.label_smoother is not None and self.compute_loss_func is None:
@@ -29,12 +37,17 @@ class VLMTrainer(Trainer):
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         """See `Trainer.compute_loss`; logits are left out where nobody reads them."""
-        labels = inputs.get("labels")
+        account = inputs.pop("account", None)
+        if account is not None and model.training:
+            self.account.add_batch(account)
+        labels, loss_weights = inputs.get("labels"), inputs.get("loss_weights")
+        if loss_weights is not None and self.compute_loss_func is not None:
+            raise ValueError("weights of messages cannot be combined with label_smoothing_factor or another loss.")
         if labels is not None and self.compute_loss_func is None and (model.training or self._only_loss):
             inputs = {**inputs, "logits_to_keep": supervised_positions(labels)}
         loss, outputs = super().compute_loss(model, inputs, True, num_items_in_batch)
         if labels is not None and not model.training and self._evaluated is not None:
-            self._add_evaluated(labels, outputs["logits"])
+            self._add_evaluated(labels, outputs["logits"], loss_weights)
         return (loss, outputs) if return_outputs else loss
 
     def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
@@ -52,6 +65,34 @@ class VLMTrainer(Trainer):
         if f"{metric_key_prefix}_loss" in output.metrics:
             output.metrics[f"{metric_key_prefix}_loss"] = total / max(tokens, 1)
         return output
+
+    def gathered_account(self) -> Account:
+        """The account of every batch that was trained on, of all processes; every process has to ask."""
+        account = Account()
+        for state in gather_object([self.account.state()]):
+            account.merge(Account.from_state(state))
+        return account
+
+    def train(self, resume_from_checkpoint=None, **kwargs):
+        """See `Trainer.train`."""
+        if resume_from_checkpoint and isinstance(self.train_dataset, torch.utils.data.IterableDataset):
+            # The stock loop would make every batch again to throw it away.
+            state = TrainerState.load_from_json(str(Path(resume_from_checkpoint, "trainer_state.json")))
+            self.data_collator.skip_batches = state.global_step * self.args.gradient_accumulation_steps
+        return super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
+
+    def _save_rng_state(self, output_dir):
+        # What each process has to find again when it resumes lies beside its random states.
+        super()._save_rng_state(output_dir)
+        self._account_file(output_dir).write_text(json.dumps(self.account.state()), encoding="utf-8")
+
+    def _load_rng_state(self, checkpoint):
+        super()._load_rng_state(checkpoint)
+        if checkpoint is not None and (file := self._account_file(checkpoint)).is_file():
+            self.account = Account.from_state(json.loads(file.read_text(encoding="utf-8")))
+
+    def _account_file(self, checkpoint):
+        return Path(checkpoint, f"data_account_{self.args.process_index}.json")
 
     def _load_from_checkpoint(self, resume_from_checkpoint, model=None):
         # A saved file has the Hub's names of the weights (of a ViT, for one), which only `from_pretrained` translates;
@@ -81,12 +122,14 @@ class VLMTrainer(Trainer):
         batch = self.args.train_batch_size * self.args.gradient_accumulation_steps
         return LengthGroupedSampler(batch, lengths=dataset.lengths)
 
-    def _add_evaluated(self, labels, logits):
+    def _add_evaluated(self, labels, logits, loss_weights):
         keep = supervised_positions(labels)
         if logits.ndim == 3:
             logits = logits[keep]
         targets = nn.functional.pad(labels, (0, 1), value=-100)[:, 1:]
         losses = nn.functional.cross_entropy(logits.float(), targets[keep], reduction="none")
+        if loss_weights is not None:
+            losses = losses * nn.functional.pad(loss_weights, (0, 1))[:, 1:][keep]
         # A sum and a count for each row, so that rows repeated to fill the last batch are not counted twice.
         sums = torch.zeros(len(labels), 2, device=logits.device)
         sums[:, 0].index_add_(0, keep.nonzero()[:, 0], losses)

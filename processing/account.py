@@ -1,0 +1,212 @@
+"""The account of a run's data: what was learned from, what was dropped or cut and why, to the last sample.
+
+A record says what became of one sample (one conversation). The collator makes records where samples become batches, in
+whatever process that is, and sends them along with the batch; the Trainer adds up those of the batches that it really
+consumed. So nothing is counted that was only fetched ahead, and the sums over sources, reasons, workers and processes
+are the input, exactly.
+"""
+
+from collections import Counter
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+
+DROP_REASONS = (
+    "no token of it is supervised",
+    "an image does not fit into max_length",
+    "no supervised token fits into max_length",
+    "longer than max_length",
+    "the chat template refuses it",
+    "malformed row",
+    "missing image file",
+    "unreadable image",
+    "image too large",
+    "image could not be fetched",
+)
+"""Every reason for which a sample can be dropped."""
+
+BAD_SAMPLE_REASONS = DROP_REASONS[4:]
+"""Those that say that something is wrong with the sample; the others are what was asked for."""
+
+CUT_REASONS = ("text cut at its end", "first turns left out")
+"""Every way in which a sample can be shortened to fit into `max_length`."""
+
+PERCENTILES = (5, 50, 95, 99, 100)
+NAMED_AT_MOST = 10_000
+_COUNTED = ("samples", "learned from", "images", "tokens", "image_tokens", "supervised")
+
+
+class Record(NamedTuple):
+    """
+    What became of one sample.
+
+    Lengths are positions of the expanded sequence, image tokens included; `supervised` counts tokens that are
+    predicted. A dropped sample has none of them, but a reason, and a detail that names what was wrong.
+    """
+
+    source: str
+    row: int | str | None
+    dropped: str | None = None
+    detail: str = ""
+    cut: str | None = None
+    images: int = 0
+    tokens: int = 0
+    image_tokens: int = 0
+    supervised: int = 0
+
+
+@dataclass(frozen=True)
+class BatchAccount:
+    """
+    What travels with a batch: a record a sample, and the positions of the batch that are padding.
+
+    No tuple or mapping, so that whatever moves a batch to a device leaves it as it is.
+    """
+
+    records: list[Record]
+    padding: int
+
+
+class Account:
+    """Records, added up. Memory grows with the number of sources, lengths and dropped samples, not of samples."""
+
+    def __init__(self):
+        self.sources: dict[str, Counter] = {}
+        self.lengths: Counter[int] = Counter()
+        self.padding = 0
+        self.named: dict[tuple[str, str], tuple[str, str]] = {}
+
+    def add_batch(self, batch: BatchAccount) -> None:
+        """Count a batch."""
+        self.add(batch.records, batch.padding)
+
+    def add(self, records: Iterable[Record], padding: int = 0) -> None:
+        """Count records, and positions of padding."""
+        self.padding += padding
+        for record in records:
+            counts = self.sources.setdefault(record.source, Counter())
+            counts["samples"] += 1
+            if record.dropped is not None:
+                counts[f"dropped: {record.dropped}"] += 1
+                if len(self.named) < NAMED_AT_MOST:
+                    self.named[record.source, str(record.row)] = record.dropped, record.detail
+                continue
+            counts["learned from"] += 1
+            if record.cut is not None:
+                counts[f"cut: {record.cut}"] += 1
+            for name in ("images", "tokens", "image_tokens", "supervised"):
+                counts[name] += getattr(record, name)
+            self.lengths[record.tokens] += 1
+
+    def merge(self, other: "Account") -> None:
+        """Add what another worker, process or run counted."""
+        for source, counts in other.sources.items():
+            self.sources.setdefault(source, Counter()).update(counts)
+        self.lengths.update(other.lengths)
+        self.padding += other.padding
+        self.named.update(other.named)
+
+    def state(self) -> dict[str, Any]:
+        """Everything, as JSON takes it; see `from_state`."""
+        return {
+            "sources": self.sources,
+            "lengths": sorted(self.lengths.items()),
+            "padding": self.padding,
+            "named": [[*place, *why] for place, why in self.named.items()],
+        }
+
+    @classmethod
+    def from_state(cls, state: dict[str, Any]) -> "Account":
+        """The account whose `state` this is."""
+        account = cls()
+        account.sources = {source: Counter(counts) for source, counts in state["sources"].items()}
+        account.lengths = Counter(dict(map(tuple, state["lengths"])))
+        account.padding = state["padding"]
+        account.named = {(source, row): (reason, detail) for source, row, reason, detail in state["named"]}
+        return account
+
+    def dropped_only(self) -> "Account":
+        """The samples that were dropped, without those that were learned from."""
+        account = Account()
+        for source, counts in self.sources.items():
+            dropped = Counter({key: count for key, count in counts.items() if key.startswith("dropped: ")})
+            account.sources[source] = dropped + Counter(samples=dropped.total())
+        account.named = dict(self.named)
+        return account
+
+    @property
+    def total(self) -> Counter:
+        """The counts of all sources together."""
+        return sum(self.sources.values(), Counter())
+
+    def percentiles(self) -> dict[int, int]:
+        """Lengths of the samples that were learned from: the smallest that so many percent do not exceed."""
+        number, found, seen = self.lengths.total(), {}, 0
+        wanted = list(PERCENTILES)
+        for length, count in sorted(self.lengths.items()):
+            seen += count
+            while wanted and seen * 100 >= wanted[0] * number:
+                found[wanted.pop(0)] = length
+        return found
+
+    def report(self) -> dict[str, Any]:
+        """What `data_report.json` holds."""
+        return {
+            "total": {**_counts(self.total), **self._shares()},
+            "sources": {source: _counts(counts) for source, counts in self.sources.items()},
+            "length percentiles": {f"{percent} %": length for percent, length in self.percentiles().items()},
+            "dropped samples": [
+                {"source": source, "row": row, "reason": reason, "detail": detail}
+                for (source, row), (reason, detail) in sorted(self.named.items())
+            ],
+        }
+
+    def _shares(self) -> dict[str, float]:
+        total = self.total
+        return {
+            "supervised share": round(total["supervised"] / max(1, total["tokens"]), 4),
+            "padding share": round(self.padding / max(1, total["tokens"] + self.padding), 4),
+        }
+
+    def table(self) -> str:
+        """The account in lines for a terminal."""
+        total, named = self.total, {source: _short(source) for source in self.sources}
+        width = max([18, *(len(name) + 2 for name in named.values())])
+        rows = list(self.sources.items())
+        if len(rows) > 1:
+            rows.append(("together", total))
+        lines = [f"{'source':<{width}}" + "".join(f"{name.replace('_', ' '):>14}" for name in _COUNTED)]
+        for source, counts in rows:
+            lines.append(f"{named.get(source, source):<{width}}" + "".join(f"{counts[name]:>14,}" for name in _COUNTED))
+        shares, lengths = self._shares(), self.percentiles()
+        if lengths:
+            shown = ", ".join(f"{length:,} ({percent} %)" for percent, length in lengths.items())
+            lines.append(
+                f"\n{shares['supervised share']:.1%} of the tokens are supervised; lengths up to {shown}"
+                + (f"; {shares['padding share']:.1%} of the positions were padding" if self.padding else "")
+            )
+        for key in sorted(key for key in total if key.startswith(("dropped: ", "cut: "))):
+            lines.append(f"{total[key]:,} {key}{self._example(key)}")
+        return "\n".join(lines)
+
+    def _example(self, key: str) -> str:
+        reason = key.removeprefix("dropped: ")
+        for (source, row), (why, detail) in self.named.items():
+            if why == reason:
+                return f" (such as {detail})" if detail else f" (such as {source}, row {row})"
+        return ""
+
+
+def _short(source: str) -> str:
+    """A source's name, of a long path its end."""
+    return source if len(source) <= 32 else f"...{source[-29:]}"
+
+
+def _counts(counts: Counter) -> dict[str, Any]:
+    """Counts by their kind, those that a report always has among them."""
+    found: dict[str, Any] = {name: counts[name] for name in _COUNTED}
+    for kind in ("dropped", "cut"):
+        prefix = f"{kind}: "
+        found[kind] = {key.removeprefix(prefix): n for key, n in sorted(counts.items()) if key.startswith(prefix)}
+    return found

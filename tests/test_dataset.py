@@ -1,0 +1,335 @@
+"""Data sets of conversations: encoded ahead or later they are the same, mixed and streamed they lose nothing."""
+
+import json
+from collections import Counter
+from functools import partial
+
+import datasets
+import pytest
+import torch
+from PIL import Image
+from torch.utils.data import DataLoader
+
+from processing import VLMDataCollator
+from processing.account import Account
+from processing.dataset import ConversationDataset, MixedDataset, Reading, StreamedDataset, without_image_bytes
+from processing.encoding import encode_caption, encode_dialogue
+from tests import tiny
+
+
+@pytest.fixture(scope="module")
+def processor():
+    return tiny.processor_of("byte-level", "default")
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A folder with eight small pictures."""
+    root = tmp_path_factory.mktemp("pictures")
+    for number in range(8):
+        Image.new("RGB", (20, 20), (number * 20, 100, 50)).save(root / f"{number}.png")
+    return root
+
+
+def dialogue_rows(count=12, start=0):
+    return datasets.Dataset.from_list(
+        [
+            {
+                "image": f"{n % 8}.png" if n % 3 else None,
+                "messages": [
+                    {"role": "user", "content": f"question {n}"},
+                    {"role": "assistant", "content": "answer " * (n % 4) + str(n)},
+                ],
+            }
+            for n in range(start, start + count)
+        ]
+    )
+
+
+def reading_of(folder, **kwargs):
+    return Reading(source="pictures", image_dir=str(folder), **kwargs)
+
+
+def texts(dataset):
+    """What the items of a data set say, whether they are encoded or not."""
+    return [json.dumps(item["messages"]) for item in dataset]
+
+
+def assert_same_batch(found, expected):
+    assert found.keys() == expected.keys()
+    for name in found:
+        same = found[name] == expected[name]
+        assert same if name == "account" else bool(torch.as_tensor(same).all()), name
+
+
+@pytest.mark.parametrize("stored", [False, True], ids=["paths", "bytes"])
+@pytest.mark.parametrize("choice", ["all", "first", "random"])
+def test_encoded_ahead_or_when_asked_for_is_the_same(processor, folder, stored, choice):
+    rows = datasets.Dataset.from_list(
+        [{"image": f"{n}.png", "caption": [f"caption {n} number {k}" for k in range(n % 3 + 1)]} for n in range(8)]
+    )
+    if stored:
+        features = datasets.Features(
+            image=datasets.Image(decode=False), caption=datasets.List(datasets.Value("string"))
+        )
+        rows = datasets.Dataset.from_list(
+            [{**row, "image": {"bytes": (folder / row["image"]).read_bytes(), "path": None}} for row in rows], features
+        )
+    reading = reading_of(folder, caption_choice=choice)
+    later, ahead = ConversationDataset(rows, reading, seed=3), ConversationDataset(rows, reading, seed=3)
+    ahead.encode_ahead(processor, encode_caption, max_length=9)
+    assert len(later) == len(ahead) == {"all": 8 + 8 - 1, "first": 8, "random": 8}[choice]
+    collate = VLMDataCollator(processor, max_length=9, encode=encode_caption, account=True)
+    for epoch in range(3):
+        later.set_epoch(epoch)
+        ahead.set_epoch(epoch)
+        for begin in range(0, len(later), 4):
+            items = [range(begin, min(begin + 4, len(later)))] * 2
+            assert_same_batch(collate([later[i] for i in items[0]]), collate([ahead[i] for i in items[1]]))
+    with pytest.raises(IndexError):
+        later[len(later)]
+
+
+def test_encoding_ahead_reads_no_image(processor, folder):
+    features = datasets.Features(
+        {
+            "images": datasets.List(datasets.Image(decode=False)),
+            "texts": datasets.List({"user": datasets.Value("string"), "assistant": datasets.Value("string")}),
+        }
+    )
+    image = {"bytes": b"no image at all" * 1000, "path": None}
+    pair = {"user": "what is it?", "assistant": "a cat"}
+    rows = datasets.Dataset.from_list(
+        [{"images": [image] * n, "texts": [pair]} for n in range(3)] + [{"images": None, "texts": [pair]}], features
+    )
+    light = without_image_bytes(rows.with_format("arrow")[:], rows.features)
+    assert light["images"] == [[], [{"bytes": b"stored", "path": None}], [{"bytes": b"stored", "path": None}] * 2, None]
+    assert light["texts"] == rows["texts"][:]
+    dataset = ConversationDataset(rows, Reading(source="rows"))
+    dataset.encode_ahead(processor, encode_dialogue)
+    assert [item["input_ids"].count(processor.image_token_id) for item in map(dataset.__getitem__, range(4))] == [
+        0, 1, 2, 0,
+    ]  # fmt: skip
+    assert dataset[2]["images"] == [image] * 2
+
+
+def test_a_row_of_captions_of_which_one_is_none_counts_as_often_as_it_would_have(processor, folder):
+    captions = (["a", None, "b"], [])
+    rows = datasets.Dataset.from_list([{"image": f"{n}.png", "caption": caption} for n, caption in enumerate(captions)])
+    later, ahead = ConversationDataset(rows, reading_of(folder)), ConversationDataset(rows, reading_of(folder))
+    with pytest.raises(ValueError, match="malformed|caption"):
+        ahead.encode_ahead(processor, encode_caption, on_bad_sample="error")
+    collator = VLMDataCollator(processor, encode=encode_caption)
+    collator([later[index] for index in range(len(later))])
+    assert collator.dropped == {"malformed row": 4} and len(later) == 4
+
+
+def test_rows_that_cannot_be_read_are_counted_and_named(processor, folder):
+    rows = datasets.Dataset.from_list(
+        [{"image": "0.png", "caption": "fine"}, {"image": "1.png", "caption": None}, {"image": None, "caption": "a"}]
+    )
+    dataset = ConversationDataset(rows, reading_of(folder))
+    dataset.encode_ahead(processor, encode_caption)
+    assert len(dataset) == 1 and dataset.account.total["samples"] == 3
+    assert dataset.account.report()["total"]["dropped"] == {"malformed row": 2}
+    assert all("pictures, row" in entry["detail"] for entry in dataset.account.report()["dropped samples"])
+    with pytest.raises(ValueError, match="pictures, row 1: "):
+        ConversationDataset(rows, reading_of(folder)).encode_ahead(processor, encode_caption, on_bad_sample="error")
+    later = ConversationDataset(rows, reading_of(folder))
+    batch = VLMDataCollator(processor, encode=encode_caption, account=True)([later[i] for i in range(3)])
+    account = Account()
+    account.add_batch(batch["account"])
+    assert account.dropped_only().report() == dataset.account.dropped_only().report()
+    with pytest.raises(ValueError, match="pictures, row 1: "):
+        VLMDataCollator(processor, encode=encode_caption, on_bad_sample="error")([later[i] for i in range(3)])
+
+
+def test_a_mix_without_weights_holds_everything_once(folder):
+    parts = [ConversationDataset(dialogue_rows(n, 100 * n), reading_of(folder)) for n in (3, 7, 2)]
+    mixed = MixedDataset(parts)
+    assert texts(mixed) == [text for part in parts for text in texts(part)]
+
+
+def test_a_mix_gives_each_source_its_weight(folder):
+    small, large = (ConversationDataset(dialogue_rows(n, 100 * n), reading_of(folder)) for n in (4, 36))
+    mixed = MixedDataset([small, large], weights=[3, 1], seed=1)
+    assert len(mixed) == 40
+    shown, epochs = Counter(), 4
+    for epoch in range(epochs):
+        mixed.set_epoch(epoch)
+        found = texts(mixed)
+        assert sum(text in texts(small) for text in found) == 30
+        shown.update(found)
+    # The small source comes in whole rounds, and four epochs of ten have shown all 36 of the large one.
+    assert {shown[text] for text in texts(small)} == {30 * epochs // 4}
+    assert all(1 <= shown[text] <= 2 for text in texts(large))
+    again = MixedDataset([small, large], weights=[3, 1], seed=1)
+    again.set_epoch(epochs - 1)
+    assert texts(again) == found
+
+
+def stream_of(folder, count=40, shards=4, **kwargs):
+    rows = dialogue_rows(count).to_iterable_dataset(num_shards=shards)
+    return StreamedDataset([(rows, reading_of(folder))], **kwargs)
+
+
+def first_words(dataset, number, workers=0):
+    loader = DataLoader(dataset, batch_size=None, num_workers=workers)
+    return [item["messages"][0]["content"][-1]["text"] for _, item in zip(range(number), loader)]
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("buffer", [1, 5, 1000])
+def test_a_stream_gives_every_item_once_a_round_whatever_the_workers(folder, workers, buffer):
+    found = first_words(stream_of(folder, shuffle_buffer=buffer), 80, workers)
+    assert Counter(found) == Counter({f"question {n}": 2 for n in range(40)})
+    assert set(found[:40]) == {f"question {n}" for n in range(40)}
+    assert found == first_words(stream_of(folder, shuffle_buffer=buffer), 80, workers)
+    if buffer > 1:
+        assert found[:40] != found[40:]
+
+
+def test_a_stream_mixes_by_weight(folder):
+    parts = [(dialogue_rows(30, start).to_iterable_dataset(), reading_of(folder)) for start in (0, 1000)]
+    found = first_words(StreamedDataset(parts, weights=[3, 1], seed=2), 2000)
+    share = sum(int(text.split()[1]) < 1000 for text in found) / len(found)
+    assert 0.7 < share < 0.8
+
+
+def test_a_resumed_stream_goes_on_with_the_next_sample_and_makes_no_batch_in_vain(processor, folder):
+    made = []
+
+    def encode(processor, conversation, max_length):
+        made.append(conversation["row"])
+        return encode_dialogue(processor, conversation, max_length)
+
+    def batches(skip):
+        collate = VLMDataCollator(processor, encode=encode)
+        collate.skip_batches = skip
+        return [batch for _, batch in zip(range(8), DataLoader(stream_of(folder), batch_size=4, collate_fn=collate))]
+
+    whole = batches(0)
+    made.clear()
+    resumed = batches(5)
+    assert resumed[:5] == [{}] * 5 and len(made) == 3 * 4
+    for expected, found in zip(whole[5:], resumed[5:]):
+        assert_same_batch(found, expected)
+
+
+@pytest.mark.parametrize("skip", [0, 3])
+def test_skipped_batches_are_the_first_also_with_workers(processor, folder, skip):
+    collate = VLMDataCollator(processor)
+    collate.skip_batches = skip
+    loader = DataLoader(stream_of(folder), batch_size=4, collate_fn=collate, num_workers=2)
+    assert [not batch for _, batch in zip(range(8), loader)] == [n < skip for n in range(8)]
+
+
+# --- what is too long
+
+
+def long_dialogue(images=1):
+    content = [{"type": "image"}] * images + [{"type": "text", "text": "the first question"}]
+    turns = [("assistant", "the first answer"), ("user", "the second question"), ("assistant", "the second answer")]
+    turns += [("user", "a third one"), ("assistant", "the third answer")]
+    say = [{"role": role, "content": [{"type": "text", "text": text}]} for role, text in turns]
+    system = {"role": "system", "content": [{"type": "text", "text": "be brief"}]}
+    return {"images": [None] * images, "messages": [system, {"role": "user", "content": content}, *say]}
+
+
+def kept(processor, conversation, max_length, **kwargs):
+    encoding = encode_dialogue(processor, conversation, max_length, **kwargs)
+    return encoding, processor.tokenizer.decode(encoding["input_ids"])
+
+
+def test_the_last_turns_are_kept_with_the_system_message_and_every_image(processor):
+    whole, _ = kept(processor, long_dialogue(2), None)
+    lengths = set()
+    for max_length in range(whole["length"], 0, -1):
+        try:
+            encoding, text = kept(processor, long_dialogue(2), max_length, truncation="keep_last_turns")
+        except ValueError as error:
+            assert error.reason == "longer than max_length"
+            continue
+        lengths.add(encoding["length"])
+        assert encoding["length"] <= max_length
+        assert encoding["input_ids"].count(processor.image_token_id) == 2
+        assert "be brief" in text and text.endswith("the third answer" + processor.tokenizer.eos_token)
+        assert ("the first" in text) == (encoding["cut"] is None)
+    assert len(lengths) == 3
+
+
+def test_what_is_too_long_can_be_dropped(processor):
+    whole, _ = kept(processor, long_dialogue(), None)
+    same, _ = kept(processor, long_dialogue(), whole["length"], truncation="drop")
+    assert same == whole
+    with pytest.raises(ValueError) as error:
+        kept(processor, long_dialogue(), whole["length"] - 1, truncation="drop")
+    assert error.value.reason == "longer than max_length"
+
+
+def test_a_cut_text_is_the_beginning_of_the_whole(processor):
+    whole, _ = kept(processor, long_dialogue(), None)
+    for max_length in range(1, whole["length"] + 1):
+        try:
+            encoding, _ = kept(processor, long_dialogue(), max_length)
+        except ValueError as error:
+            assert error.reason in ("no supervised token fits into max_length", "an image does not fit into max_length")
+            continue
+        assert encoding["length"] == max_length
+        assert encoding["labels"] == whole["labels"][: len(encoding["labels"])]
+        assert (encoding["cut"] is None) == (max_length == whole["length"])
+
+
+# --- what is learned
+
+
+def learned(processor, encoding):
+    return processor.tokenizer.decode([label for label in encoding["labels"] if label >= 0])
+
+
+def test_only_the_last_answer_can_be_learned(processor):
+    encoding, _ = kept(processor, long_dialogue(), None, supervise="last")
+    assert learned(processor, encoding).strip() == "the third answer" + processor.tokenizer.eos_token
+    everything, _ = kept(processor, long_dialogue(), None)
+    assert encoding["input_ids"] == everything["input_ids"]
+
+
+def test_prompts_can_be_learned_too(processor):
+    encoding, _ = kept(processor, long_dialogue(), None, supervise_prompt=True)
+    image = processor.image_token_id
+    assert encoding["labels"][1:] == [-100 if id == image else id for id in encoding["input_ids"][1:]]
+
+
+def test_an_answer_left_out_is_not_learned_with_the_prompts_either(processor):
+    conversation = long_dialogue()
+    conversation["messages"][2]["train"] = False
+    encoding, _ = kept(processor, conversation, None, supervise_prompt=True)
+    assert "the first answer" not in learned(processor, encoding)
+    assert "the second question" in learned(processor, encoding)
+
+
+def test_a_message_has_a_weight(processor):
+    conversation = long_dialogue()
+    conversation["messages"][2]["weight"] = 0.25
+    conversation["messages"][4]["weight"] = 0
+    encoding, _ = kept(processor, conversation, None)
+    plain, _ = kept(processor, long_dialogue(), None)
+    assert encoding["input_ids"] == plain["input_ids"]
+    assert Counter(encoding["weights"])[0.25] > 2
+    by_weight = {w: [i for i, v in zip(encoding["input_ids"], encoding["weights"]) if v == w] for w in (0.25, 1.0)}
+    assert processor.tokenizer.decode(by_weight[0.25]).strip() == "the first answer" + processor.tokenizer.eos_token
+    assert "the second answer" not in learned(processor, encoding)
+    batch = VLMDataCollator(processor)([{**conversation, "images": [Image.new("RGB", (8, 8))]}])
+    assert batch["loss_weights"].shape == batch["labels"].shape
+    assert ((batch["loss_weights"] > 0) == (batch["labels"] >= 0)).all()
+    assert "loss_weights" not in VLMDataCollator(processor)([{**long_dialogue(), "images": [Image.new("RGB", (8, 8))]}])
+
+
+def test_the_data_set_survives_a_journey_to_a_worker(processor, folder):
+    dataset = ConversationDataset(dialogue_rows(12), reading_of(folder))
+    mixed = MixedDataset([dataset, dataset], weights=[1, 2])
+    collate = VLMDataCollator(processor, encode=partial(encode_dialogue, truncation="drop"), account=True)
+    alone = [collate([mixed[i] for i in range(b, b + 4)]) for b in range(0, 24, 4)]
+    loader = DataLoader(mixed, batch_size=4, collate_fn=collate, num_workers=1, multiprocessing_context="spawn")
+    for expected, found in zip(alone, loader):
+        assert_same_batch(found, expected)

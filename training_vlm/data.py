@@ -1,0 +1,317 @@
+"""The data of a run: opened, read for a first impression, encoded or left to be encoded, and accounted for.
+
+What can be known to be wrong with the data is known here, before the first step: a first look counts what will be
+learned, and refuses to go on where that is nothing.
+"""
+
+import itertools
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import datasets
+
+from processing import VLMProcessor
+from processing.account import Account
+from processing.dataset import ConversationDataset, MixedDataset, Reading, StreamedDataset, encode_item
+from processing.download import download_coco
+from processing.encoding import Encode, encode_caption, encode_dialogue
+from processing.images import check_image
+from processing.sources import hold_out, open_source, split_names
+
+from .arguments import DataArguments, SourceArguments, VLMTrainingArguments
+
+
+ENCODED_AHEAD = 20_000
+SURVEYED = 1_000
+IMAGES_CHECKED = 200
+
+
+@dataclass(frozen=True)
+class Stage:
+    """What makes a stage what it is: how a conversation is encoded, and whether captions answer a question."""
+
+    number: int
+    name: str
+    encode: Encode
+    asks: bool
+
+    def encoder(self, data_args: DataArguments) -> Encode:
+        """`encode`, with what the arguments say about it."""
+        return partial(self.encode, **data_args.encoding_kwargs(self.asks))
+
+
+PRETRAIN = Stage(1, "alignment", encode_caption, asks=False)
+SFT = Stage(2, "instruction tuning", encode_dialogue, asks=True)
+
+
+class Part(NamedTuple):
+    """The rows of one source, and how they are read."""
+
+    rows: datasets.Dataset | datasets.IterableDataset
+    reading: Reading
+
+
+@dataclass
+class Data:
+    """The rows of a run: to learn from, for the evaluation loss, and for the questions answered after training."""
+
+    train: list[Part]
+    eval: list[Part]
+    test: Part | None
+    weights: list[float] | None
+
+
+def load_data(stage: Stage, data_args: DataArguments, training_args: VLMTrainingArguments) -> Data:
+    """
+    Open every split that the run reads.
+
+    Raises:
+        ValueError, FileNotFoundError, ConnectionError: a data set that is not there, or not as expected.
+    """
+    sources = data_args.sources()
+    if data_args.streaming and training_args.max_steps <= 0:
+        raise ValueError("a streamed data set has no end that is known; say how far to train with --max_steps.")
+    if data_args.streaming and (data_args.encode_ahead or _groups_by_length(training_args)):
+        raise ValueError(
+            "a streamed data set is not encoded ahead, so it cannot be grouped by length either; leave out "
+            "--streaming, or --encode_ahead and --train_sampling_strategy group_by_length."
+        )
+    with training_args.main_process_first(desc="loading the data"):
+        if data_args.download:
+            named = filter(None, (data_args.train_split, data_args.eval_split, data_args.test_split))
+            splits = {part for split in named for part in split_names(split)} or {"train2017"}
+            download_coco(sources[0].path, sorted(splits))
+        train, evaluation = [], []
+        for source in sources:
+            part = _open(stage, data_args, source, source.split, source.max_samples)
+            if source.eval_split is not None:
+                held = _open(stage, data_args, source, source.eval_split, data_args.max_eval_samples)
+            else:
+                rows, held = hold_out(part.rows, data_args.eval_share, data_args.sample_seed)
+                part, held = part._replace(rows=rows), part._replace(rows=_limited(held, data_args.max_eval_samples))
+            train.append(part)
+            if held.rows is not None:
+                choice = "first" if data_args.caption_choice == "random" else data_args.caption_choice
+                evaluation.append(held._replace(reading=replace(held.reading, caption_choice=choice)))
+        test = data_args.test_split and _open(
+            stage, replace(data_args, streaming=False, caption_choice="first"), sources[0], data_args.test_split,
+            data_args.max_test_samples,
+        )  # fmt: skip
+    weights = [source.weight for source in sources]
+    return Data(train, evaluation, test, None if None in weights else weights)
+
+
+def _open(
+    stage: Stage, data_args: DataArguments, source: SourceArguments, split: str | None, limit: int | None
+) -> Part:
+    found = open_source(
+        source.path,
+        name=source.name,
+        split=split,
+        revision=source.revision,
+        image_dir=source.image_dir,
+        streaming=data_args.streaming,
+    )
+    reading = Reading(
+        source=found.name,
+        prompt=data_args.prompt if stage.asks else "",
+        caption_choice=data_args.caption_choice,
+        columns=source.columns,
+        image_dir=None if found.image_dir is None else str(found.image_dir),
+        allow_urls=data_args.allow_urls,
+    )
+    return Part(_limited(found.rows, limit, data_args.sample_seed), reading)
+
+
+def _limited(rows, limit, seed=None):
+    """That many rows; of a stream, and without a seed, the first."""
+    if rows is None or limit is None:
+        return rows
+    if isinstance(rows, datasets.IterableDataset):
+        return rows.take(limit)
+    if limit >= len(rows):
+        return rows
+    return (rows if seed is None else rows.shuffle(seed=seed)).select(range(limit))
+
+
+def _groups_by_length(training_args):
+    return training_args.train_sampling_strategy == "group_by_length"
+
+
+def training_texts(stage: Stage, data_args: DataArguments, data: Data, limit: int = 20_000) -> Iterator[str]:
+    """Every text of the first rows, with the words that the default template adds: for a tokenizer that is trained."""
+    parts = list(data.train)
+    if data_args.tokenizer_dataset_name is not None:
+        source = replace(data_args.sources()[0], name=data_args.tokenizer_dataset_name)
+        parts.append(_open(stage, data_args, source, source.split, None))
+    yield "User: \nAssistant: "
+    for rows, reading in parts:
+        plain = rows if isinstance(rows, datasets.IterableDataset) else rows.with_format(None)
+        for index, row in enumerate(itertools.islice(plain, limit)):
+            for item in reading.items(row, index):
+                for message in item.get("messages", ()):
+                    yield from (" " + part["text"] for part in message["content"] if part["type"] == "text")
+
+
+class Survey(NamedTuple):
+    """What a first look at a data set found: an account, and of what, if not of everything."""
+
+    account: Account
+    sampled: bool
+
+
+TrainDataset = ConversationDataset | MixedDataset | StreamedDataset
+
+
+def encode_data(
+    stage: Stage, data: Data, processor: VLMProcessor, data_args: DataArguments, training_args, max_length: int
+) -> tuple[TrainDataset, ConversationDataset | MixedDataset | list | None, dict[str, Survey]]:
+    """
+    The training and evaluation data, encoded ahead where that is quick or asked for, and what they hold.
+
+    Raises:
+        ValueError: nothing could be learned, or everything would be.
+    """
+    encode = stage.encoder(data_args)
+    seed = training_args.data_seed if training_args.data_seed is not None else training_args.seed
+    settings = {
+        "processor": processor, "encode": encode, "max_length": max_length, "on_bad_sample": data_args.on_bad_sample
+    }  # fmt: skip
+    ahead = data_args.encode_ahead
+    if ahead is None and not data_args.streaming:
+        ahead = _groups_by_length(training_args) or sum(len(rows) for rows, _ in data.train) <= ENCODED_AHEAD
+    evaluation = None
+    with training_args.main_process_first(desc="encoding the data"):
+        if data_args.streaming:
+            train = StreamedDataset([*data.train], data.weights, seed, data_args.shuffle_buffer)
+            workers = training_args.dataloader_num_workers
+            training_args.dataloader_num_workers = min(workers, train.num_shards)
+        else:
+            train = _joined(data.train, data.weights, seed, settings if ahead else None)
+        if data.eval and data_args.streaming:
+            evaluation = [
+                item for rows, reading in data.eval for i, row in enumerate(rows) for item in reading.items(row, i)
+            ]
+        elif data.eval:
+            evaluation = _joined(data.eval, None, seed, settings if ahead else None)
+    surveys = {"training": _survey(train, processor, encode, max_length)}
+    if evaluation:
+        surveys["evaluation"] = _survey(evaluation, processor, encode, max_length)
+    _check_account(stage, surveys["training"].account, data_args)
+    if training_args.process_index == 0:
+        _check_images(train, data_args.on_bad_sample)
+    return train, evaluation, surveys
+
+
+def encode_test(stage: Stage, test: Part, processor: VLMProcessor, max_length: int) -> ConversationDataset:
+    """The questions that are answered after training; every answer counts, so all of them are supervised."""
+    dataset = ConversationDataset(*test)
+    dataset.encode_ahead(processor, stage.encode, max_length)
+    return dataset
+
+
+def _joined(parts, weights, seed, settings):
+    joined = [ConversationDataset(rows, reading, seed) for rows, reading in parts]
+    if settings is not None:
+        for dataset in joined:
+            dataset.encode_ahead(**settings)
+    joined = [dataset for dataset in joined if settings is None or dataset.account.total["learned from"]] or joined
+    return joined[0] if len(joined) == 1 else MixedDataset(joined, weights, seed)
+
+
+def _survey(dataset, processor: VLMProcessor, encode: Encode, max_length: int) -> Survey:
+    """The account of what is encoded already, else of some items."""
+    if getattr(dataset, "is_encoded", False):
+        return Survey(dataset.account, sampled=False)
+    account = Account()
+    account.add(encode_item(item, processor, encode, max_length)[1] for item in _some(dataset, SURVEYED))
+    return Survey(account, sampled=True)
+
+
+def _some(dataset, number: int) -> Iterator[dict[str, Any]]:
+    """Items from all over a data set, of a stream the first."""
+    if isinstance(dataset, StreamedDataset):
+        first = StreamedDataset(dataset.parts, dataset.weights, dataset.seed, shuffle_buffer=1)
+        return itertools.islice(first, number)
+    number = min(number, len(dataset))
+    return (dataset[index * len(dataset) // number] for index in range(number))
+
+
+def _check_account(stage: Stage, account: Account, data_args: DataArguments) -> None:
+    total = account.total
+    if not total["learned from"]:
+        reasons = [key for key in total if key.startswith("dropped: ")]
+        found = "; ".join(f"{key.removeprefix('dropped: ')} ({total[key]:,} samples)" for key in reasons)
+        examples = "; ".join(dict.fromkeys(detail for _, detail in account.named.values() if detail))[:400]
+        raise ValueError(
+            f"{', '.join(account.sources) or 'the data'}: there is nothing to learn from: {found or 'no samples'}"
+            + (f", such as {examples}" if examples else "")
+        )
+    # Of every sequence the first token has nothing before it to be predicted from.
+    everything = total["tokens"] - total["image_tokens"] - total["learned from"]
+    if stage.asks and not data_args.supervise_prompt and 0 < everything <= total["supervised"]:
+        raise ValueError(
+            f"{', '.join(account.sources)}: every token of every sample would be learned, so nothing is asked; "
+            "expected dialogues with a user message. If that is meant, add --supervise_prompt."
+        )
+
+
+def _check_images(dataset, on_bad_sample: str) -> None:
+    """Open the headers of some images, so that a wrong folder is known now and not in the first epoch."""
+    found, failed = 0, None
+    for item in _some(dataset, IMAGES_CHECKED):
+        for reference in item.get("images", ()):
+            if isinstance(reference, str) and reference.startswith(("http://", "https://")):
+                continue
+            found += 1
+            try:
+                check_image(reference)
+            except ValueError as error:
+                failed = failed or error
+                if on_bad_sample == "error":
+                    raise
+                continue
+            if on_bad_sample == "skip":
+                return
+    if found and failed is not None:
+        raise failed
+
+
+def report_data(surveys: dict[str, Survey]) -> str:
+    """What will be learned from, in lines for a terminal."""
+    lines = []
+    for name, (account, sampled) in surveys.items():
+        note = f" (a sample of {account.total['samples']:,})" if sampled else ""
+        lines += [f"{name} data{note}", account.table(), ""]
+    return "\n".join(lines)
+
+
+def write_data_report(folder: Path, consumed: Account, train: TrainDataset) -> Account:
+    """
+    Write `data_report.json`: every sample that was learned from or dropped, as often as it was.
+
+    What was dropped when the data were encoded ahead never came into a batch, and counts once.
+    """
+    if getattr(train, "is_encoded", False):
+        consumed.merge(train.account.dropped_only())
+    text = json.dumps(consumed.report(), indent=2, ensure_ascii=False)
+    (folder / "data_report.json").write_text(text + "\n", encoding="utf-8")
+    return consumed
+
+
+__all__ = [
+    "PRETRAIN",
+    "SFT",
+    "Data",
+    "Stage",
+    "encode_data",
+    "encode_test",
+    "load_data",
+    "report_data",
+    "training_texts",
+    "write_data_report",
+]
