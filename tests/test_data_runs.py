@@ -143,6 +143,15 @@ def test_a_mix_says_what_is_wrong_with_it(backbones, refused, tmp_path):
         assert "both given" in refused(train_sft.main, [*argv, "--dataset", data])
 
 
+def test_a_source_that_gives_nothing_is_named(backbones, refused, tmp_path):
+    good = write_dialogues(tmp_path / "cats", "cats", 30)
+    bad = write_rows(tmp_path / "cats" / "bad.jsonl", [{"messages": [{"role": "nobody", "content": "a"}]}])
+    (tmp_path / "mix.yaml").write_text(yaml.safe_dump({"datasets": [{"path": good}, {"path": bad}]}))
+    argv = ["--config", tmp_path / "mix.yaml", *backbones, *QUICK, "--output_dir", tmp_path / "out"]
+    line = refused(train_sft.main, argv)
+    assert line.startswith(f"error: {bad}: there is nothing to learn from") and "role 'nobody'" in line
+
+
 @pytest.mark.parametrize("workers", ["0", "2"])
 def test_a_resumed_stream_is_the_same_run(backbones, tmp_path, workers):
     for shard in range(4):

@@ -4,6 +4,7 @@ import gzip
 import io
 import json
 import os
+import pickle
 import subprocess
 import sys
 import tarfile
@@ -449,6 +450,7 @@ def test_streamed_rows_are_the_rows(tmp_path, kind):
     expected = comparable(whole.rows)
     assert comparable(streamed.rows) == expected and len(expected) > 1
     assert comparable(streamed.rows) == expected, "in a second epoch"
+    assert comparable(pickle.loads(pickle.dumps(streamed.rows))) == expected, "in a worker that is not forked"
     workers = min(2, streamed.rows.num_shards)
     loader = torch.utils.data.DataLoader(streamed.rows, batch_size=None, num_workers=workers)
     assert sorted(map(repr, comparable(loader))) == sorted(map(repr, expected))
@@ -530,10 +532,17 @@ from pathlib import Path
 from processing.images import load_image
 from processing.conversations import conversations_from_row
 from processing.sources import open_source
+from torch.utils.data import DataLoader
 
 def streamed(*arguments, **options):
     rows = open_source(*arguments, **options, streaming=True).rows
-    return [[load_image(row["image"]).getpixel((0, 0)), row["caption"]] for row in rows]
+    here, there = (
+        [[load_image(row["image"]).getpixel((0, 0)), row["caption"]] for row in each]
+        # In a worker forked after a first reading, any threads that the library reads ahead with would be gone.
+        for each in (rows, DataLoader(rows, batch_size=None, num_workers=1))
+    )
+    assert here == there
+    return here
 
 def outcome(*arguments, **options):
     try:

@@ -186,18 +186,15 @@ def encode_data(
         ahead = _groups_by_length(training_args) or sum(len(rows) for rows, _ in data.train) <= ENCODED_AHEAD
     evaluation = None
     with training_args.main_process_first(desc="encoding the data"):
-        if data_args.streaming:
-            train = StreamedDataset([*data.train], data.weights, seed, data_args.shuffle_buffer)
-            workers = training_args.dataloader_num_workers
-            training_args.dataloader_num_workers = min(workers, train.num_shards)
-        else:
-            train = _joined(data.train, data.weights, seed, settings if ahead else None)
+        train = joined(data.train, data.weights, seed, settings if ahead else None, data_args.shuffle_buffer)
+        if isinstance(train, StreamedDataset):  # more workers than files would have nothing to read
+            training_args.dataloader_num_workers = min(training_args.dataloader_num_workers, train.num_shards)
         if data.eval and data_args.streaming:
             evaluation = [
                 item for rows, reading in data.eval for i, row in enumerate(rows) for item in reading.items(row, i)
             ]
         elif data.eval:
-            evaluation = _joined(data.eval, None, seed, settings if ahead else None)
+            evaluation = joined(data.eval, None, seed, settings if ahead else None)
     surveys = {"training": _survey(train, processor, encode, max_length)}
     if evaluation:
         surveys["evaluation"] = _survey(evaluation, processor, encode, max_length)
@@ -214,13 +211,26 @@ def encode_test(stage: Stage, test: Part, processor: VLMProcessor, max_length: i
     return dataset
 
 
-def _joined(parts, weights, seed, settings):
-    joined = [ConversationDataset(rows, reading, seed) for rows, reading in parts]
-    if settings is not None:
-        for dataset in joined:
-            dataset.encode_ahead(**settings)
-    joined = [dataset for dataset in joined if settings is None or dataset.account.total["learned from"]] or joined
-    return joined[0] if len(joined) == 1 else MixedDataset(joined, weights, seed)
+def joined(
+    parts: list[Part],
+    weights: list[float] | None,
+    seed: int,
+    encoding: dict[str, Any] | None = None,
+    shuffle_buffer: int = 1,
+) -> TrainDataset:
+    """
+    The rows of all sources as one data set.
+
+    Args:
+        encoding: arguments of `encode_ahead`, where that is wanted.
+        shuffle_buffer: of a stream.
+    """
+    if any(isinstance(rows, datasets.IterableDataset) for rows, _ in parts):
+        return StreamedDataset(parts, weights, seed, shuffle_buffer)
+    found = [ConversationDataset(rows, reading, seed) for rows, reading in parts]
+    for dataset in found if encoding is not None else ():
+        dataset.encode_ahead(**encoding)
+    return found[0] if len(found) == 1 else MixedDataset(found, weights, seed)
 
 
 def _survey(dataset, processor: VLMProcessor, encode: Encode, max_length: int) -> Survey:
@@ -228,11 +238,11 @@ def _survey(dataset, processor: VLMProcessor, encode: Encode, max_length: int) -
     if getattr(dataset, "is_encoded", False):
         return Survey(dataset.account, sampled=False)
     account = Account()
-    account.add(encode_item(item, processor, encode, max_length)[1] for item in _some(dataset, SURVEYED))
+    account.add(encode_item(item, processor, encode, max_length)[1] for item in some_items(dataset, SURVEYED))
     return Survey(account, sampled=True)
 
 
-def _some(dataset, number: int) -> Iterator[dict[str, Any]]:
+def some_items(dataset, number: int) -> Iterator[dict[str, Any]]:
     """Items from all over a data set, of a stream the first."""
     if isinstance(dataset, StreamedDataset):
         first = StreamedDataset(dataset.parts, dataset.weights, dataset.seed, shuffle_buffer=1)
@@ -243,13 +253,15 @@ def _some(dataset, number: int) -> Iterator[dict[str, Any]]:
 
 def _check_account(stage: Stage, account: Account, data_args: DataArguments) -> None:
     total = account.total
-    if not total["learned from"]:
-        reasons = [key for key in total if key.startswith("dropped: ")]
-        found = "; ".join(f"{key.removeprefix('dropped: ')} ({total[key]:,} samples)" for key in reasons)
-        examples = "; ".join(dict.fromkeys(detail for _, detail in account.named.values() if detail))[:400]
+    for source, counts in account.sources.items():
+        if counts["learned from"]:
+            continue
+        reasons = [key for key in counts if key.startswith("dropped: ")]
+        found = "; ".join(f"{key.removeprefix('dropped: ')} ({counts[key]:,} samples)" for key in reasons)
+        details = (detail for (place, _), (_, detail) in account.named.items() if place == source and detail)
+        example = next(details, "")
         raise ValueError(
-            f"{', '.join(account.sources) or 'the data'}: there is nothing to learn from: {found or 'no samples'}"
-            + (f", such as {examples}" if examples else "")
+            f"{source}: there is nothing to learn from: {found}" + (f", such as {example}" if example else "")
         )
     # Of every sequence the first token has nothing before it to be predicted from.
     everything = total["tokens"] - total["image_tokens"] - total["learned from"]
@@ -263,7 +275,7 @@ def _check_account(stage: Stage, account: Account, data_args: DataArguments) -> 
 def _check_images(dataset, on_bad_sample: str) -> None:
     """Open the headers of some images, so that a wrong folder is known now and not in the first epoch."""
     found, failed = 0, None
-    for item in _some(dataset, IMAGES_CHECKED):
+    for item in some_items(dataset, IMAGES_CHECKED):
         for reference in item.get("images", ()):
             if isinstance(reference, str) and reference.startswith(("http://", "https://")):
                 continue
@@ -310,8 +322,10 @@ __all__ = [
     "Stage",
     "encode_data",
     "encode_test",
+    "joined",
     "load_data",
     "report_data",
+    "some_items",
     "training_texts",
     "write_data_report",
 ]

@@ -25,21 +25,19 @@ from typing import Any, NamedTuple
 
 import torch
 from PIL import Image
-from transformers import PreTrainedConfig, PreTrainedTokenizerBase, ViTConfig
+from transformers import PreTrainedTokenizerBase, ViTConfig
 from transformers.utils import logging
 
 from modeling_vlm import VLMConfig, VLMForConditionalGeneration
 from modeling_vlm.backbones_vlm import find_image_token_id, load_backbone_config
 from processing import VLMDataCollator, VLMProcessor
 from processing.account import Record
-from processing.dataset import ConversationDataset, MixedDataset, StreamedDataset
 from processing.encoding import IGNORE
 from processing.images import load_image
-from processing.tokenizer import train_tokenizer
 
 from .arguments import DataArguments, ModelArguments, VLMTrainingArguments, parse_arguments
-from .data import PRETRAIN, SFT, Data, Stage, encode_data, load_data, report_data, training_texts
-from .run import check_fit, choose_max_length, one_line_errors
+from .data import PRETRAIN, SFT, Data, Stage, encode_data, joined, load_data, report_data, some_items
+from .run import check_composed, check_fit, choose_max_length, one_line_errors, tokenizer_from_scratch
 
 
 STAGES = {"pretrain": PRETRAIN, "sft": SFT}
@@ -142,16 +140,9 @@ def load_processor(
     Raises:
         ValueError, OSError: no model is named, or what is named cannot be loaded.
     """
-    if model_args.model is not None and (others := model_args.composing_settings()):
-        raise ValueError(f"model and {others[0]} are both given, and a model is composed already; leave out one.")
     if model_args.model is not None:
+        check_composed(model_args)
         name, revision = model_args.model, model_args.model_revision
-        settings, _ = PreTrainedConfig.get_config_dict(name, revision=revision)
-        if settings.get("model_type") != VLMConfig.model_type:
-            raise ValueError(
-                f"{name} is a {settings.get('model_type')} checkpoint; expected a model composed by Duet. Backbones go "
-                "into --vision_model and --text_model."
-            )
         model = _without_memory(VLMConfig.from_pretrained(name, revision=revision))
         processor = VLMProcessor.from_pretrained(name, revision=revision)
         if model_args.chat_template is not None:
@@ -186,9 +177,7 @@ def _compose(stage, model_args, data_args, data):
     config = VLMConfig(vision_config=vision_config, text_config=text_config, **settings)
     tokenizer = model_args.tokenizer
     if tokenizer is None and not isinstance(text, str):
-        limit = getattr(config.text_config, "max_position_embeddings", None) or int(1e30)
-        # One entry stays free for the image token.
-        tokenizer = train_tokenizer(training_texts(stage, data_args, data), config.text_config.vocab_size - 1, limit)
+        tokenizer = tokenizer_from_scratch(stage, data_args, data, config.text_config)
     config.image_token_id = find_image_token_id(tokenizer or text, model_args.image_token, text_kwargs)
     model = _without_memory(config)
     processor = VLMProcessor.from_backbones(
@@ -245,16 +234,6 @@ def read_samples(
             images = [load_image(reference) for reference in item.get("images") or ()]
         samples.append(Sample(record, images, list(_pieces(processor, *next(rows), next(weights)))))
     return samples
-
-
-def spread(data: Data, seed: int, number: int) -> list[dict[str, Any]]:
-    """Items from all over the training data, of a stream the first; not encoded yet, so that those dropped show."""
-    if any(isinstance(rows, torch.utils.data.IterableDataset) for rows, _ in data.train):
-        return list(itertools.islice(StreamedDataset(data.train, data.weights, seed, shuffle_buffer=1), number))
-    parts = [ConversationDataset(rows, reading, seed) for rows, reading in data.train]
-    dataset = parts[0] if len(parts) == 1 else MixedDataset(parts, data.weights, seed)
-    number = min(number, len(dataset))
-    return [dataset[index * len(dataset) // number] for index in range(number)]
 
 
 def _as_image(pixels_CHW: torch.Tensor, image_processor) -> Image.Image:
@@ -463,7 +442,7 @@ def inspect(
     processor, max_length = load_processor(stage, model_args, data_args, data)
     sees_images = model_args.model is not None or model_args.vision_model is not None
     seed = training_args.data_seed if training_args.data_seed is not None else training_args.seed
-    items = spread(data, seed, number)
+    items = list(some_items(joined(data.train, data.weights, seed), number))  # not encoded, so that those dropped show
     samples = read_samples(stage, processor, data_args, items, max_length, sees_images)
 
     title = ", ".join(part.reading.source for part in data.train)

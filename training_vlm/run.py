@@ -14,7 +14,7 @@ from pathlib import Path
 
 import datasets
 import torch
-from transformers import CONFIG_MAPPING, PreTrainedConfig, TrainerState, set_seed
+from transformers import CONFIG_MAPPING, PreTrainedConfig, PreTrainedTokenizerBase, TrainerState, set_seed
 from transformers.utils import logging
 
 from modeling_vlm import VLMConfig, VLMForConditionalGeneration
@@ -132,11 +132,8 @@ def load_model(
     dtype = getattr(torch, model_args.dtype, None)
     if dtype not in (torch.float32, torch.bfloat16, torch.float16):
         raise ValueError(f"dtype={model_args.dtype!r}: expected float32, bfloat16 or float16.")
-    if model_args.model is not None and (others := model_args.composing_settings()):
-        raise ValueError(
-            f"model and {others[0]} are both given, and {model_args.model} is composed already; leave out one of them."
-        )
     if model_args.model is not None:
+        check_composed(model_args)
         model, processor = _load_composed(model_args, dtype)
         starts = {"vision": "frozen", "text": "frozen"}
     elif model_args.vision_model is not None and model_args.text_model is not None:
@@ -164,8 +161,18 @@ def load_model(
     return model, processor
 
 
-def _load_composed(model_args, dtype):
+def check_composed(model_args: ModelArguments) -> None:
+    """
+    Refuse a `model` that is not there, or is none of Duet's, before anything large is read.
+
+    Raises:
+        ValueError: what it is, or that there is none.
+    """
     name = model_args.model
+    if others := model_args.composing_settings():
+        raise ValueError(
+            f"model and {others[0]} are both given, and {name} is composed already; leave out one of them."
+        )
     if not Path(name).exists() and (Path(name).is_absolute() or name.count("/") != 1):
         raise ValueError(
             f"there is no model in {name}; expected the output folder of stage 1: run "
@@ -180,6 +187,10 @@ def _load_composed(model_args, dtype):
             f"{name} is a {settings.get('model_type')} checkpoint; expected a model composed by Duet (the output "
             "folder of train_pretrain.py). Backbones go into --vision_model and --text_model."
         )
+
+
+def _load_composed(model_args, dtype):
+    name = model_args.model
     attention = {f"{side}_config": getattr(model_args, f"{side}_attn_implementation") for side in ("vision", "text")}
     model = VLMForConditionalGeneration.from_pretrained(
         name, revision=model_args.model_revision, dtype=dtype, attn_implementation=attention
@@ -194,12 +205,7 @@ def _compose(stage, model_args, data_args, data, dtype):
     vision, text = _backbone("vision_model", model_args), _backbone("text_model", model_args)
     tokenizer = model_args.tokenizer
     if tokenizer is None and isinstance(text, PreTrainedConfig):
-        # One entry stays free for the image token.
-        tokenizer = train_tokenizer(
-            training_texts(stage, data_args, data),
-            text.vocab_size - 1,
-            getattr(text, "max_position_embeddings", None) or int(1e30),
-        )
+        tokenizer = tokenizer_from_scratch(stage, data_args, data, text)
         text.pad_token_id, text.bos_token_id = tokenizer.pad_token_id, None
         text.eos_token_id = tokenizer.eos_token_id
     shared = {
@@ -231,6 +237,14 @@ def _backbone(option: str, model_args: ModelArguments) -> str | PreTrainedConfig
     if model_type not in CONFIG_MAPPING:
         raise ValueError(f"{option} has model_type {model_type!r}; expected one that transformers knows, such as vit.")
     return CONFIG_MAPPING[model_type](**{key: setting for key, setting in value.items() if key != "model_type"})
+
+
+def tokenizer_from_scratch(
+    stage: Stage, data_args: DataArguments, data: Data, text_config: PreTrainedConfig
+) -> PreTrainedTokenizerBase:
+    """The tokenizer of a language model from scratch, trained on the texts; one entry is left for the image token."""
+    limit = getattr(text_config, "max_position_embeddings", None) or int(1e30)
+    return train_tokenizer(training_texts(stage, data_args, data), text_config.vocab_size - 1, limit)
 
 
 def check_fit(model: VLMForConditionalGeneration, processor: VLMProcessor) -> None:
