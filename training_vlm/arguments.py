@@ -150,8 +150,12 @@ class DataArguments:
     eval_split: str | None = field(
         default=None, metadata={"help": "Split for the evaluation loss; without it `eval_share` is held out."}
     )
-    eval_share: float = field(
-        default=0.01, metadata={"help": "Share of the training rows held out for the evaluation loss, 1,000 at most."}
+    eval_share: float | None = field(
+        default=None,
+        metadata={
+            "help": "Share of the training rows held out for the evaluation loss, 1,000 at most. 0.01 if not given; of "
+            "a streamed data set none, because many rows would have to be read for it."
+        },
     )
     test_split: str | None = field(
         default=None,
@@ -208,6 +212,8 @@ class DataArguments:
         ):
             if (value := getattr(self, name)) not in choices:
                 raise ValueError(f"{name}={value!r}: expected one of {', '.join(choices)}.")
+        if self.eval_share is None:
+            self.eval_share = 0.0 if self.streaming else 0.01
         if not 0 <= self.eval_share < 1:
             raise ValueError(f"eval_share={self.eval_share}: expected a share from 0 to below 1.")
 
