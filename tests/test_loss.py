@@ -82,6 +82,45 @@ def test_the_loss_is_the_formula(composed, image, stage):
     assert abs(given - total / (2 * count)) <= 1e-6 * abs(total / count)
 
 
+def test_a_message_weighs_what_it_says(composed, image):
+    """The sum of the weighted terms over the number of all terms, with and without the logits nobody reads."""
+    model, processor = composed
+    model = model.double()
+    items = tiny.ragged_dialogues(image)[:4]
+    items[0]["messages"][1]["weight"] = 0.5
+    items[2]["messages"][3]["weight"] = 3.0
+    total, count = 0.0, 0
+    for item in items:
+        ids, weights = processor.expand_images(*processor.encode_messages(item["messages"]))
+        pixels = item["images"] and processor.image_processor(item["images"], return_tensors="pt")["pixel_values"]
+        for weight in set(weights) - {0.0}:
+            learn = [w == weight for w in weights]
+            loss, terms = transcribed(model, ids, learn, pixels.double() if len(pixels) else [])
+            total, count = total + weight * loss.item(), count + terms
+    batch = VLMDataCollator(processor)(items)
+    batch["pixel_values"] = batch["pixel_values"].double()
+    for keep in ({}, {"logits_to_keep": supervised_positions(batch["labels"])}):
+        assert abs(model(**batch, **keep).loss.item() - total / count) <= 1e-6 * total / count
+    batch["loss_weights"] = (batch["labels"] != -100).double()
+    weighted = model(**batch).loss.item()
+    del batch["loss_weights"]
+    assert abs(model(**batch).loss.item() - weighted) <= 1e-6 * weighted
+
+
+def test_a_batch_without_images_gives_every_learning_parameter_a_gradient(composed, image):
+    """Or a distributed run would wait for those of the projector forever, and a frozen language model has none."""
+    model, processor = composed
+    apply_tuning(model, "last:1", "frozen")
+    model.train()
+    batch = tiny.collate(processor, [tiny.ragged_dialogues(image)[3]])
+    assert "pixel_values" not in batch
+    loss = model(**batch).loss
+    loss.backward()
+    learning = [p for p in model.parameters() if p.requires_grad]
+    assert learning and all((p.grad == 0).all() for p in learning)
+    assert loss.item() == model.eval()(**batch).loss.item()
+
+
 def test_a_batch_with_nothing_supervised_has_loss_zero_with_a_graph(composed, image):
     model, processor = composed
     batch = tiny.collate(processor, tiny.ragged_dialogues(image)[:2])

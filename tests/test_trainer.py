@@ -279,3 +279,19 @@ def test_a_batch_of_nothing_to_learn_does_no_harm(folders, image, tmp_path):
     assert all(torch.isfinite(tensor).all() for tensor in weights(trainer).values())
     assert same(weights(trainer), before)
     assert trainer.evaluate()["eval_loss"] == 0.0
+
+
+def test_the_evaluation_loss_knows_weights_and_label_smoothing_refuses_them(pair, folders, image, tmp_path):
+    items = tiny.ragged_dialogues(image)
+    items[0]["messages"][1]["weight"] = 0.5
+    trainer = trainer_of(pair, folders, items, tmp_path)
+    found = trainer.evaluate()["eval_loss"]
+    batch = trainer.data_collator(items)
+    with torch.no_grad():
+        expected = trainer.model.eval()(**batch).loss.item()
+        del batch["loss_weights"]
+        assert abs(trainer.model(**batch).loss.item() - expected) > 1e-4
+    assert abs(found - expected) <= 1e-5 * expected
+    smoothing = trainer_of(pair, folders, items, tmp_path, label_smoothing_factor=0.1)
+    with pytest.raises(ValueError, match="label_smoothing_factor"):
+        smoothing.train()

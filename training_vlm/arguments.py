@@ -8,7 +8,7 @@ reads is an error. Without any argument the recipe of the built-in data set is r
 import difflib
 import os
 import sys
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -161,6 +161,10 @@ class DataArguments:
         default=None,
         metadata={"help": "Split whose questions are answered by `generate` after training and compared exactly."},
     )
+    test_dataset: str | None = field(
+        default=None,
+        metadata={"help": "Another data set for these questions, in yaml only: an entry as in datasets."},
+    )
     download: bool = field(default=False, metadata={"help": "Fetch COCO 2017 into the folder named by `dataset`."})
     max_samples: int | None = field(
         default=None, metadata={"help": "That many rows of the training split, chosen with `sample_seed`."}
@@ -238,18 +242,34 @@ class DataArguments:
             raise ValueError(f"datasets and {given[0]} are both given; say it in the entries of datasets.")
         if not isinstance(self.datasets, list) or not self.datasets:
             raise ValueError("datasets: expected a list in a yaml file, as in `datasets: [{path: DATA, weight: 0.7}]`.")
-        sources, known = [], [f.name for f in fields(SourceArguments)]
-        for number, entry in enumerate(self.datasets):
-            if not isinstance(entry, dict) or "path" not in entry:
-                raise ValueError(f"datasets[{number}] is {entry!r}; expected {{path: DATA, ...}}.")
-            if unknown := [key for key in entry if key not in known]:
-                raise ValueError(f"datasets[{number}] has an unknown key {unknown[0]!r}{_suggest(unknown[0], known)}.")
-            entry = {"image_dir": self.image_dir, "columns": self.columns, "max_samples": self.max_samples, **entry}
-            sources.append(SourceArguments(**{**entry, "columns": _parse_columns(entry["columns"])}))
+        sources = [self._source(entry, f"datasets[{number}]") for number, entry in enumerate(self.datasets)]
         weights = [source.weight for source in sources]
         if any(w is not None for w in weights) and not all(isinstance(w, (int, float)) and w > 0 for w in weights):
             raise ValueError(f"datasets have the weights {weights}; expected a positive one for each, or none.")
         return sources
+
+    def test_source(self) -> "SourceArguments | None":
+        """
+        The data set whose questions are answered after training: `test_dataset`, or a split of the training data's.
+
+        Raises:
+            ValueError: the entry is not as expected.
+        """
+        if self.test_dataset is not None:
+            source = self._source(self.test_dataset, "test_dataset")
+            return replace(source, split=source.split or self.test_split, max_samples=self.max_test_samples)
+        if self.test_split is not None:
+            return replace(self.sources()[0], split=self.test_split, max_samples=self.max_test_samples)
+        return None
+
+    def _source(self, entry: Any, place: str) -> "SourceArguments":
+        known = [f.name for f in fields(SourceArguments)]
+        if not isinstance(entry, dict) or "path" not in entry:
+            raise ValueError(f"{place} is {entry!r}; expected {{path: DATA, ...}} in a yaml file.")
+        if unknown := [key for key in entry if key not in known]:
+            raise ValueError(f"{place} has an unknown key {unknown[0]!r}{_suggest(unknown[0], known)}.")
+        entry = {"image_dir": self.image_dir, "columns": self.columns, "max_samples": self.max_samples, **entry}
+        return SourceArguments(**{**entry, "columns": _parse_columns(entry["columns"])})
 
     def encoding_kwargs(self, asks: bool) -> dict[str, Any]:
         """

@@ -97,10 +97,10 @@ def load_data(stage: Stage, data_args: DataArguments, training_args: VLMTraining
             if held.rows is not None:
                 choice = "first" if data_args.caption_choice == "random" else data_args.caption_choice
                 evaluation.append(held._replace(reading=replace(held.reading, caption_choice=choice)))
-        test = data_args.test_split and _open(
-            stage, replace(data_args, streaming=False, caption_choice="first"), sources[0], data_args.test_split,
-            data_args.max_test_samples,
-        )  # fmt: skip
+        test = data_args.test_source()
+        if test is not None:
+            whole = replace(data_args, streaming=False, caption_choice="first")
+            test = _open(stage, whole, test, test.split, test.max_samples)
     weights = [source.weight for source in sources]
     return Data(train, evaluation, test, None if None in weights else weights)
 
