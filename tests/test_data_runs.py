@@ -1,8 +1,11 @@
 """Whole runs on data as people have it: broken files, several sources, streams; each ends, and its account adds up."""
 
 import json
+import os
 import random
 import shutil
+import subprocess
+import sys
 from collections import Counter
 from pathlib import Path
 
@@ -15,6 +18,7 @@ from safetensors.torch import load_file
 import train_pretrain
 import train_sft
 from tests.broken_media import make_corpus
+from training_vlm.arguments import ROOT
 
 
 QUICK = [
@@ -249,3 +253,28 @@ def test_what_is_cut_is_counted(backbones, tmp_path):
         assert_adds_up(report)
         assert report["total"]["cut"][reason] > 0 and report["total"]["samples"] == 30
         assert report["length percentiles"]["100 %"] <= 80
+
+
+def test_several_processes_with_workers_share_a_stream(backbones, tmp_path):
+    """Half of the rows miss their image: as many are dropped as are named, so none was seen twice or by nobody."""
+    for shard in range(4):
+        name = f"shard{shard}"
+        write_dialogues(tmp_path / "shards", name, 8)
+        for number in range(4):
+            (tmp_path / "shards" / f"{name}-{number}.png").unlink()
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "HF_HOME": str(tmp_path / "home")}
+    done = subprocess.run(
+        [
+            sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2",
+            str(ROOT / "train_sft.py"), *backbones, "--dataset", str(tmp_path / "shards" / "*.jsonl"), "--streaming",
+            *QUICK, "--ddp_backend", "gloo", "--max_steps", "4", "--dataloader_num_workers", "2", "--output_dir", "out", "--logging_steps", "1",
+        ],
+        cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=300,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert "8 conversations a step (4 x 1 x 2 processes)" in done.stdout
+    report = account_of(tmp_path / "out")
+    assert_adds_up(report)
+    assert report["total"]["samples"] == 32
+    assert report["total"]["dropped"] == {"missing image file": 16}
+    assert len({entry["detail"] for entry in report["dropped samples"]}) == 16
