@@ -267,7 +267,7 @@ def test_several_processes_with_workers_share_a_stream(backbones, tmp_path):
         [
             sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2",
             str(ROOT / "train_sft.py"), *backbones, "--dataset", str(tmp_path / "shards" / "*.jsonl"), "--streaming",
-            *QUICK, "--ddp_backend", "gloo", "--max_steps", "4", "--dataloader_num_workers", "2", "--output_dir", "out", "--logging_steps", "1",
+            *QUICK, "--ddp_backend", "gloo", "--max_steps", "4", "--dataloader_num_workers", "2", "--output_dir", "out",
         ],
         cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=300,
     )  # fmt: skip
