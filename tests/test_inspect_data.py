@@ -291,3 +291,37 @@ def test_a_browser_draws_the_page_with_the_colours_of_its_legend(inspected, data
         colours = Counter(dict((colour, count) for count, colour in picture.convert("RGB").getcolors(1 << 24)))
     for look in KINDS.values():
         assert colours[ImageColor.getrgb(look.colour)] > 500
+
+
+SAID = [("What is it?", "a cat"), ("Sure?", "yes")]
+CHAT = [{"role": role, "content": text} for pair in SAID for role, text in zip(("user", "assistant"), pair)]
+SPOKEN = [{"from": speaker, "value": text} for pair in SAID for speaker, text in zip(("human", "gpt"), pair)]
+PLACED = [{**SPOKEN[0], "value": "<image>\nWhat is it?"}, *SPOKEN[1:]]
+PARTS = [{**CHAT[0], "content": [{"type": "text", "text": "What is it?"}, {"type": "image"}]}, *CHAT[1:]]
+
+FORMATS = {
+    "messages": {"messages": CHAT, "image": "0.png"},
+    "messages in parts": {"messages": PARTS, "images": ["0.png"]},
+    "prompt and completion": {"prompt": CHAT[:3], "completion": CHAT[3:], "images": ["0.png"]},
+    "LLaVA": {"id": "1", "image": "0.png", "conversations": PLACED},
+    "ShareGPT": {"conversations": SPOKEN, "system": "be brief"},
+    "the_cauldron": {"images": ["0.png"], "texts": [{"user": q, "assistant": a, "source": "x"} for q, a in SAID]},
+    "Flickr30k": {"image": "0.png", "caption": ["a cat", "yes"], "sentids": ["0", "1"], "filename": "0.png"},
+    "caption": {"image": "0.png", "text": "a cat"},
+    "question and answer": {"image": "0.png", "question": "What is it?", "answer": "a cat"},
+    "question and answers": {"image": "0.png", "question": "What is it?", "answers": ["a dog", "a cat", "a cat"]},
+    "plain text": {"messages": CHAT},
+}
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_every_format_is_read_without_a_flag_and_shown(name, folders, tmp_path, capsys):
+    Image.new("RGB", (60, 40)).save(tmp_path / "0.png")
+    write(tmp_path / "rows.jsonl", [FORMATS[name]] * 2)
+    main([str(tmp_path / "rows.jsonl"), "--text_model", str(folders("vit-gpt2")[1]), "--n", "2"])
+    shown = capsys.readouterr().out.split("--- 1 of 2", 1)[1]
+    learned = [text.replace("·", " ").strip() for text in re.findall(r"\[\[(.*?)\]\]", shown)]
+    answers = [text.removesuffix("<|endoftext|>") for text in learned]
+    assert set(answers) <= {"a cat", "yes"} and answers
+    assert ("{<image>}" in shown) == ("image" in FORMATS[name] or "images" in FORMATS[name])
+    assert "dropped" not in shown
