@@ -33,7 +33,7 @@ CUT_REASONS = ("text cut at its end", "first turns left out")
 """Every way in which a sample can be shortened to fit into `max_length`."""
 
 PERCENTILES = (5, 50, 95, 99, 100)
-NAMED_AT_MOST = 10_000
+NAMED_AT_MOST = 100_000
 _COUNTED = ("samples", "learned from", "images", "tokens", "image_tokens", "supervised")
 
 

@@ -61,12 +61,17 @@ class VLMDataCollator:
         self.on_bad_sample = on_bad_sample
         self.account = account
         self.skip_batches = 0
+        self._made = 0  # in this process
         # One row a worker: each writes its own, in memory that all processes see.
         self._dropped = torch.zeros(_MAX_WORKERS + 1, len(DROP_REASONS), dtype=torch.long).share_memory_()
 
     @property
     def dropped(self) -> dict[str, int]:
-        """How many conversations this collator left out, by reason, also of batches that are fetched ahead."""
+        """
+        How many conversations this collator left out, by reason, also of batches that are fetched ahead.
+
+        Counted here too, for whoever has another Trainer and so no account.
+        """
         counts = self._dropped.sum(0).tolist()
         return {reason: count for reason, count in zip(DROP_REASONS, counts) if count}
 
@@ -147,7 +152,7 @@ class VLMDataCollator:
 
     def _is_skipped(self) -> bool:
         """Whether this batch is one of `skip_batches` that a resumed run on a stream has no use for."""
-        self._made = getattr(self, "_made", -1) + 1
         worker = torch.utils.data.get_worker_info()
         number = self._made if worker is None else self._made * worker.num_workers + worker.id
+        self._made += 1
         return number < self.skip_batches

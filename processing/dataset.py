@@ -11,6 +11,7 @@ import itertools
 import os
 import random
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import datasets
@@ -18,6 +19,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import torch
+from datasets.fingerprint import Hasher
 
 from .account import BAD_SAMPLE_REASONS, Account, Record
 from .conversations import MalformedRow, caption_column, conversations_from_row
@@ -26,6 +28,8 @@ from .processing_vlm import VLMProcessor
 
 
 SHUFFLE_BUFFER = 1_000
+ROW = "__row"
+"""The column in which a source numbers its rows, whatever is selected of them later."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,8 +44,8 @@ class Reading:
     allow_urls: bool = False
 
     def conversations(self, row: dict[str, Any], index: int) -> list[dict[str, Any]]:
-        """The conversations of a row; see `conversations_from_row`."""
-        return conversations_from_row(row, index=index, **dataclasses.asdict(self))
+        """The conversations of a row, named by the number that its source gave it; see `conversations_from_row`."""
+        return conversations_from_row(row, index=row.get(ROW, index), **dataclasses.asdict(self))
 
     def items(self, row: dict[str, Any], index: int) -> list[dict[str, Any]]:
         """The same; of a row that cannot be read as many items with the reason as it would have given."""
@@ -51,7 +55,8 @@ class Reading:
             column = caption_column(row, self.columns) if self.caption_choice == "all" else None
             captions = row.get(column)
             count = max(1, len(captions)) if isinstance(captions, list) else 1
-            return [{"source": self.source, "row": index, "dropped": ("malformed row", str(error))}] * count
+            row_number = row.get(ROW, index)
+            return [{"source": self.source, "row": row_number, "dropped": ("malformed row", str(error))}] * count
 
 
 class ConversationDataset(torch.utils.data.Dataset):
@@ -107,10 +112,11 @@ class ConversationDataset(torch.utils.data.Dataset):
             items = self.reading.items(self.rows[row], row)
             return choice(items) if self._is_random else items[number]
         item = self.encodings[index if self._groups is None else choice(self._groups[index])]
-        row, number, references = (item.pop(name) for name in ("row", "number", "references"))
+        number, references = item.pop("number"), item.pop("references")
         if None in references:
-            references = self.reading.conversations(self.rows[row], row)[number]["images"]
-        return {**item, "images": references, "source": self.reading.source, "row": row}
+            position = item["position"]
+            references = self.reading.conversations(self.rows[position], position)[number]["images"]
+        return {**item, "images": references, "source": self.reading.source}
 
     def _place(self, index):
         """The row of an item, and the item's number in it."""
@@ -143,7 +149,7 @@ class ConversationDataset(torch.utils.data.Dataset):
         """
         rows, source = self.rows.with_format("arrow"), self.reading.source
         encoder = _RowEncoder(processor, encode, max_length, self.reading, on_bad_sample, rows.features)
-        workers = min(os.cpu_count() or 1, len(rows) // 10_000)
+        workers = min(_cores(), len(rows) // 10_000)
         encodings = rows.map(
             encoder,
             with_indices=True,
@@ -159,12 +165,12 @@ class ConversationDataset(torch.utils.data.Dataset):
         if self.account.named:
             encodings = encodings.filter(_is_kept, input_columns=["dropped"], desc="Dropping")
         self.encodings = encodings.select_columns(
-            ["input_ids", "labels", "weights", "length", "cut", "row", "number", "references"]
+            ["input_ids", "labels", "weights", "length", "cut", "row", "position", "number", "references"]
         )
         if self._is_random:
             groups: dict[int, list[int]] = {}
-            for index, row in enumerate(self.encodings["row"]):
-                groups.setdefault(row, []).append(index)
+            for index, position in enumerate(self.encodings["position"]):
+                groups.setdefault(position, []).append(index)
             self._groups = list(groups.values())
 
 
@@ -201,6 +207,10 @@ def encode_item(
     return {**item, "images": images}, record
 
 
+def _cores():
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
 def _is_kept(reason):
     return reason is None
 
@@ -213,6 +223,7 @@ _COLUMNS = datasets.Features(
         "weights": datasets.List(datasets.Value("float32")),
         "length": datasets.Value("int64"),
         "row": datasets.Value("int64"),
+        "position": datasets.Value("int64"),
         "number": datasets.Value("int64"),
         "references": datasets.List(datasets.Value("string")),
         "dropped": datasets.Value("string"),
@@ -226,26 +237,37 @@ _COLUMNS = datasets.Features(
 )
 
 
+_CODE = Hasher.hash(
+    [
+        (Path(__file__).parent / name).read_text(encoding="utf-8")
+        for name in ("conversations.py", "dataset.py", "encoding.py", "messages_vlm.py", "processing_vlm.py")
+    ]
+)
+
+
 class _RowEncoder:
     """A batch of rows, as an Arrow table -> columns of encodings, for `datasets.map`."""
 
     def __init__(self, processor, encode, max_length, reading, on_bad_sample, features):
         self.processor, self.encode, self.max_length = processor, encode, max_length
         self.reading, self.on_bad_sample, self.features = reading, on_bad_sample, features
+        # `datasets` finds its cache by what is in here: another version of the code that labels is another cache.
+        self.code = _CODE
 
     def __call__(self, table, indices):
         columns = without_image_bytes(table, self.features)
         encoded = []
-        for position, index in enumerate(indices):
-            row = {name: values[position] for name, values in columns.items()}
-            for number, item in enumerate(self.reading.items(row, index)):
+        for offset, position in enumerate(indices):
+            row = {name: values[offset] for name, values in columns.items()}
+            for number, item in enumerate(self.reading.items(row, position)):
                 encoding, record = encode_item(item, self.processor, self.encode, self.max_length)
                 if self.on_bad_sample == "error" and record.dropped in BAD_SAMPLE_REASONS:
                     raise ValueError(record.detail)
                 if encoding is None:
                     encoding = {"input_ids": [], "labels": [], "weights": [], "length": 0, "images": []}
                 references = [image if isinstance(image, str) else None for image in encoding["images"]]
-                encoded.append({**encoding, **record._asdict(), "number": number, "references": references})
+                places = {"position": position, "number": number, "references": references}
+                encoded.append({**encoding, **record._asdict(), **places})
         return {name: [item[name] for item in encoded] for name in _COLUMNS}
 
 
@@ -258,12 +280,13 @@ def without_image_bytes(table: pa.Table, features: datasets.Features) -> dict[st
         rest = datasets.table.InMemoryTable(table.select(list(others)))
         columns = datasets.Dataset(rest, info=datasets.DatasetInfo(features=others))[:]
     for name in images:
-        column = table[name].combine_chunks()
-        if isinstance(features[name], datasets.Image):
-            columns[name] = _light_images(column)
-        else:
-            light, lengths = iter(_light_images(column.flatten())), pc.list_value_length(column).to_pylist()
-            columns[name] = [None if n is None else list(itertools.islice(light, n)) for n in lengths]
+        columns[name] = []
+        for chunk in table[name].chunks:  # one by one: put together they may be too many bytes for one array
+            if isinstance(features[name], datasets.Image):
+                columns[name] += _light_images(chunk)
+            else:
+                light, lengths = iter(_light_images(chunk.flatten())), pc.list_value_length(chunk).to_pylist()
+                columns[name] += [None if n is None else list(itertools.islice(light, n)) for n in lengths]
     return {name: columns[name] for name in features}
 
 
@@ -287,7 +310,7 @@ def _conversation_ends(rows: datasets.Dataset, reading: Reading) -> np.ndarray |
         return None
     table = rows.select_columns([column]).with_format("arrow")
     feature = rows.features[column]
-    if isinstance(feature, datasets.List):
+    if isinstance(feature, (datasets.List, datasets.LargeList)):
         counts = [pc.list_value_length(batch[column]).to_numpy() for batch in table.iter(100_000)]
         counts = np.nan_to_num(np.concatenate(counts).astype(float))
     elif isinstance(feature, datasets.Json):
@@ -434,6 +457,7 @@ class StreamedDataset(torch.utils.data.IterableDataset):
 
     def _once(self, rows, reading, worker, rng):
         for index, row in enumerate(rows):
+            index = row.pop(ROW, index)
             items = reading.items(row, index if worker is None else f"{index} of worker {worker}")
             yield from [rng.choice(items)] if reading.caption_choice == "random" else items
 

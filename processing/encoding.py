@@ -34,19 +34,26 @@ def encode_caption(
     """
     Stage 1: an image and its caption, without roles.
 
-    The sequence is `[bos, where the tokenizer adds one] <image> caption eos`; caption and eos are supervised. A caption
-    has no turns, so `keep_last_turns` drops what is too long. See `encode_dialogue` for arguments, result and errors.
+    The sequence is `[bos, where the tokenizer adds one] <image> caption eos`; caption and eos are supervised. Of one
+    question about images and its answer the answer is the caption, and the question is left out, as LLaVA reads its
+    alignment data (https://arxiv.org/abs/2304.08485). A caption has no turns, so `keep_last_turns` drops what is too
+    long. See `encode_dialogue` for arguments, result and errors.
     """
     asked = [m for m in conversation["messages"] if m["role"] != "assistant"]
     answers = [m for m in conversation["messages"] if m["role"] == "assistant"]
-    if len(answers) != 1 or any(part["type"] != "image" for message in asked for part in message["content"]):
+    images = [part for message in asked for part in message["content"] if part["type"] == "image"]
+    says = any(part["type"] == "text" for message in asked for part in message["content"])
+    if len(answers) != 1 or len(asked) > 1 or (says and not images):
         raise SampleDropped(
             "malformed row",
             f"{place(conversation)}stage 1 learns from images and their captions and found a dialogue; give it a data "
             "set with an image and a caption column, or train on dialogues with train_sft.py.",
         )
-    content = [part for message in (*asked, *answers) for part in message["content"]]
-    return _fitted(processor, *processor.encode_caption(content), max_length, cut=truncation == "truncate_text")
+    (answer,) = answers
+    ids, weights = processor.encode_caption([*images, *answer["content"]])
+    weight = 0.0 if answer.get("train") is False else 1.0 if answer.get("weight") is None else float(answer["weight"])
+    weights = [weight * learned for learned in weights]
+    return _fitted(processor, ids, weights, max_length, cut=truncation == "truncate_text")
 
 
 def encode_dialogue(

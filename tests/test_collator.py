@@ -279,7 +279,7 @@ def test_a_conversation_that_the_template_refuses_gives_one_line_with_its_place(
 
 def test_stage_1_refuses_a_dialogue_with_its_place(processor, image):
     for sample in (
-        conversation(["image", "what?"], "a", images=[image()], source="talks", row=7),
+        conversation("what?", "a", source="talks", row=7),
         conversation(["image"], "a", ["image"], "b", images=[image()] * 2, source="talks", row=7),
     ):
         with pytest.raises(ValueError, match="talks, row 7: stage 1 learns from images and their captions") as caught:

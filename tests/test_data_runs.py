@@ -189,6 +189,48 @@ def test_the_account_goes_on_with_a_resumed_run(backbones, tmp_path):
     assert account_of(tmp_path / "whole")["total"]["dropped"] == {"unreadable image": 2}
 
 
+def test_a_weighted_mix_grouped_by_length_resumes_as_the_same_run(backbones, tmp_path):
+    """Stopped in the third epoch."""
+    entries = []
+    for name, count, weight in (("cats", 24, 0.25), ("dogs", 16, 0.75)):
+        rows = []
+        for number in range(count):
+            said = [("user", f"what is {name} {number}?"), ("assistant", "a cat " * (number % 7 + 1))]
+            rows.append({"messages": [{"role": role, "content": text} for role, text in said]})
+        entries.append({"path": write_rows(tmp_path / f"{name}.jsonl", rows), "weight": weight})
+    (tmp_path / "mix.yaml").write_text(yaml.safe_dump({"datasets": entries}))
+    common = [
+        "--config", str(tmp_path / "mix.yaml"), *backbones, *QUICK, "--num_train_epochs", "3", "--learning_rate",
+        "1e-3", "--save_strategy", "steps", "--save_steps", "23", "--train_sampling_strategy", "group_by_length",
+    ]  # fmt: skip
+    whole, stopped = tmp_path / "whole", tmp_path / "stopped"
+    train_sft.main([*common, "--output_dir", str(whole)])
+    shutil.copytree(whole / "checkpoint-23", stopped / "checkpoint-23")
+    train_sft.main([*common, "--output_dir", str(stopped), "--resume_from_checkpoint", "last"])
+    expected, found = (load_file(folder / "model.safetensors") for folder in (whole, stopped))
+    assert all(torch.equal(expected[name], found[name]) for name in expected)
+    assert account_of(whole) == account_of(stopped)
+    assert account_of(whole)["total"]["samples"] == 3 * 40
+
+
+@pytest.mark.parametrize("changes", [[], ["--ignore_data_skip"]], ids=["skipping", "anew"])
+def test_a_resumed_stream_is_evaluated(backbones, tmp_path, changes):
+    data = write_dialogues(tmp_path / "cats", "cats", 40)
+    common = [
+        *backbones, "--dataset", data, "--streaming", *QUICK, "--eval_share", "0.2", "--eval_strategy", "steps",
+        "--eval_steps", "3", "--save_strategy", "steps", "--save_steps", "4", "--max_steps", "6",
+        "--dataloader_num_workers", "2", "--output_dir", str(tmp_path / "out"),
+    ]  # fmt: skip
+    train_sft.main(common)
+    expected = (tmp_path / "out" / "eval_results.json").read_text()
+    shutil.rmtree(tmp_path / "out" / "checkpoint-6")
+    train_sft.main([*common, *changes, "--resume_from_checkpoint", "last"])
+    assert account_of(tmp_path / "out")["total"]["samples"] == 6 * 4
+    if not changes:
+        found = json.loads((tmp_path / "out" / "eval_results.json").read_text())
+        assert found["eval_loss"] == json.loads(expected)["eval_loss"]
+
+
 def test_a_stream_asks_for_what_it_needs(backbones, refused, tmp_path):
     data = write_dialogues(tmp_path / "cats", "cats", 3)
     argv = [*backbones, "--dataset", data, "--streaming", *QUICK, "--output_dir", tmp_path / "out"]

@@ -5,14 +5,23 @@ from collections import Counter
 from functools import partial
 
 import datasets
+import pyarrow as pa
 import pytest
 import torch
+from datasets.fingerprint import Hasher
 from PIL import Image
 from torch.utils.data import DataLoader
 
 from processing import VLMDataCollator
 from processing.account import Account
-from processing.dataset import ConversationDataset, MixedDataset, Reading, StreamedDataset, without_image_bytes
+from processing.dataset import (
+    ConversationDataset,
+    MixedDataset,
+    Reading,
+    StreamedDataset,
+    _RowEncoder,
+    without_image_bytes,
+)
 from processing.encoding import encode_caption, encode_dialogue
 from tests import tiny
 
@@ -333,3 +342,57 @@ def test_the_data_set_survives_a_journey_to_a_worker(processor, folder):
     loader = DataLoader(mixed, batch_size=4, collate_fn=collate, num_workers=1, multiprocessing_context="spawn")
     for expected, found in zip(alone, loader):
         assert_same_batch(found, expected)
+
+
+# --- what rows are called, and how large they may be
+
+
+def test_a_row_is_called_by_the_number_that_its_source_gave_it(processor, folder):
+    rows = dialogue_rows(10).add_column("__row", list(range(10))).select([7, 2])
+    rows = datasets.concatenate_datasets([rows, datasets.Dataset.from_list([{"__row": 9, "messages": None}])])
+    later, ahead = ConversationDataset(rows, reading_of(folder)), ConversationDataset(rows, reading_of(folder))
+    ahead.encode_ahead(processor, encode_dialogue)
+    assert [item["row"] for item in later] == [7, 2, 9]
+    assert [(item["row"], item["position"]) for item in ahead] == [(7, 0), (2, 1)]
+    assert [entry["row"] for entry in ahead.account.report()["dropped samples"]] == ["9"]
+    stream = StreamedDataset([(rows.to_iterable_dataset(), reading_of(folder))], shuffle_buffer=1)
+    assert [item["row"] for _, item in zip(range(3), stream)] == [7, 2, 9]
+
+
+@pytest.mark.parametrize("kind", [pa.list_, pa.large_list])
+def test_every_caption_of_a_list_counts_whatever_list_it_is(folder, kind):
+    table = pa.table({"image": ["0.png"] * 2, "caption": pa.array([["a", "b", "c"], ["d", "e"]], kind(pa.string()))})
+    dataset = ConversationDataset(datasets.Dataset(datasets.table.InMemoryTable(table)), reading_of(folder))
+    answers = [item["messages"][1]["content"][0]["text"] for item in dataset]
+    assert answers == ["a", "b", "c", "d", "e"] and len(dataset) == 5
+
+
+def test_images_are_looked_at_chunk_by_chunk():
+    """Put together, a thousand large images are more bytes than one array may hold."""
+    features = datasets.Features(image=datasets.Image(decode=False))
+    one = datasets.Dataset.from_list([{"image": {"bytes": b"a", "path": "x"}}, {"image": None}], features).data.table
+    table = pa.concat_tables([one, one])
+    assert table["image"].num_chunks == 2
+    light = {"bytes": b"stored", "path": "x"}
+    assert without_image_bytes(table, features) == {"image": [light, None, light, None]}
+
+
+def test_another_version_of_the_code_that_labels_is_another_cache(processor, folder, monkeypatch):
+    def name():
+        return Hasher.hash(_RowEncoder(processor, encode_dialogue, None, reading_of(folder), "skip", None))
+
+    before = name()
+    assert name() == before
+    monkeypatch.setattr("processing.dataset._CODE", "another")
+    assert name() != before
+
+
+def test_stage_1_learns_the_answer_to_one_question_as_the_caption(processor):
+    asked = {"role": "user", "content": [{"type": "text", "text": "Describe it."}, {"type": "image"}]}
+    answer = {"role": "assistant", "content": [{"type": "text", "text": "a cat"}]}
+    caption = encode_caption(processor, {"messages": [{"role": "user", "content": [{"type": "image"}]}, answer]})
+    assert encode_caption(processor, {"messages": [asked, answer]}) == caption
+    half = encode_caption(processor, {"messages": [asked, {**answer, "weight": 0.5}]})
+    assert half["labels"] == caption["labels"] and set(half["weights"]) == {0.0, 0.5}
+    with pytest.raises(ValueError, match="no token of it is supervised"):
+        encode_caption(processor, {"messages": [asked, {**answer, "train": False}]})

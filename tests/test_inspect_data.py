@@ -265,7 +265,7 @@ def test_errors_are_one_line(data, backbones, tmp_path, capsys):
         ([*dialogues(data), "--model", backbones[3]], "gpt2 checkpoint"),
         ([str(tmp_path / "nowhere"), *backbones], "nowhere"),
         ([*dialogues(data), *backbones, "--max_lenght", "4"], "--max_length"),
-        ([*dialogues(data), *backbones, "--stage", "pretrain"], "stage 1"),
+        ([*dialogues(data), *backbones, "--stage", "pretrain", "--supervise", "last"], "stage 1"),
     ):
         with pytest.raises(SystemExit) as exit:
             main(argv)

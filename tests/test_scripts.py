@@ -274,7 +274,9 @@ def test_bad_input_is_one_line_before_any_training(refused, source, folders, tmp
     assert "language model 'someone/nothing'" in line
     line = refused(pretrain, [*both, "--dataset", captions[1], "--image_dir", str(tmp_path), *out])
     assert "0.png" in line and "image_dir" in line
-    line = refused(pretrain, [*both, *dialogues, *out])
+    longer = [json.loads(row) for row in Path(dialogues[1]).read_text().splitlines()][1::2]
+    (tmp_path / "longer.jsonl").write_text("".join(json.dumps(row) + "\n" for row in longer))
+    line = refused(pretrain, [*both, "--dataset", str(tmp_path / "longer.jsonl"), *dialogues[2:], *out])
     assert "stage 1" in line and "train_sft.py" in line
     line = refused(pretrain, [*both, *captions, *out, "--max_length", "4000"])
     assert "128" in line and "4000" in line

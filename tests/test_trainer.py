@@ -4,10 +4,13 @@ import shutil
 
 import pytest
 import torch
-from transformers import Trainer, TrainingArguments
+from accelerate import skip_first_batches
+from accelerate.data_loader import prepare_data_loader
+from transformers import Trainer, TrainerControl, TrainerState, TrainingArguments
 
 from modeling_vlm import VLMForConditionalGeneration
 from processing import VLMDataCollator, VLMProcessor
+from processing.account import Account, Record
 from tests import tiny
 from training_vlm.arguments import VLMTrainingArguments
 from training_vlm.trainer import VLMTrainer
@@ -170,6 +173,159 @@ def test_grouping_by_length_reads_no_item_and_pads_less(folders, image, tmp_path
         padded.append(sum(batch["input_ids"].numel() for batch in loader))
         assert data.read == len(items)
     assert padded[1] < 0.9 * padded[0]
+
+
+class Revolving(WithLengths):
+    """Shows other items in each epoch."""
+
+    def __init__(self, items, lengths):
+        super().__init__(items, lengths)
+        self.epoch, self.first = 0, lengths
+
+    def __getitem__(self, index):
+        return super().__getitem__((index + 5 * self.epoch) % len(self))
+
+    def set_epoch(self, epoch):
+        self.epoch = epoch
+        self.lengths = [self.first[(index + 5 * epoch) % len(self)] for index in range(len(self))]
+
+
+def test_lengths_are_those_of_the_epoch(folders, image, tmp_path):
+    data = Revolving(tiny.ragged_dialogues(image) * 8, [n * 37 % 64 for n in range(64)])
+    sampler = trainer_of(
+        "vit-gpt2", folders, data, tmp_path, train_sampling_strategy="group_by_length"
+    )._get_train_sampler()
+    orders = []
+    for epoch in (0, 1, 2):
+        sampler.set_epoch(epoch)
+        orders.append(list(sampler))
+        assert data.epoch == epoch and sorted(orders[-1]) == list(range(64)) == list(range(len(sampler)))
+        for start in range(0, 64, 32):  # the first is exchanged, so that the longest of all is met early
+            lengths = [data.lengths[index] for index in orders[-1][start + 1 : start + 32]]
+            assert lengths == sorted(lengths, reverse=True)
+    assert orders[0] != orders[1] != orders[2] != orders[0]
+
+
+@pytest.mark.parametrize("strategy", ["random", "group_by_length"])
+def test_processes_agree_on_the_order_also_when_they_resume(folders, image, tmp_path, strategy):
+    """Together they see every sample once; one that begins in the third epoch sees what it would have seen there."""
+    items = tiny.ragged_dialogues(image) * 2
+    lengths = [n * 7 % 16 for n in range(16)]
+
+    def loader_of(process):
+        data = Revolving(items, lengths)
+        trainer = trainer_of("vit-gpt2", folders, data, tmp_path, train_sampling_strategy=strategy)
+        loader = torch.utils.data.DataLoader(data, batch_size=2, sampler=trainer._get_train_sampler())
+        torch.manual_seed(process if strategy == "group_by_length" else 0)
+        loader = prepare_data_loader(
+            loader, num_processes=2, process_index=process, put_on_device=False, use_seedable_sampler=True
+        )
+        return trainer, loader
+
+    def begin(trainer, loader, epoch, skip=0):
+        callbacks = trainer.callback_handler
+        callbacks.train_dataloader = loader
+        callbacks.on_epoch_begin(trainer.args, TrainerState(epoch=epoch + skip / 4), TrainerControl())
+        if skip:
+            loader = skip_first_batches(loader, skip)
+        loader.set_epoch(epoch)
+        assert loader.dataset.epoch == epoch
+        return list(loader.batch_sampler)
+
+    epochs = []
+    for epoch in range(3):
+        epochs.append([])
+    for process in (0, 1):
+        trainer, loader = loader_of(process)
+        for epoch in range(3):
+            epochs[epoch].append(begin(trainer, loader, epoch))
+    for shown in epochs:
+        assert sorted(index for batches in shown for batch in batches for index in batch) == list(range(16))
+    assert epochs[0] != epochs[1] != epochs[2] != epochs[0]
+    for process in (0, 1):
+        for skip in (0, 1):
+            assert begin(*loader_of(process), 2, skip) == epochs[2][process][skip:]
+
+
+def test_a_resumed_run_grouped_by_length_is_the_run(folders, image, tmp_path):
+    """Stopped in the third of three epochs; what is shown changes with the epoch."""
+    processor = tiny.compose(*folders("vit-gpt2"), "cls")[1]
+    items = tiny.ragged_dialogues(image)
+    lengths = [tiny.collate(processor, [item])["input_ids"].shape[1] for item in items]
+    runs = []
+    for name in ("whole", "resumed"):
+        torch.manual_seed(len(runs))
+        trainer = trainer_of(
+            "vit-gpt2", folders, Revolving(items, lengths), tmp_path / name, train_sampling_strategy="group_by_length",
+            max_steps=12, save_strategy="steps", save_steps=3, eval_strategy="no",
+        )  # fmt: skip
+        trainer.train(resume_from_checkpoint=str(tmp_path / "whole" / "checkpoint-9") if runs else None)
+        assert trainer.state.epoch == 3
+        runs.append(trainer)
+    assert same(*map(weights, runs))
+
+
+class Stream(torch.utils.data.IterableDataset):
+    def __init__(self, items):
+        self.items = items
+
+    def __iter__(self):
+        while True:
+            yield from self.items
+
+
+def test_only_the_training_of_a_resumed_stream_skips(folders, image, tmp_path):
+    """The last checkpoint is found by itself."""
+    items = tiny.ragged_dialogues(image)
+    settings = dict(save_strategy="steps", save_steps=4, eval_strategy="steps", eval_steps=3)
+    whole = trainer_of("vit-gpt2", folders, Stream(items), tmp_path, **settings)
+    whole.eval_dataset = items
+    whole.train()
+    shutil.rmtree(tmp_path / "checkpoint-6")
+    resumed = trainer_of("vit-gpt2", folders, Stream(items), tmp_path, **settings)
+    resumed.eval_dataset = items
+    made = []
+    resumed.data_collator.encode = lambda *args: made.append(args) or VLMDataCollator(args[0]).encode(*args)
+    resumed.train(resume_from_checkpoint=True)
+    assert len(made) == (6 - 4) * 2 + len(items)
+    assert same(weights(whole), weights(resumed)) and resumed.data_collator.skip_batches == 0
+    losses = [[entry["eval_loss"] for entry in run.state.log_history if "eval_loss" in entry] for run in (whole, resumed)]
+    assert len(losses[0]) == 2 and losses[0] == losses[1]
+    anew = trainer_of("vit-gpt2", folders, Stream(items), tmp_path / "anew", ignore_data_skip=True)
+    anew.train(resume_from_checkpoint=str(tmp_path / "checkpoint-4"))
+    assert anew.state.global_step == 6 and not same(weights(whole), weights(anew))
+
+
+def test_fewer_processes_go_on_with_what_all_have_counted(folders, image, tmp_path, monkeypatch):
+    items = tiny.ragged_dialogues(image)
+
+    def trainer_as(process, processes):
+        trainer = trainer_of("vit-gpt2", folders, items, tmp_path)
+        for name, value in (("process_index", process), ("world_size", processes)):
+            monkeypatch.setattr(type(trainer.args), name, property(lambda self, value=value: value))
+        return trainer
+
+    def seen(trainer):
+        return {source: counts["samples"] for source, counts in trainer.account.sources.items()}
+
+    for process in range(3):
+        trainer = trainer_as(process, 3)
+        trainer.account.add([Record(f"source {process}", row, None) for row in range(process + 1)])
+        trainer._save_rng_state(str(tmp_path))
+    everything = {"source 0": 1, "source 1": 2, "source 2": 3}
+    for process, processes, expected in ((0, 1, everything), (0, 2, everything), (1, 2, {})):
+        trainer = trainer_as(process, processes)
+        trainer.account = Account()
+        trainer.account.add([Record("of before", 0, None)])
+        trainer._load_rng_state(str(tmp_path))
+        assert seen(trainer) == expected
+    # Saved again at the same step, by one process.
+    trainer = trainer_as(0, 1)
+    trainer._load_rng_state(str(tmp_path))
+    trainer._save_rng_state(str(tmp_path))
+    again = trainer_as(0, 1)
+    again._load_rng_state(str(tmp_path))
+    assert seen(again) == everything
 
 
 def test_a_checkpoint_holds_everything(pair, folders, image, tmp_path):

@@ -239,7 +239,8 @@ class DataArguments:
             ]  # fmt: skip
         single = ("dataset", "dataset_name", "dataset_revision", "train_split", "eval_split", "test_split")
         if given := [name for name in single if getattr(self, name) is not None]:
-            raise ValueError(f"datasets and {given[0]} are both given; say it in the entries of datasets.")
+            where = "test_dataset" if given[0] == "test_split" else "the entries of datasets"
+            raise ValueError(f"datasets and {given[0]} are both given; say it in {where}.")
         if not isinstance(self.datasets, list) or not self.datasets:
             raise ValueError("datasets: expected a list in a yaml file, as in `datasets: [{path: DATA, weight: 0.7}]`.")
         sources = [self._source(entry, f"datasets[{number}]") for number, entry in enumerate(self.datasets)]
@@ -269,6 +270,11 @@ class DataArguments:
         if unknown := [key for key in entry if key not in known]:
             raise ValueError(f"{place} has an unknown key {unknown[0]!r}{_suggest(unknown[0], known)}.")
         entry = {"image_dir": self.image_dir, "columns": self.columns, "max_samples": self.max_samples, **entry}
+        for key, value in entry.items():
+            kinds = {"columns": (str, dict), "max_samples": (int,), "weight": (int, float)}.get(key, (str,))
+            if value is not None and (not isinstance(value, kinds) or isinstance(value, bool)):
+                wanted = " or ".join(kind.__name__ for kind in kinds)
+                raise ValueError(f"{place} has {key}: {value!r}; expected {wanted}.")
         return SourceArguments(**{**entry, "columns": _parse_columns(entry["columns"])})
 
     def encoding_kwargs(self, asks: bool) -> dict[str, Any]:
@@ -301,14 +307,19 @@ class SourceArguments:
     max_samples: int | None = None
     weight: float | None = None
 
+    def __post_init__(self):
+        if self.max_samples is not None and self.max_samples < 1:
+            raise ValueError(f"max_samples={self.max_samples}: expected 1 or more.")
+
 
 def _parse_columns(columns: Any) -> dict[str, str] | None:
     if columns is None:
         return None
+    given = columns
     if isinstance(columns, str):
-        columns = dict(pair.split("=", 1) for pair in columns.split(",") if "=" in pair)
+        columns = dict((pair.split("=", 1) + [None])[:2] for pair in columns.split(","))
     if not isinstance(columns, dict) or not columns or not all(isinstance(v, str) for v in columns.values()):
-        raise ValueError(f"columns={columns!r}: expected what each is called, such as image=photo,caption=text.")
+        raise ValueError(f"columns={given!r}: expected what each is called, such as image=photo,caption=text.")
     return {str(name).strip(): column.strip() for name, column in columns.items()}
 
 

@@ -20,7 +20,7 @@ from processing.dataset import ConversationDataset, MixedDataset, Reading, Strea
 from processing.download import download_coco
 from processing.encoding import Encode, encode_caption, encode_dialogue
 from processing.images import check_image
-from processing.sources import hold_out, open_source, split_names
+from processing.sources import HELD_OUT_ROWS, hold_out, open_source, split_names
 
 from .arguments import DataArguments, SourceArguments, VLMTrainingArguments
 
@@ -92,7 +92,8 @@ def load_data(stage: Stage, data_args: DataArguments, training_args: VLMTraining
                 held = _open(stage, data_args, source, source.eval_split, data_args.max_eval_samples)
             else:
                 rows, held = hold_out(part.rows, data_args.eval_share, data_args.sample_seed)
-                part, held = part._replace(rows=rows), part._replace(rows=_limited(held, data_args.max_eval_samples))
+                held = _limited(held, data_args.max_eval_samples, data_args.sample_seed)
+                part, held = part._replace(rows=rows), part._replace(rows=held)
             train.append(part)
             if held.rows is not None:
                 choice = "first" if data_args.caption_choice == "random" else data_args.caption_choice
@@ -191,7 +192,10 @@ def encode_data(
             training_args.dataloader_num_workers = min(training_args.dataloader_num_workers, train.num_shards)
         if data.eval and data_args.streaming:
             evaluation = [
-                item for rows, reading in data.eval for i, row in enumerate(rows) for item in reading.items(row, i)
+                item
+                for rows, reading in data.eval
+                for index, row in enumerate(rows.take(HELD_OUT_ROWS))
+                for item in reading.items(row, index)
             ]
         elif data.eval:
             evaluation = joined(data.eval, None, seed, settings if ahead else None)
@@ -243,12 +247,21 @@ def _survey(dataset, processor: VLMProcessor, encode: Encode, max_length: int) -
 
 
 def some_items(dataset, number: int) -> Iterator[dict[str, Any]]:
-    """Items from all over a data set, of a stream the first."""
-    if isinstance(dataset, StreamedDataset):
+    """Items from all over a data set, as many of each of its sources; of a stream the first."""
+    parts = getattr(dataset, "parts", None)
+    if parts is not None and len(parts) > 1:
+        parts = [StreamedDataset([part], None, dataset.seed) for part in parts] if _is_stream(dataset) else parts
+        each = -(-number // len(parts))
+        return itertools.islice(itertools.chain.from_iterable(some_items(part, each) for part in parts), number)
+    if _is_stream(dataset):
         first = StreamedDataset(dataset.parts, dataset.weights, dataset.seed, shuffle_buffer=1)
         return itertools.islice(first, number)
     number = min(number, len(dataset))
     return (dataset[index * len(dataset) // number] for index in range(number))
+
+
+def _is_stream(dataset):
+    return isinstance(dataset, StreamedDataset)
 
 
 def _check_account(stage: Stage, account: Account, data_args: DataArguments) -> None:

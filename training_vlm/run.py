@@ -408,7 +408,7 @@ def _answer(stage, trainer, model, processor, data, data_args, generation_args):
     if {"kind", "subset"} <= set(data.test.rows.column_names):
         labels = data.test.rows.select_columns(["kind", "subset"]).with_format(None)
         labels = list(zip(labels["kind"], labels["subset"]))
-        kinds = [labels[item["row"]] for item in items]
+        kinds = [labels[item["position"]] for item in items]
     questions = find_questions(items, processor, kinds)
     answers = generate_answers(
         model,

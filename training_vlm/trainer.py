@@ -1,23 +1,27 @@
 """The Trainer, with what it cannot express for this model: nothing computed in vain, and a loss that weighs tokens.
 
-Six things differ from the stock Trainer. The head is computed at supervised positions only: the same loss and
+Seven things differ from the stock Trainer. The head is computed at supervised positions only: the same loss and
 gradients, without the logits of a thousand image positions. The evaluation loss is the mean over tokens, where the
 stock loop averages the means of batches, which makes it depend on the batch size. Label smoothing shifts the labels,
 which the stock one does only for the classes that it knows by name. A checkpoint is read as any saved folder is. The
 accounts of the batches that were trained on are added up, and go on with a resumed run. A run on a stream resumes at
-its next sample without decoding those before it.
+its next sample without decoding those before it. Grouping by length reads no item, and its order depends on seed and
+epoch alone.
 """
 
+import copy
 import functools
 import json
+import random
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
 from accelerate.utils import gather_object
 from torch import nn
 from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainerState
-from transformers.trainer_pt_utils import LengthGroupedSampler
-from transformers.trainer_utils import EvalLoopOutput
+from transformers.trainer_pt_utils import get_length_grouped_indices
+from transformers.trainer_utils import EvalLoopOutput, get_last_checkpoint
 
 from processing.account import Account
 
@@ -31,9 +35,10 @@ class VLMTrainer(Trainer):
         self.account = Account()  # of this process
         self._only_loss = False
         self._evaluated = None
+        self._skip_batches = 0  # of a resumed stream
         if self.label_smoother is not None and self.compute_loss_func is None:
             self.compute_loss_func = functools.partial(smoothed_loss, epsilon=self.label_smoother.epsilon)
-        self.add_callback(_EpochOfDataset())
+        self.add_callback(_EpochOfData())
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         """See `Trainer.compute_loss`; logits are left out where nobody reads them."""
@@ -75,24 +80,52 @@ class VLMTrainer(Trainer):
 
     def train(self, resume_from_checkpoint=None, **kwargs):
         """See `Trainer.train`."""
-        if resume_from_checkpoint and isinstance(self.train_dataset, torch.utils.data.IterableDataset):
-            # The stock loop would make every batch again to throw it away.
-            state = TrainerState.load_from_json(str(Path(resume_from_checkpoint, "trainer_state.json")))
-            self.data_collator.skip_batches = state.global_step * self.args.gradient_accumulation_steps
+        self._skip_batches = self._batches_to_skip(resume_from_checkpoint)
         return super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
+
+    def get_train_dataloader(self) -> torch.utils.data.DataLoader:
+        """See `Trainer.get_train_dataloader`; of a resumed stream, what the loop will skip is not even made."""
+        shared = self.data_collator
+        if self._skip_batches and hasattr(shared, "skip_batches"):
+            # Another collator, because the evaluation's batches are all wanted.
+            self.data_collator = copy.copy(shared)
+            self.data_collator.skip_batches = self._skip_batches
+        try:
+            return super().get_train_dataloader()
+        finally:
+            self.data_collator = shared
+
+    def _batches_to_skip(self, checkpoint):
+        """How many batches the stock loop will throw away before it goes on with a stream."""
+        if not isinstance(self.train_dataset, torch.utils.data.IterableDataset) or self.args.ignore_data_skip:
+            return 0
+        if checkpoint is True:
+            checkpoint = get_last_checkpoint(self.args.output_dir)
+        if not checkpoint:
+            return 0
+        state = TrainerState.load_from_json(str(Path(checkpoint, "trainer_state.json")))
+        # A stream is one epoch of `max_steps`.
+        return state.global_step % self.args.max_steps * self.args.gradient_accumulation_steps
 
     def _save_rng_state(self, output_dir):
         # What each process has to find again when it resumes lies beside its random states.
         super()._save_rng_state(output_dir)
-        self._account_file(output_dir).write_text(json.dumps(self.account.state()), encoding="utf-8")
+        file = Path(output_dir, f"data_account_{self.args.process_index}.json")
+        file.write_text(json.dumps(self.account.state()), encoding="utf-8")
+        if self.args.process_index == 0:
+            for other, number in _account_files(output_dir):
+                if number >= self.args.world_size:  # of an earlier run of more processes, saved here at the same step
+                    other.unlink()
 
     def _load_rng_state(self, checkpoint):
         super()._load_rng_state(checkpoint)
-        if checkpoint is not None and (file := self._account_file(checkpoint)).is_file():
-            self.account = Account.from_state(json.loads(file.read_text(encoding="utf-8")))
-
-    def _account_file(self, checkpoint):
-        return Path(checkpoint, f"data_account_{self.args.process_index}.json")
+        if checkpoint is None:
+            return
+        # One process goes on with what all counted, so that nothing is lost where fewer go on than were stopped.
+        self.account = Account()
+        if self.args.process_index == 0:
+            for file, _ in _account_files(checkpoint):
+                self.account.merge(Account.from_state(json.loads(file.read_text(encoding="utf-8"))))
 
     def _load_from_checkpoint(self, resume_from_checkpoint, model=None):
         # A saved file has the Hub's names of the weights (of a ViT, for one), which only `from_pretrained` translates;
@@ -120,7 +153,8 @@ class VLMTrainer(Trainer):
         if self.args.train_sampling_strategy != "group_by_length" or not hasattr(dataset, "lengths"):
             return super()._get_train_sampler(train_dataset)
         batch = self.args.train_batch_size * self.args.gradient_accumulation_steps
-        return LengthGroupedSampler(batch, lengths=dataset.lengths)
+        seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
+        return LengthGroupedOrder(dataset, batch, seed)
 
     def _add_evaluated(self, labels, logits, loss_weights):
         keep = supervised_positions(labels)
@@ -158,10 +192,56 @@ def smoothed_loss(
     return total / torch.as_tensor(count, device=total.device).clamp(min=1)
 
 
-class _EpochOfDataset(TrainerCallback):
-    """Tells a data set that shows other captions in each epoch which epoch it is, in every process."""
+class LengthGroupedOrder(torch.utils.data.Sampler):
+    """
+    Every item once an epoch, those of like lengths beside each other.
+
+    The order depends on seed and epoch alone: all processes have the same one, and a resumed run goes on with it. The
+    lengths are read for each epoch, as a weighted mix shows other items in the next.
+
+    Args:
+        dataset: has `lengths`, the positions of every item, and `set_epoch` where they change.
+        batch_size: items that should be of like lengths.
+        seed: for the order.
+    """
+
+    def __init__(self, dataset: torch.utils.data.Dataset, batch_size: int, seed: int = 0):
+        self.dataset, self.batch_size, self.seed = dataset, batch_size, seed
+        self.epoch = 0
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def __iter__(self) -> Iterator[int]:
+        drawn = random.Random(f"{self.seed} {self.epoch}").getrandbits(63)
+        generator = torch.Generator().manual_seed(drawn)
+        return iter(get_length_grouped_indices(self.dataset.lengths, self.batch_size, generator=generator))
+
+    def set_epoch(self, epoch: int) -> None:
+        """Go on to another epoch, with the data set."""
+        self.epoch = epoch
+        if hasattr(self.dataset, "set_epoch"):
+            self.dataset.set_epoch(epoch)
+
+
+def _account_files(checkpoint):
+    """The accounts in a checkpoint, and of which process each is."""
+    files = Path(checkpoint).glob("data_account_*.json")
+    return sorted(((file, int(file.stem.rpartition("_")[2])) for file in files), key=lambda found: found[1])
+
+
+class _EpochOfData(TrainerCallback):
+    """
+    Tells data set and sampler which epoch it is, in every process.
+
+    accelerate's loader tells the sampler only, and not even that where a run of several processes resumes: there the
+    sampler lies behind more layers than it looks through.
+    """
 
     def on_epoch_begin(self, args, state, control, train_dataloader=None, **kwargs):
-        dataset = getattr(train_dataloader, "dataset", None)
-        if hasattr(dataset, "set_epoch"):
-            dataset.set_epoch(int(state.epoch or 0))
+        batches = getattr(train_dataloader, "batch_sampler", None)
+        while hasattr(batches, "batch_sampler"):
+            batches = batches.batch_sampler
+        for part in (getattr(train_dataloader, "dataset", None), getattr(batches, "sampler", None)):
+            if hasattr(part, "set_epoch"):
+                part.set_epoch(int(state.epoch or 0))
