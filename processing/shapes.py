@@ -141,14 +141,14 @@ class Scene:
     def dialogue(self) -> list[Turn]:
         """Two to five turns about the scene, nothing asked twice.
 
-        The kinds come in turn, in random order; relations, which fewer scenes allow, and counts have two chances.
+        The kinds come in turn, in random order; the hardest, places and relations, have two chances.
         """
         rng = Random(f"dialogue {self.seed}")
         wanted = rng.choice((2, 3, 4, 5, 5))
         turns, asked, kinds = [], set(), []
         while len(turns) < wanted:
             if not kinds:
-                kinds = [*KINDS, "relation", "count"]
+                kinds = [*KINDS, "relation", "place"]
                 rng.shuffle(kinds)
             found = _ASK[kind := kinds.pop()](self, rng)
             if found is None or found[0] in asked:
