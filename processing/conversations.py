@@ -12,8 +12,9 @@ open the first user message. A message may have `train` (false: its tokens are n
 in the loss). Images stay references (see `images.py`). A row that does not hold what its columns promise raises one
 line that says where and what is wrong.
 
-A null cell or key is an absent one, and an empty list gives way to another column for the same thing. What a row says
-is kept as it is: a last user turn without an answer is context; two turns of one role in a row stay two; an empty
+A null cell or key is an absent one, and an empty list gives way to another column for the same thing. A number as a
+question, an answer, a caption or another text of its own column is taken as Python writes it. What a row says is kept
+as it is: a last user turn without an answer is context; two turns of one role in a row stay two; an empty
 answer stays, its end token is what is learned; a message may hold images only. A conversation without any answer is
 read too, and dropped where nothing of it can be learned (see `encoding.py`).
 """
@@ -21,6 +22,7 @@ read too, and dropped where nothing of it can be learned (see `encoding.py`).
 import difflib
 import functools
 import json
+import math
 import os
 import re
 import sys
@@ -45,9 +47,6 @@ CONVERSATION_COLUMNS = ("conversations", "conversation")
 SYSTEM_COLUMNS = ("system", "system_prompt")
 ANSWER_COLUMNS = ("answer", "multiple_choice_answer", "answers")
 _FAMILIES = (IMAGE_COLUMNS, CAPTION_COLUMNS, CONVERSATION_COLUMNS, SYSTEM_COLUMNS, ANSWER_COLUMNS)
-
-# Columns of messages, whose parts may carry their images themselves.
-_PART_COLUMNS = ("messages", "prompt", "completion", *CONVERSATION_COLUMNS)
 
 # The speakers of `conversations`.
 _SPEAKERS = {
@@ -109,18 +108,6 @@ def conversations_from_row(
     return [{**conversation, "group": index, "source": source, "row": index} for conversation in conversations]
 
 
-def image_columns(column_names: Collection[str], columns: dict[str, str] | None = None) -> list[str]:
-    """The columns of a data set that can hold images or references to them.
-
-    These are its image columns, its columns of messages, whose parts may carry an image or a reference (`messages`,
-    `prompt`, `completion`, `conversations`), and the `json` of WebDataset, which may hold any of these. For `columns`
-    and what is raised see `conversations_from_row`.
-    """
-    named = _column_of_each_name(column_names, columns or {})
-    holding = {named[name] for name in (*IMAGE_COLUMNS, *_PART_COLUMNS, "json") if name in named}
-    return [name for name in column_names if name in holding]
-
-
 def caption_column(column_names: Collection[str], columns: dict[str, str] | None = None) -> str | None:
     """The column that says how many conversations a row gives: one for each element of its list, else one.
 
@@ -145,7 +132,7 @@ def _read_completion(row: dict[str, Any], prompt: str) -> list[dict[str, Any]]:
     """TRL's `prompt` and `completion`, texts or lists of messages; what is learned is the completion."""
     given, learned = (
         [_said(role, row[column], column)]
-        if isinstance(row[column], str)
+        if isinstance(row[column], (str, int, float))
         else _messages(_items(row, column, "a text or a list of messages"), f"{column} message")
         for column, role in (("prompt", "user"), ("completion", "assistant"))
     )
@@ -220,8 +207,9 @@ def _read_captions(row: dict[str, Any], prompt: str) -> list[dict[str, Any]]:
     captions = row[column] if isinstance(row[column], list) else [row[column]]
     if not captions:
         raise _malformed(f"an empty list in {column}", "at least one caption")
+    captions = [_text(caption, column, "a text, or a list of texts") for caption in captions]
     for caption in captions:
-        if not isinstance(caption, str) or not caption.strip():
+        if not caption.strip():
             raise _malformed(_found(caption, column), "a text, or a list of texts")
     question = [{"type": "text", "text": prompt}] if prompt else []
     return [
@@ -330,11 +318,11 @@ def _with_json(row: dict[str, Any]) -> dict[str, Any]:
 
 
 def _renamed(row: dict[str, Any], columns: dict[str, str]) -> dict[str, Any]:
-    """The row without WebDataset's own columns and with each column of `columns` under its name there alone."""
+    """The row without columns for the program (`__key__` of WebDataset, `__row` of ours) and with each column of `columns` under its name there alone."""
     if unknown := [name for name in columns if name not in _NAMES]:
         raise ValueError(f"columns has {unknown[0]!r}; expected one of {', '.join(sorted(_NAMES))}")
     if missing := [column for column in columns.values() if column not in row]:
-        names = ", ".join(map(str, row)) or "(none)"
+        names = ", ".join(str(name) for name in row if not str(name).startswith("__")) or "(none)"
         raise _malformed(f"columns {_cut(names, 300)}", f"the column {missing[0]!r} that was given")
     left_out = _relatives(columns) | set(columns.values())
     kept = {name: row[name] for name in row if name not in left_out and not str(name).startswith("__")}
@@ -476,9 +464,15 @@ def _said(role: str, text: Any, place: str) -> dict[str, Any]:
     return {"role": role, "content": [{"type": "text", "text": _text(text, place)}]}
 
 
-def _text(value: Any, place: str) -> str:
+def _text(value: Any, place: str, expected: str = "a text") -> str:
+    """A text, or a number as Python writes it; one that is not finite stands for a value that is missing."""
+    try:
+        if isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value):
+            value = str(value)
+    except (OverflowError, ValueError):
+        pass  # a number of thousands of digits, which the message cannot write either
     if not isinstance(value, str):
-        raise _malformed(_found(value, place), "a text")
+        raise _malformed(_found(value, place), expected)
     return value
 
 

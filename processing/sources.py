@@ -1,8 +1,9 @@
 """A name becomes rows: a Hub repository, a folder, files or COCO's captions, as a `Source`, streamed or not.
 
 The `datasets` library does the reading. Added here are image columns that stay undecoded (one broken file must not end
-a run, and pixels belong in no cache), the folder that image paths are relative to, the built-in drawn data set, and
-errors of one line each for what goes wrong with a name. COCO's own layout is read in `coco.py`.
+a run, and pixels belong in no cache), the number that each row has where it is stored, the folder that image paths are
+relative to, the built-in drawn data set, and errors of one line each for what goes wrong with a name. COCO's own layout
+is read in `coco.py`.
 
 Whatever it is, a source is first a mapping from split names to functions that open them, so that a split is chosen and
 checked before anything large is read. Streamed, nothing large is read at all: rows come as they are asked for.
@@ -21,6 +22,9 @@ from typing import Any, NamedTuple
 import datasets
 import huggingface_hub
 import numpy as np
+import pandas as pd
+from datasets.fingerprint import Hasher
+from datasets.packaged_modules.csv.csv import CsvConfig
 from datasets.utils.file_utils import xopen
 from huggingface_hub.errors import HFValidationError, RepositoryNotFoundError, RevisionNotFoundError
 from huggingface_hub.utils import httpx
@@ -50,6 +54,12 @@ STREAM_SHARDS = 64
 HELD_OUT_ROWS = 1_000
 """How many rows are held out at most: evaluation is to be short, and nobody knows how long a stream is."""
 
+ROW = "__row"
+"""The column of each row's number in its split as it is stored, before any of its rows are chosen or held out."""
+
+STORED_IMAGE = {"bytes": datasets.Value("binary"), "path": datasets.Value("string")}
+"""How an image is stored, and so what is left of its column's type where a file does not say that it is one."""
+
 Rows = datasets.Dataset | datasets.IterableDataset
 Splits = dict[str, Callable[[], Rows]]
 
@@ -58,11 +68,12 @@ class Source(NamedTuple):
     """Rows, and what is needed to make conversations of them."""
 
     name: str
-    """What to call it in messages."""
+    """What to call it in messages: its path, and the configuration and the split where they were given."""
     rows: Rows
-    """Their images are references, never decoded."""
+    """Their images are references, never decoded. In the column `ROW` each has its number in its split as stored; in a
+    stream, which knows no better, the number in which its reader came to it."""
     image_dir: Path | None
-    """The folder that image paths in the rows are relative to, where there is one."""
+    """The folder that image paths in the rows are relative to, where there is one; always absolute."""
 
 
 def open_source(
@@ -89,6 +100,8 @@ def open_source(
         token: for private and gated Hub datasets.
         streaming: read rows as they are asked for, from the disk or the Hub, instead of converting or fetching all of
             them first. (A JSON file that is one list can only be read as a whole: it is converted once all the same.)
+
+    Every cell of a CSV file on this machine is text as it stands there (007, N/A and None too), an empty one is null.
 
     Raises:
         FileNotFoundError, ValueError, ConnectionError: one line each: what was found, where, and how to mend it.
@@ -127,11 +140,12 @@ def open_source(
             rows = rows.to_iterable_dataset(num_shards=min(len(rows), STREAM_SHARDS))
     if where == "shapes":
         rows = _with_drawings(rows)
-    return Source(where, rows, folder)
+    given = ", ".join(filter(None, (name, split)))
+    return Source(f"{where} ({given})" if given else where, rows, folder and folder.absolute())
 
 
 def _where(path: str | os.PathLike | Sequence[str | os.PathLike]) -> str:
-    """What to call a source in messages."""
+    """What to call a path in messages."""
     if isinstance(path, (str, os.PathLike)):
         return str(path)
     if not path:
@@ -217,7 +231,7 @@ def _take(splits: Splits, split: str | None, where: str) -> Rows:
     unknown = [part for part in split_names(split) if part not in splits]
     if unknown:
         raise ValueError(f"{where}: no split {unknown[0]!r}; expected one of {', '.join(splits)}")
-    opened = {part: _undecoded(splits[part]()) for part in split_names(split)}
+    opened = {part: _numbered(_undecoded(splits[part]())) for part in split_names(split)}
     if any(isinstance(rows, datasets.IterableDataset) for rows in opened.values()):
         if "[" in split:
             raise ValueError(
@@ -231,6 +245,21 @@ def _take(splits: Splits, split: str | None, where: str) -> Rows:
     except (ValueError, AssertionError) as error:
         raise ValueError(f"{where}: no split {split!r} ({_reason(error)}); expected e.g. train[:90%]") from None
     return _joined([opened[piece.splitname].select(range(piece.from_, piece.to)) for piece in pieces])
+
+
+def _numbered(rows: Rows) -> Rows:
+    """The same rows with the column `ROW`, copying nothing."""
+    if isinstance(rows, datasets.IterableDataset):
+        features = rows.features and datasets.Features({**rows.features, ROW: datasets.Value("int64")})
+        return rows.map(_row_number, with_indices=True, features=features)
+    if ROW in rows.column_names:
+        rows = rows.remove_columns(ROW)
+    # The fingerprint is given, as the numbers follow from the rows: nothing has to be hashed.
+    return rows.add_column(ROW, np.arange(len(rows)), new_fingerprint=Hasher.hash([rows._fingerprint, ROW]))
+
+
+def _row_number(row: dict[str, Any], number: int) -> dict[str, int]:
+    return {ROW: number}
 
 
 def _joined(parts: list[Rows]) -> Rows:
@@ -356,7 +385,8 @@ def _built_splits(
     builder = _reading(where, build)
 
     def opened(split: str) -> Rows:
-        rows = read(builder, split)
+        options = _text_options(builder.config, split)
+        rows = read(build(**options) if options else builder, split)
         # Where a field is a text in one row and a list in the next, `datasets` stores JSON and takes a text that is
         # itself JSON for what it says: the answer "42" becomes a number. Stored as JSON from the top of its column,
         # every text stays a text.
@@ -385,6 +415,21 @@ def _built_splits(
 
     names = map(str, builder.info.splits or builder.config.data_files)
     return {name: partial(_reading, where, partial(opened, name)) for name in names}
+
+
+def _text_options(config: datasets.BuilderConfig, split: str) -> dict[str, Any]:
+    """With what CSV files of this machine are read so that every cell stays the text it is; of other files nothing.
+
+    Of files on the Hub nothing either: options give a cached copy another name, under which it is not found offline.
+    """
+    if not isinstance(config, CsvConfig) or config.features is not None:
+        return {}
+    first = str(config.data_files[split][0])
+    if "://" in first or not {".csv", ".tsv"} & set(Path(first).suffixes):
+        return {}
+    header = pd.read_csv(first, **{**config.pd_read_csv_kwargs, "nrows": 0, "chunksize": None})
+    features = datasets.Features({str(name): datasets.Value("string") for name in header.columns})
+    return {"features": features, "keep_default_na": False, "na_values": [""]}
 
 
 def _with_contents(rows: datasets.IterableDataset, token: str | bool | None) -> datasets.IterableDataset:
@@ -453,7 +498,8 @@ def _undecoded(rows: Rows) -> Rows:
     """The same rows with every image, in lists too, given as {"bytes", "path"}."""
 
     def undecoded(feature: Any) -> Any:
-        if isinstance(feature, datasets.Image):
+        # With the keys in another order it is another type, and every image would be copied.
+        if isinstance(feature, datasets.Image) or feature == STORED_IMAGE and [*feature] == [*STORED_IMAGE]:
             return datasets.Image(decode=False)
         if isinstance(feature, (datasets.List, datasets.LargeList)):
             return dataclasses.replace(feature, feature=undecoded(feature.feature))
@@ -469,7 +515,8 @@ def _undecoded(rows: Rows) -> Rows:
     # Only the reading changes, not what is stored: `cast` would copy every image of a list column.
     info = rows.info.copy()
     info.features = features
-    return datasets.Dataset(rows.data, info=info, split=rows.split)
+    table = rows.data.replace_schema_metadata(features.arrow_schema.metadata)
+    return datasets.Dataset(table, info=info, split=rows.split)
 
 
 def _leaves(feature: Any) -> Iterator[Any]:

@@ -85,26 +85,27 @@ class VLMTrainer(Trainer):
 
     def get_train_dataloader(self) -> torch.utils.data.DataLoader:
         """See `Trainer.get_train_dataloader`; of a resumed stream, what the loop will skip is not even made."""
-        shared = self.data_collator
-        if self._skip_batches and hasattr(shared, "skip_batches"):
+        collator = self.data_collator
+        if self._skip_batches and hasattr(collator, "skip_batches"):
             # Another collator, because the evaluation's batches are all wanted.
-            self.data_collator = copy.copy(shared)
+            self.data_collator = copy.copy(collator)
             self.data_collator.skip_batches = self._skip_batches
         try:
             return super().get_train_dataloader()
         finally:
-            self.data_collator = shared
+            self.data_collator = collator
 
     def _batches_to_skip(self, checkpoint):
         """How many batches the stock loop will throw away before it goes on with a stream."""
-        if not isinstance(self.train_dataset, torch.utils.data.IterableDataset) or self.args.ignore_data_skip:
+        stream = isinstance(self.train_dataset, torch.utils.data.IterableDataset)
+        if not stream or hasattr(self.train_dataset, "__len__") or self.args.ignore_data_skip:
             return 0
         if checkpoint is True:
             checkpoint = get_last_checkpoint(self.args.output_dir)
         if not checkpoint:
             return 0
         state = TrainerState.load_from_json(str(Path(checkpoint, "trainer_state.json")))
-        # A stream is one epoch of `max_steps`.
+        # A stream without a length is one epoch of `max_steps`.
         return state.global_step % self.args.max_steps * self.args.gradient_accumulation_steps
 
     def _save_rng_state(self, output_dir):
