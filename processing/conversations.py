@@ -12,11 +12,11 @@ open the first user message. A message may have `train` (false: its tokens are n
 in the loss). Images stay references (see `images.py`). A row that does not hold what its columns promise raises one
 line that says where and what is wrong.
 
-A null cell or key is an absent one, and an empty list gives way to another column for the same thing. A number as a
-question, an answer, a caption or another text of its own column is taken as Python writes it. What a row says is kept
-as it is: a last user turn without an answer is context; two turns of one role in a row stay two; an empty
-answer stays, its end token is what is learned; a message may hold images only. A conversation without any answer is
-read too, and dropped where nothing of it can be learned (see `encoding.py`).
+A null cell or key is an absent one, and an empty list gives way to another column for the same thing. A number where a
+column holds a question, an answer, a caption or another text is the text that Python writes for it. What a row says is
+kept as it is: a last user turn without an answer is context; two turns of one role in a row stay two; an empty answer
+stays, its end token is what is learned; a message may hold images only. A conversation without any answer is read too,
+and dropped where nothing of it can be learned (see `encoding.py`).
 """
 
 import difflib
@@ -318,7 +318,11 @@ def _with_json(row: dict[str, Any]) -> dict[str, Any]:
 
 
 def _renamed(row: dict[str, Any], columns: dict[str, str]) -> dict[str, Any]:
-    """The row without columns for the program (`__key__` of WebDataset, `__row` of ours) and with each column of `columns` under its name there alone."""
+    """
+    The row with each column of `columns` under its name there alone.
+
+    Columns that begin with two underscores are none of its content (`__key__` in a WebDataset, `sources.ROW`).
+    """
     if unknown := [name for name in columns if name not in _NAMES]:
         raise ValueError(f"columns has {unknown[0]!r}; expected one of {', '.join(sorted(_NAMES))}")
     if missing := [column for column in columns.values() if column not in row]:

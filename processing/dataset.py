@@ -25,11 +25,10 @@ from .account import BAD_SAMPLE_REASONS, Account, Record
 from .conversations import MalformedRow, caption_column, conversations_from_row
 from .encoding import IGNORE, Encode, SampleDropped
 from .processing_vlm import VLMProcessor
+from .sources import ROW
 
 
 SHUFFLE_BUFFER = 1_000
-ROW = "__row"
-"""The column in which a source numbers its rows, whatever is selected of them later."""
 
 
 @dataclasses.dataclass(frozen=True)

@@ -18,7 +18,6 @@ from processing.conversations import (
     MalformedRow,
     caption_column,
     conversations_from_row,
-    image_columns,
 )
 
 
@@ -152,6 +151,20 @@ def test_an_empty_list_gives_way_to_another_column():
     row = {"messages": [], "images": [], "image": "/a.jpg", "caption": [], "text": "A dog."}
     (conversation,) = conversations_from_row(row)
     assert conversation["images"] == ["/a.jpg"] and conversation["messages"][1] == assistant("A dog.")
+
+
+@pytest.mark.parametrize(("number", "words"), [(3, "3"), (0, "0"), (-2.5, "-2.5"), (3.0, "3.0"), (10**9, "1000000000")])
+def test_a_number_where_a_text_is_expected_is_its_text(number, words):
+    for row, said in [
+        ({"question": "How many?", "answer": number}, [user("How many?"), assistant(words)]),
+        ({"question": number, "answers": ["A", number, words]}, [user(words), assistant(words)]),
+        ({"texts": [{"user": number, "assistant": number}]}, [user(words), assistant(words)]),
+        ({"prompt": "How many?", "completion": number}, [user("How many?"), assistant(words)]),
+        ({"image": "/a.jpg", "caption": number}, [user("image"), assistant(words)]),
+        ({"image": "/a.jpg", "caption": [number]}, [user("image"), assistant(words)]),
+    ]:
+        (conversation,) = conversations_from_row(row)
+        assert conversation["messages"] == said
 
 
 def test_an_image_object_stays_the_object_it_is():
@@ -562,14 +575,6 @@ def test_an_image_is_looked_for_where_the_data_set_may_have_it(tmp_path):
         conversations_from_row({"image": "https://x.org/a.jpg", "text": "A dog."})
 
 
-def test_columns_that_can_hold_images():
-    assert image_columns(["id", "conversations", "image", "text"]) == ["conversations", "image"]
-    assert image_columns(["__key__", "jpg", "json", "txt"]) == ["jpg", "json"]
-    assert image_columns(["photo", "prompt", "completion"], {"image": "photo"}) == ["photo", "prompt", "completion"]
-    assert image_columns(["picture", "image", "legend"], {"images": "picture", "text": "legend"}) == ["picture"]
-    assert image_columns(["question", "answer"]) == []
-
-
 # --- columns of other names
 
 
@@ -613,7 +618,7 @@ def test_what_json_holds_can_be_given_too():
     columns = {"question": "query", "answer": "label"}
     (conversation,) = conversations_from_row(row, columns=columns)
     assert conversation["messages"] == SHOWN[:2]
-    assert caption_column(row, columns) is None and image_columns(row, columns) == ["jpg", "json"]
+    assert caption_column(row, columns) is None
 
 
 def test_a_wrong_column_is_one_line():
@@ -621,9 +626,8 @@ def test_a_wrong_column_is_one_line():
     expected = "found columns photo, text; expected the column 'picture' that was given$"
     with pytest.raises(MalformedRow, match="^s, row 2: " + expected):
         conversations_from_row(row, columns={"image": "picture"}, source="s", index=2)
-    for names in (image_columns, caption_column):
-        with pytest.raises(MalformedRow, match="^" + expected):
-            names(list(row), {"image": "picture"})
+    with pytest.raises(MalformedRow, match="^" + expected):
+        caption_column(list(row), {"image": "picture"})
     with pytest.raises(ValueError, match="columns has 'picture'; expected one of .*images.*question") as caught:
         conversations_from_row(row, columns={"picture": "photo"})
     assert not isinstance(caught.value, MalformedRow), "no row is to blame"
@@ -678,7 +682,8 @@ MALFORMED = [
     ({"image": "/a.jpg", "caption": []}, "found an empty list in caption"),
     ({"image": "/a.jpg", "caption": ["A dog.", None]}, "found None as caption"),
     ({"image": "/a.jpg", "caption": " \n"}, r"found ' \n' as caption"),
-    ({"image": "/a.jpg", "text": 5}, "found 5 as text"),
+    ({"image": "/a.jpg", "text": True}, "found True as text; expected a text, or a list of texts"),
+    ({"image": "/a.jpg", "text": float("nan")}, "found nan as text"),
     ({"messages": None}, "found None as messages; expected a list of messages"),
     (chat(), "found [] as messages"),
     (chat("Hello."), "found 'Hello.' as message 0; expected a message with role and content"),
@@ -728,7 +733,7 @@ MALFORMED = [
         "found role 'tool' in turn 0; expected one of system, human,",
     ),
     ({"conversations": [{"from": ["gpt"], "value": "1"}]}, "found role ['gpt'] in turn 0"),
-    ({"conversations": turns("Hi."), "system": 3}, "found 3 as system; expected a text"),
+    ({"conversations": turns("Hi."), "system": True}, "found True as system; expected a text"),
     (
         {"conversations": turns("<image>\n<image>\nWhat?", "A"), "image": "/a.jpg"},
         "found 2 <image> in the turns but 1 image(s) in the row; expected one <image> for each image, or none at all",
@@ -741,7 +746,9 @@ MALFORMED = [
     ({"texts": ["A dog."], "image": IMAGE}, "found 'A dog.' as texts 0; expected a pair of user and assistant"),
     ({"texts": [{"user": "What?", "assistant": None}]}, "found None as assistant of texts 0; expected a text"),
     ({"question": None, "answer": "A"}, "found None as question; expected a text"),
-    ({"question": "What?", "answer": 3}, "found 3 as answer; expected a text"),
+    ({"question": "What?", "answer": True}, "found True as answer; expected a text"),
+    ({"question": "What?", "answer": float("nan")}, "found nan as answer; expected a text"),
+    ({"prompt": "What?", "completion": False}, "found False as completion; expected a text"),
     ({"question": "What?", "answers": []}, "found an empty list in answers; expected at least one answer"),
     ({"question": "What?", "answers": ["A", {"answer": None}]}, "found None as answers; expected a text"),
     ({"question": "What?", "answers": {"text": ["A"]}}, "found None as answers; expected a text"),
@@ -776,9 +783,12 @@ def test_an_unknown_layout_names_its_columns_and_the_nearest_known_ones(names, n
     assert sum(layout.description in line for layout in LAYOUTS) == 3
 
 
-def test_columns_of_webdataset_itself_are_not_named():
-    with pytest.raises(MalformedRow, match="found columns jpg; expected"):
-        conversations_from_row({"__key__": "0", "__url__": "x.tar", "jpg": IMAGE})
+def test_columns_for_the_program_are_not_named():
+    """WebDataset's own, and the number that a row has where it is stored."""
+    row = {"__key__": "0", "__url__": "x.tar", "jpg": IMAGE, "__row": 3}
+    for columns in (None, {"caption": "text"}):
+        with pytest.raises(MalformedRow, match="found columns jpg; expected"):
+            conversations_from_row(row, columns=columns)
 
 
 def test_what_python_cannot_write_out_is_still_one_line():

@@ -1,5 +1,6 @@
 """A name gives rows with undecoded images, from this machine or a Hub; a wrong name or file gives one line."""
 
+import csv
 import gzip
 import io
 import json
@@ -8,16 +9,19 @@ import pickle
 import subprocess
 import sys
 import tarfile
+import time
 from pathlib import Path
 
 import datasets
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import torch
 from PIL import Image
 
 from processing.conversations import conversations_from_row
 from processing.images import load_image
-from processing.sources import hold_out, open_source, split_names
+from processing.sources import ROW, hold_out, open_source, split_names
 from tests import fake_hub
 
 
@@ -266,6 +270,46 @@ def test_several_splits_without_a_train_split_must_be_chosen_from(tmp_path):
     assert "found the splits dev, test; choose one with --train_split" in one_line(caught)
 
 
+@pytest.mark.parametrize("form", ["file", "folder", "pattern"])
+@pytest.mark.parametrize("streaming", [False, True])
+def test_every_cell_of_a_csv_file_is_the_text_it_is(tmp_path, form, streaming):
+    cells = ["None", "N/A", "null", "NA", "nan", "007", "1.50", "1e3", "True", "yes", "-", '"quoted"', ""]
+    (tmp_path / "data").mkdir()
+    with (tmp_path / "data/train.csv").open("w", newline="") as file:
+        csv.writer(file).writerows([["question", "answer", "nothing", "7"], *([cell, cell, "", 7] for cell in cells)])
+    path = {"file": "data/train.csv", "folder": "data", "pattern": "data/*.csv"}[form]
+    rows = load_rows(tmp_path / path, streaming=streaming)
+    assert [row["answer"] for row in rows] == [row["question"] for row in rows] == [*cells[:-1], None]
+    assert {row["nothing"] for row in rows} == {None} and {row["7"] for row in rows} == {"7"}
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_images_are_known_in_a_file_that_does_not_say_so(tmp_path, streaming):
+    image, stored = datasets.Image(decode=False), pa.struct({"bytes": pa.binary(), "path": pa.string()})
+    swapped = pa.struct({"path": pa.string(), "bytes": pa.binary()})
+    long = pa.struct({"bytes": pa.large_binary(), "path": pa.large_string()})
+    kinds = {
+        "image": (stored, image),
+        "images": (pa.list_(stored), datasets.List(image)),
+        "large list": (pa.large_list(stored), datasets.LargeList(image)),
+        "in a struct": (pa.struct({"picture": stored}), {"picture": image}),
+        "swapped": (swapped, {"path": datasets.Value("string"), "bytes": datasets.Value("binary")}),
+        "long": (long, {"bytes": datasets.Value("large_binary"), "path": datasets.Value("large_string")}),
+        "text": (pa.large_string(), datasets.Value("large_string")),
+    }
+    one = {"bytes": b"content" * 10_000, "path": "a.png"}
+    values = dict.fromkeys(kinds, one) | {"images": [one], "large list": [one], "in a struct": {"picture": one}}
+    values["text"] = "a"
+    table = {name: pa.array([values[name], None], kind) for name, (kind, _) in kinds.items()}
+    pq.write_table(pa.table(table), tmp_path / "a.parquet")
+    before = pa.total_allocated_bytes()
+    rows = load_rows(tmp_path / "a.parquet", streaming=streaming)
+    assert pa.total_allocated_bytes() - before < 10_000
+    assert {name: rows.features[name] for name in kinds} == {name: feature for name, (_, feature) in kinds.items()}
+    first = next(iter(rows))
+    assert {name: first[name] for name in kinds} == values
+
+
 UNREADABLE = {
     "data.foo": ("x", "a file of unknown kind; expected one of .parquet"),
     "data.jsonl": ('{"a": 1}\n{"a": ', "not readable as a data set (JSON parse error"),
@@ -358,7 +402,7 @@ def write_json(place: Path, rows: list[dict]) -> Path:
 def test_llavas_rows_are_what_their_file_says(tmp_path, name, streaming):
     """An image that is a text, a list or not there; texts that are JSON."""
     rows = list(load_rows(write_json(tmp_path / name, LLAVA), streaming=streaming))
-    assert [{key: value for key, value in row.items() if value is not None} for row in rows] == LLAVA
+    assert [{key: value for key, value in row.items() if value is not None and key != ROW} for row in rows] == LLAVA
 
 
 # --- streamed
@@ -429,11 +473,11 @@ KINDS = {
 
 
 def comparable(rows) -> list[dict]:
-    """Rows with drawn images as their pixels, and keys in one order."""
+    """Rows with drawn images as their pixels, keys in one order, without numbers, which each reader counts anew."""
 
     def plain(value):
         if isinstance(value, dict):
-            return {key: plain(value[key]) for key in sorted(value)}
+            return {key: plain(value[key]) for key in sorted(value) if key != ROW}
         return value.tobytes() if isinstance(value, Image.Image) else value
 
     return [plain(row) for row in rows]
@@ -481,6 +525,78 @@ def test_an_unreadable_file_is_one_line_when_it_is_streamed(tmp_path, name):
     with pytest.raises(ValueError) as caught:
         load_rows(tmp_path / name, streaming=True)
     assert one_line(caught).startswith(str(tmp_path / name)) and message in one_line(caught)
+
+
+# --- numbers and names of rows
+
+
+def test_a_row_keeps_the_number_it_is_stored_under(tmp_path):
+    for name, count in (("train", 100), ("test", 10)):
+        write_parquet(tmp_path / f"{name}.parquet", rows=count)
+    rows = load_rows(tmp_path, split="test[5:7]+train[50%:]")
+    assert rows[ROW][:] == [5, 6, *range(50, 100)]
+    for part in hold_out(rows, 0.2):
+        assert [str(number) for number in part[ROW]] == part["text"][:], "a text is its row's number"
+    assert hold_out(rows.shuffle(seed=1), 0.2)[1].features[ROW] == datasets.Value("int64")
+
+
+@pytest.mark.parametrize("kind", ["jsonl", "csv", "webdataset folder", "save_to_disk", "coco", "shapes"])
+@pytest.mark.parametrize("streaming", [False, True])
+def test_rows_of_every_kind_have_their_number(tmp_path, monkeypatch, kind, streaming):
+    monkeypatch.setattr("processing.sources.DRAWN_ROWS", {"train": 5})
+    rows = load_rows({**KINDS, "coco": lambda place: write_coco(place)}[kind](tmp_path), streaming=streaming)
+    assert rows.features is None or rows.features[ROW] == datasets.Value("int64")
+    numbers = [row[ROW] for row in rows]
+    assert numbers == list(range(len(numbers))) and len(numbers) > 1
+
+
+def test_numbers_of_a_stream_count_what_is_held_out_too(tmp_path):
+    rows = load_rows(write_parquet(tmp_path / "a.parquet", rows=30), streaming=True)
+    parts = [list(part) for part in hold_out(rows, 0.3)]
+    assert all(row["text"] == str(row[ROW]) for part in parts for row in part) and all(parts)
+    unnumbered = [sorted(row["text"] for row in part) for part in hold_out(rows.remove_columns(ROW), 0.3)]
+    assert [sorted(row["text"] for row in part) for part in parts] == unnumbered, "a number is no content"
+
+
+def test_a_million_rows_are_numbered_at_once_and_without_a_copy(tmp_path):
+    datasets.Dataset.from_dict({"text": ["a text"] * 1_000_000}).to_parquet(tmp_path / "a.parquet")
+    stored = datasets.load_dataset("parquet", data_files=str(tmp_path / "a.parquet"), split="train")
+    before = time.perf_counter()
+    rows = load_rows(tmp_path / "a.parquet")
+    assert time.perf_counter() - before < 1
+    assert rows.cache_files == stored.cache_files
+    assert rows.data.nbytes == stored.data.nbytes + 8_000_000
+
+
+def test_a_column_that_is_named_as_ours_is_overwritten(tmp_path):
+    datasets.Dataset.from_dict({"text": ["a", "b"], ROW: ["x", "y"]}).to_parquet(tmp_path / "a.parquet")
+    for streaming in (False, True):
+        assert [row[ROW] for row in load_rows(tmp_path / "a.parquet", streaming=streaming)] == [0, 1]
+
+
+def test_a_source_is_named_by_all_that_was_given(tmp_path):
+    for name in ("train", "validation"):
+        write_parquet(tmp_path / f"{name}.parquet")
+    names = {split: open_source(tmp_path, split=split).name for split in (None, "validation", "train[:90%]")}
+    assert names == {
+        None: f"{tmp_path}",
+        "validation": f"{tmp_path} (validation)",
+        "train[:90%]": f"{tmp_path} (train[:90%])",
+    }
+    assert open_source("shapes", name="dialogues", split="test[:9]").name == "shapes (dialogues, test[:9])"
+    assert open_source("shapes", name="dialogues").name == "shapes (dialogues)"
+
+
+@pytest.mark.parametrize("kind", ["parquet", "parquet files", "jsonl", "webdataset pattern", "save_to_disk", "coco"])
+def test_the_folder_of_the_images_is_absolute(tmp_path, monkeypatch, kind):
+    """Else what is kept of one working directory's images would be taken for another's."""
+    path = KINDS[kind](tmp_path)
+    monkeypatch.chdir(tmp_path)
+    relative = [os.path.relpath(each) for each in path] if isinstance(path, list) else os.path.relpath(path)
+    assert open_source(relative).image_dir.is_absolute()
+    (tmp_path / "pictures").mkdir()
+    given = open_source(relative, image_dir="pictures" if kind != "coco" else "coco/train2017").image_dir
+    assert given == tmp_path / ("pictures" if kind != "coco" else "coco/train2017")
 
 
 # --- held out
@@ -635,6 +751,6 @@ def test_flickr30k_is_read_from_the_hub_as_it_is_there(tmp_path, monkeypatch):
     assert found["streamed images"] == [[[255, 0, 0], "A red wall."], [[0, 0, 255], "A blue wall."]]
     assert "'test[:50%]' is a part of a split" in found["part of a stream"]
     assert found["no such revision"].startswith("FileNotFoundError: nlphuji/flickr30k at revision nope: the Hub has no")
-    assert found["columns"] == ["caption", "filename", "image", "img_id", "sentids", "split"]
+    assert found["columns"] == [ROW, "caption", "filename", "image", "img_id", "sentids", "split"]
     assert found["conversations"] == 5 and found["size"] == [3, 2]
     assert found["first"][0]["content"] == [{"type": "image"}, {"type": "text", "text": "What?"}]
