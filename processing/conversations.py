@@ -39,6 +39,9 @@ from .images import resolve_reference
 ROLES = ("system", "user", "assistant")
 CAPTION_CHOICES = ("all", "first", "random")
 
+ROW = "__row"
+"""The column of each row's number in its split as it is stored, before any of its rows are chosen or held out."""
+
 # Names for the same thing: the first that holds something is read. The last ones of images and captions are what the
 # files of a WebDataset sample end in.
 IMAGE_COLUMNS = ("images", "image", "jpg", "jpeg", "png", "webp")
@@ -321,7 +324,7 @@ def _renamed(row: dict[str, Any], columns: dict[str, str]) -> dict[str, Any]:
     """
     The row with each column of `columns` under its name there alone.
 
-    Columns that begin with two underscores are none of its content (`__key__` in a WebDataset, `sources.ROW`).
+    Columns that begin with two underscores are none of its content (`__key__` in a WebDataset, `ROW`).
     """
     if unknown := [name for name in columns if name not in _NAMES]:
         raise ValueError(f"columns has {unknown[0]!r}; expected one of {', '.join(sorted(_NAMES))}")

@@ -22,10 +22,9 @@ import torch
 from datasets.fingerprint import Hasher
 
 from .account import BAD_SAMPLE_REASONS, Account, Record
-from .conversations import MalformedRow, caption_column, conversations_from_row
+from .conversations import ROW, MalformedRow, caption_column, conversations_from_row
 from .encoding import IGNORE, Encode, SampleDropped
 from .processing_vlm import VLMProcessor
-from .sources import ROW
 
 
 SHUFFLE_BUFFER = 1_000

@@ -32,6 +32,7 @@ from PIL import Image
 
 from . import shapes
 from .coco import coco_files, coco_root, coco_rows
+from .conversations import ROW
 
 
 CONVERTED = "refs/convert/parquet"
@@ -53,9 +54,6 @@ STREAM_SHARDS = 64
 
 HELD_OUT_ROWS = 1_000
 """How many rows are held out at most: evaluation is to be short, and nobody knows how long a stream is."""
-
-ROW = "__row"
-"""The column of each row's number in its split as it is stored, before any of its rows are chosen or held out."""
 
 STORED_IMAGE = {"bytes": datasets.Value("binary"), "path": datasets.Value("string")}
 """How an image is stored, and so what is left of its column's type where a file does not say that it is one."""

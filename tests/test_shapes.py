@@ -177,7 +177,7 @@ def test_command_writes_pictures_and_questions(tmp_path):
     command = [sys.executable, "-m", "processing.shapes", "--out", tmp_path / "pictures", "--n", "3", "--split", "test"]
     run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
     rows = [json.loads(line) for line in (tmp_path / "pictures" / "questions.jsonl").read_text().splitlines()]
-    assert len(rows) == 3
+    assert len(rows) == 3 and run.stderr == ""
     for row, line in zip(rows, run.stdout.splitlines(), strict=True):
         path = tmp_path / "pictures" / row["image"]
         assert path.exists() and len(row["captions"]) == 5

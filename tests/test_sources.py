@@ -19,9 +19,9 @@ import pytest
 import torch
 from PIL import Image
 
-from processing.conversations import conversations_from_row
+from processing.conversations import ROW, conversations_from_row
 from processing.images import load_image
-from processing.sources import ROW, hold_out, open_source, split_names
+from processing.sources import hold_out, open_source, split_names
 from tests import fake_hub
 
 
