@@ -107,6 +107,9 @@ class VLMConfig(PreTrainedConfig):
         self.vision_num_hidden_layers = depth
         self.vision_config = copy.deepcopy(self.vision_config)
         self.vision_config.num_hidden_layers = kept
+        if getattr(self.vision_config, "stage_names", None) is not None:  # one stage a layer, of which some are outputs
+            self.vision_config.stage_names = self.vision_config.stage_names[: kept + 1]
+            self.vision_config.set_output_features_output_indices(out_features=None, out_indices=None)
 
     @property
     def image_size(self) -> tuple[int, int]:
