@@ -144,7 +144,7 @@ def throughput(folder: Path, number: int, rounds: int) -> dict[str, list[tuple[f
 
 
 def memory(folder: Path, number: int) -> list[tuple[int, float]]:
-    """(samples so far, MiB of this process and its worker, shared memory counted once) while all are loaded."""
+    """(samples so far, MiB that this process and its worker hold of their own) while all are loaded."""
     file = make_rows(folder, number, (128, 96), images=256)
     dataset, collator = variants(file, folder, make_processor(64))["reduced JPEG, encoded when asked for"]()
     loader = DataLoader(dataset, batch_size=50, num_workers=1, collate_fn=collator, shuffle=True)
@@ -153,9 +153,14 @@ def memory(folder: Path, number: int) -> list[tuple[int, float]]:
         seen += len(batch["input_ids"])
         if seen % 1000 == 0:
             processes = [psutil.Process(), *psutil.Process().children()]
-            # Unique memory: what the operating system maps of the file itself is not held by anyone.
-            curve.append((seen, sum(process.memory_full_info().uss for process in processes) / 2**20))
+            curve.append((seen, sum(_own_memory(process.pid) for process in processes) / 2**20))
     return curve
+
+
+def _own_memory(pid: int) -> int:
+    """Bytes that a Linux process holds; what it maps of the data's file is the system's to drop, and not counted."""
+    lines = Path(f"/proc/{pid}/status").read_text().splitlines()
+    return sum(int(line.split()[1]) * 1024 for line in lines if line.startswith(("RssAnon:", "RssShmem:")))
 
 
 def draw(curve: list[tuple[int, float]], file: Path) -> None:
