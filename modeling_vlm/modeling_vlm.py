@@ -24,6 +24,7 @@ from transformers.utils import can_return_tuple, torch_compilable_check
 
 from .backbones_vlm import (
     BackboneKwargs,
+    balance_loss,
     check_head_is_kept,
     find_image_token_id,
     grow_embeddings,
@@ -45,9 +46,11 @@ class VLMModelOutputWithPast(BaseModelOutputWithPast):
     Args:
         image_hidden_states (`torch.Tensor` of shape `(images * image_seq_length, hidden)`, *optional*):
             The projected image features in the order in which they were put into the sequence.
+        router_logits (`tuple(torch.Tensor)`, *optional*): those of each layer of a mixture of experts, where asked for.
     """
 
     image_hidden_states: torch.Tensor | None = None
+    router_logits: tuple[torch.Tensor, ...] | None = None
 
 
 @dataclass
@@ -65,6 +68,8 @@ class VLMCausalLMOutputWithPast(ModelOutput):
         attentions (`tuple(torch.Tensor)`, *optional*): the language model's.
         image_hidden_states (`torch.Tensor` of shape `(images * image_seq_length, hidden)`, *optional*):
             The projected image features.
+        aux_loss (`torch.Tensor`, *optional*): the load balancing loss of a mixture of experts, in `loss` by its weight.
+        router_logits (`tuple(torch.Tensor)`, *optional*): those of each layer of a mixture of experts.
     """
 
     loss: torch.Tensor | None = None
@@ -73,6 +78,8 @@ class VLMCausalLMOutputWithPast(ModelOutput):
     hidden_states: tuple[torch.Tensor, ...] | None = None
     attentions: tuple[torch.Tensor, ...] | None = None
     image_hidden_states: torch.Tensor | None = None
+    aux_loss: torch.Tensor | None = None
+    router_logits: tuple[torch.Tensor, ...] | None = None
 
 
 class VLMPreTrainedModel(PreTrainedModel):
@@ -280,6 +287,7 @@ class VLMModel(VLMPreTrainedModel):
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
             image_hidden_states=image_features,
+            router_logits=getattr(outputs, "router_logits", None),
         )
 
     def _check_positions(self, tokens, position_ids, past_key_values):
@@ -464,6 +472,9 @@ class VLMForConditionalGeneration(VLMPreTrainedModel, GenerationMixin):
         """
         if use_cache is None and (self.training or labels is not None):
             use_cache = False  # a cache has no reader in training, and would switch off packed attention masks
+        text_config = self.config.text_config
+        if getattr(text_config, "output_router_logits", False):  # a headless model does not look for this itself
+            kwargs.setdefault("output_router_logits", True)
         outputs = self.model(
             input_ids=input_ids,
             pixel_values=pixel_values,
@@ -502,6 +513,10 @@ class VLMForConditionalGeneration(VLMPreTrainedModel, GenerationMixin):
                 loss = (losses * weights).sum() / num_items_in_batch
             if self.training and outputs.image_hidden_states is None:
                 loss = loss + self._zero_of_image_parts()
+        aux_loss = None
+        if outputs.router_logits:
+            aux_loss = balance_loss(outputs.router_logits, text_config, attention_mask)
+            loss = None if loss is None else loss + text_config.router_aux_loss_coef * aux_loss
         return VLMCausalLMOutputWithPast(
             loss=loss,
             logits=logits,
@@ -509,6 +524,8 @@ class VLMForConditionalGeneration(VLMPreTrainedModel, GenerationMixin):
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
             image_hidden_states=outputs.image_hidden_states,
+            aux_loss=aux_loss,
+            router_logits=outputs.router_logits,
         )
 
 

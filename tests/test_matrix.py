@@ -8,7 +8,7 @@ import torch
 import transformers
 from transformers import AutoModelForCausalLM
 
-from modeling_vlm import VLMForConditionalGeneration
+from modeling_vlm import VLMConfig, VLMForConditionalGeneration
 from tests import tiny
 
 
@@ -107,6 +107,28 @@ def test_every_language_model_keeps_its_text_logits(name, tmp_path):
         found = model(input_ids=ids).logits[..., : expected.shape[-1]]
     torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
     check(model, tmp_path / "composed")
+
+
+@pytest.mark.parametrize("name", ["olmoe", "qwen3_moe"])
+def test_the_router_loss_of_a_mixture_of_experts_is_kept(name):
+    torch.manual_seed(0)
+    kind, settings = LANGUAGE_MODELS[name]
+    causal_lm = AutoModelForCausalLM.from_config(config_of(kind, {**settings, "output_router_logits": True}))
+    config = VLMConfig(vision_config=config_of(*ENCODERS["vit"][:2]), text_config=causal_lm.config)
+    model = VLMForConditionalGeneration(config, None, causal_lm)
+    ids = torch.randint(1, 300, (2, 9))
+    mask = torch.ones_like(ids)
+    mask[1, 6:] = 0
+    labels = ids.masked_fill(mask == 0, -100)
+    for training in (False, True):
+        expected = causal_lm.train(training)(ids, attention_mask=mask, labels=labels)
+        found = model.train(training)(input_ids=ids, attention_mask=mask, labels=labels)
+        torch.testing.assert_close(found.aux_loss, expected.aux_loss)
+        torch.testing.assert_close(found.loss, expected.loss)
+        assert found.aux_loss > 0
+    model(**inputs_of(model)).loss.backward()
+    routers = [parameter for name, parameter in model.named_parameters() if name.endswith("gate.weight")]
+    assert routers and all(parameter.grad is not None for parameter in routers)
 
 
 @pytest.mark.parametrize("layer", [None, -2])
