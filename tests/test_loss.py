@@ -277,6 +277,8 @@ assert trainer.args.world_size == 2
 if trainer.is_world_process_zero():
     torch.save(weights, Path(out) / "weights.pt")
     (Path(out) / "losses.json").write_text(json.dumps([loss, evaluated]))
+trainer.accelerator.wait_for_everyone()
+trainer.accelerator.end_training()
 """
 
 

@@ -391,6 +391,9 @@ def finish(stage: Stage, arguments: Arguments, trainer: VLMTrainer, data: Data, 
         _say_goodbye(stage, args.output_dir)
     if args.push_to_hub:
         trainer.push_to_hub()
+    # A process that exits with its process group open may be aborted, and the launcher then calls the run failed.
+    trainer.accelerator.wait_for_everyone()
+    trainer.accelerator.end_training()
 
 
 def _answer(stage, trainer, model, processor, data, data_args, generation_args):
