@@ -111,10 +111,11 @@ def test_the_first_bad_sample_can_stop_the_run(backbones, refused, tmp_path):
     common += QUICK
     line = refused(train_pretrain.main, [*common, "--on_bad_sample", "error"])
     assert any(name in line for name, reason in corpus.items() if reason is not None)
-    data = write_rows(tmp_path / "rows.jsonl", [{"image": "a.png", "caption": "a"}, {"image": "a.png", "caption": 3}])
+    Image.new("RGB", (8, 8)).save(tmp_path / "media" / "a.png")
+    write_rows(tmp_path / "rows.jsonl", [{"image": "a.png", "caption": "a"}, {"image": "a.png", "caption": None}])
     for ahead in ("True", "False"):
         line = refused(train_pretrain.main, [*common, "--on_bad_sample", "error", "--encode_ahead", ahead])
-        assert ("rows.jsonl, row 1: " in line) or "a.png" in line
+        assert line.startswith(f"error: {data}, row 1: ")
 
 
 @pytest.mark.parametrize("ahead", ["True", "False"])
@@ -247,8 +248,7 @@ def test_training_refuses_to_learn_nothing_or_everything(backbones, refused, tmp
     out = ["--output_dir", tmp_path / "out"]
     silent = write_rows(tmp_path / "silent.jsonl", [{"messages": [{"role": "user", "content": "hello?"}]}] * 3)
     line = refused(train_sft.main, [*backbones, "--dataset", silent, *QUICK, *mode, *out])
-    assert "nothing to learn from: no token of it is supervised (3 samples)" in line or mode[0] == "--streaming"
-    assert "nothing to learn from" in line
+    assert "there is nothing to learn from: no token of it is supervised" in line
     unknown = write_rows(tmp_path / "unknown.jsonl", [{"picture": "a.png", "words": "a cat"}] * 3)
     line = refused(train_sft.main, [*backbones, "--dataset", unknown, *QUICK, *mode, *out])
     assert "malformed row" in line and "picture, words" in line and "row 0" in line
