@@ -8,8 +8,9 @@ from transformers import (
     AutoModelForMultimodalLM,
 )
 
-from .configuration_vlm import VLMConfig
+from .configuration_vlm import VLMConfig, VLMVisionPairConfig
 from .modeling_vlm import VLMForConditionalGeneration, VLMModel, VLMPreTrainedModel
+from .vision_vlm import VLMVisionPair
 
 
 # Registered for the Auto classes, so that where this package is imported no code of a checkpoint is run.
@@ -22,4 +23,11 @@ VLMConfig.register_for_auto_class()
 VLMModel.register_for_auto_class("AutoModel")
 VLMForConditionalGeneration.register_for_auto_class("AutoModelForImageTextToText")
 
-__all__ = ["VLMConfig", "VLMForConditionalGeneration", "VLMModel", "VLMPreTrainedModel"]
+__all__ = [
+    "VLMConfig",
+    "VLMForConditionalGeneration",
+    "VLMModel",
+    "VLMPreTrainedModel",
+    "VLMVisionPair",
+    "VLMVisionPairConfig",
+]

@@ -6,21 +6,25 @@ learned, what the head does), never looked up by a model's name. The file travel
 
 import contextlib
 import copy
-from collections.abc import Callable
 from typing import TypedDict
 
 import torch
 from torch import nn
 from transformers import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
     AddedToken,
     AutoConfig,
     AutoModel,
     AutoModelForCausalLM,
     AutoTokenizer,
+    ImageProcessingMixin,
     PreTrainedConfig,
     PreTrainedModel,
 )
 from transformers.utils import logging
+
+from .configuration_vlm import VLMVisionPairConfig, own_image_size
+from .vision_vlm import blank_image, forward_names, run_tower, unused_parameters
 
 
 class BackboneKwargs(TypedDict, total=False):
@@ -72,8 +76,9 @@ def load_vision_tower(
         return AutoModel.from_config(config, dtype=dtype, **_attention(kwargs))
     tower, info = _load_quietly("vision encoder", backbone, AutoModel, config, dtype, kwargs)
     if missing := set(info["missing_keys"]):
-        unused = unused_parameters(tower, lambda image: tower(image, return_dict=True).last_hidden_state)
-        _refuse_missing("vision encoder", backbone, missing - {name for name, _ in unused})
+        image, takes = blank_image(tower, own_image_size(tower.config)), forward_names(tower)
+        unused = unused_parameters(tower, lambda: run_tower(tower, takes, image).last_hidden_state)
+        _refuse_missing("vision encoder", backbone, missing - unused)
     return tower
 
 
@@ -86,6 +91,11 @@ def load_language_model(
     Raises:
         `ValueError`: it cannot be loaded, is no causal language model, or weights are missing.
     """
+    if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING or hasattr(config, "vision_config"):
+        raise ValueError(
+            f"the language model {str(config._name_or_path)!r} ({config.model_type}) is no causal language model of "
+            "texts; choose a decoder such as Llama, Qwen3, Gemma or GPT-2."
+        )
     if isinstance(backbone, PreTrainedConfig):
         return AutoModelForCausalLM.from_config(config, dtype=dtype, **_attention(kwargs))
     model, info = _load_quietly("language model", backbone, AutoModelForCausalLM, config, dtype, kwargs)
@@ -127,27 +137,33 @@ def _attention(kwargs):
     return {key: value for key, value in kwargs.items() if key == "attn_implementation"}
 
 
-def unused_parameters(
-    tower: PreTrainedModel, features: Callable[[torch.Tensor], torch.Tensor]
-) -> list[tuple[str, nn.Parameter]]:
+def vision_config_of(
+    encoders: tuple[str | PreTrainedConfig, ...], kwargs: BackboneKwargs
+) -> PreTrainedConfig:
     """
-    Parameters of a vision tower that its features do not depend on (poolers, heads), found by one backward pass.
+    The config of one encoder, or of two side by side; of a composite checkpoint it is that of its vision half.
 
-    Args:
-        tower: the vision encoder.
-        features: from `(1, channels, height, width)` pixels to the features that are used.
+    Raises:
+        `ValueError`: one cannot be loaded.
     """
-    names, parameters = zip(*tower.named_parameters())
-    asked = [parameter.requires_grad for parameter in parameters]
-    tower.requires_grad_(True)
-    config = tower.config
-    size = config.image_size if isinstance(config.image_size, (list, tuple)) else (config.image_size,) * 2
-    image = torch.zeros(1, getattr(config, "num_channels", 3), *size, dtype=tower.dtype, device=tower.device)
-    with torch.enable_grad():
-        gradients = torch.autograd.grad(features(image).sum(), parameters, allow_unused=True)
-    for parameter, requires_grad in zip(parameters, asked):
-        parameter.requires_grad_(requires_grad)
-    return [(n, p) for n, p, gradient in zip(names, parameters, gradients) if gradient is None]
+    configs = [load_backbone_config("vision encoder", encoder, kwargs) for encoder in encoders]
+    configs = [getattr(config, "vision_config", config) for config in configs]
+    if len(configs) == 1:
+        return configs[0]
+    means, deviations = zip(*(_normalisation(encoder, kwargs) for encoder in encoders))
+    return VLMVisionPairConfig(
+        first_config=configs[0], second_config=configs[1], image_mean=list(means), image_std=list(deviations)
+    )
+
+
+def _normalisation(vision: str | PreTrainedConfig, kwargs: BackboneKwargs) -> tuple[list[float], list[float]]:
+    # An encoder that starts from scratch is given pixels from -1 to 1.
+    settings = {"image_mean": [0.5] * 3, "image_std": [0.5] * 3}
+    if not isinstance(vision, PreTrainedConfig):
+        settings, _ = ImageProcessingMixin.get_image_processor_dict(vision, **_without_attention(kwargs))
+    if settings.get("do_normalize") is False:
+        return [0.0] * 3, [1.0] * 3
+    return list(settings["image_mean"]), list(settings["image_std"])
 
 
 def find_image_token_id(tokenizer, image_token: str, kwargs: BackboneKwargs) -> int | None:
@@ -222,18 +238,34 @@ def balance_loss(
 
 
 @torch.no_grad()
-def check_head_is_kept(model: PreTrainedModel, causal_lm: PreTrainedModel):
-    """Refuse a language model whose logits the composed model does not reproduce on text."""
+def check_language_model(model: PreTrainedModel, causal_lm: PreTrainedModel):
+    """
+    Try the language model on a text, alone and composed.
+
+    Raises:
+        `ValueError`: it is not causal, or the composed model does not reproduce its logits.
+    """
+    kind, training = causal_lm.config.model_type, (causal_lm.training, model.training)
     ids = torch.arange(1, 9, device=causal_lm.device).unsqueeze(0) % causal_lm.config.vocab_size
     ids = ids.masked_fill(ids == model.config.image_token_id, 0)
-    training = causal_lm.training, model.training
-    expected, found = causal_lm.eval()(ids).logits.float(), model.eval()(ids).logits.float()
+    other = ids.clone()
+    other[0, -1] = 0
+    expected, before = (causal_lm.eval()(tokens).logits.float() for tokens in (ids, other))
+    found = model.eval()(ids).logits.float()
     causal_lm.train(training[0]), model.train(training[1])
-    difference = (expected - found).abs().max() / expected.abs().max().clamp(min=1)
-    if not difference <= 1e-3:
+
+    def difference(one, two):
+        return (one - two).abs().max() / one.abs().max().clamp(min=1e-6)
+
+    if not difference(expected[:, :-1], before[:, :-1]) <= (1e-4 if causal_lm.dtype == torch.float32 else 3e-2):
         raise ValueError(
-            f"the language model ({causal_lm.config.model_type}) does more after its head than Duet reproduces: the "
-            f"logits of a plain text differ by {difference:.1e} (relative); choose another language model."
+            f"the language model ({kind}) is not causal: what it says after a token depends on the tokens behind it; "
+            "choose a decoder such as Llama, Qwen3, Gemma or GPT-2."
+        )
+    if not difference(expected, found) <= 1e-3:
+        raise ValueError(
+            f"the language model ({kind}) does more after its head than Duet reproduces: the logits of a plain text "
+            f"differ by {difference(expected, found):.1e} (relative); choose another language model."
         )
 
 

@@ -1,15 +1,31 @@
 """Configuration of a Duet model: two backbones and how they are joined.
 
-What follows from the backbones is derived here, not declared by the user: the patch grid, the depth of a tower that is
-read at an inner layer, tied heads. The file travels with every checkpoint, so it imports transformers only.
+What follows from the backbones is derived here, not declared by the user: the image size, the patch grid, the depth of
+a tower that is read at an inner layer, tied heads. The file travels with every checkpoint, so it imports transformers
+only.
 """
 
 import copy
+import inspect
+import math
+from pathlib import Path
 
 from transformers import CONFIG_MAPPING, AutoConfig, PreTrainedConfig
+from transformers.dynamic_module_utils import custom_object_save
 
 
-PROJECTOR_TYPES = ("linear", "gelu_norm", "mlp")
+PROJECTOR_SETTINGS = {
+    "linear": {},
+    "gelu_norm": {},
+    "mlp": {},
+    "identity": {},
+    "pixel_shuffle": {"scale": 2},
+    "average_pool": {"scale": 2},
+    "resampler": {"num_queries": 64, "depth": 1},
+    "c_abstractor": {"scale": 2, "depth": 3},
+}
+"""Name of each projector -> its settings and what they are if not given; see `projector_vlm.py`."""
+
 SELECT_STRATEGIES = ("cls", "patch", "full")
 
 # The config names its own classes, so every Auto class finds them in a saved folder, whichever of them did the saving.
@@ -23,37 +39,83 @@ _AUTO_MAP = {
 }
 
 
+class VLMVisionPairConfig(PreTrainedConfig):
+    r"""
+    Two vision encoders side by side, which see one image and give one row of features a patch.
+
+    Args:
+        first_config, second_config (`PreTrainedConfig` or `dict`): the encoders.
+        image_mean, image_std (`list[list[float]]`, *optional*):
+            The normalisation that each encoder was trained with. The image processor applies the first's, and the
+            second encoder's pixels are normalised anew inside.
+    """
+
+    model_type = "duet_vision_pair"
+    sub_configs = {"first_config": AutoConfig, "second_config": AutoConfig}
+
+    first_config: dict | PreTrainedConfig | None = None
+    second_config: dict | PreTrainedConfig | None = None
+    image_mean: list | None = None
+    image_std: list | None = None
+
+    def __post_init__(self, **kwargs):
+        self.first_config = _sub_config(self.first_config, "first_config", default="vit")
+        self.second_config = _sub_config(self.second_config, "second_config", default="vit")
+        super().__post_init__(**kwargs)
+
+    @property
+    def encoders(self) -> tuple[PreTrainedConfig, PreTrainedConfig]:
+        """Both configs."""
+        return self.first_config, self.second_config
+
+    @property
+    def hidden_size(self) -> int:
+        """Width of the features, one behind the other."""
+        return sum(config.hidden_size for config in self.encoders)
+
+
 class VLMConfig(PreTrainedConfig):
     r"""
     A vision encoder and a causal language model, joined by a projector.
 
     Args:
         vision_config (`PreTrainedConfig` or `dict`, *optional*, defaults to a ViT):
-            Config of any `AutoModel` image encoder with a fixed `image_size` and `patch_size`.
+            Config of any `AutoModel` image encoder that cuts an image into patches, or a `VLMVisionPairConfig`.
         text_config (`PreTrainedConfig` or `dict`, *optional*, defaults to a Llama):
             Config of any `AutoModelForCausalLM` language model.
         projector_type (`str`, defaults to `"mlp"`):
-            `"linear"`: one layer (LLaVA, https://arxiv.org/abs/2304.08485); `"gelu_norm"`: Linear, GELU, LayerNorm;
-            `"mlp"`: Linear, GELU, Linear (LLaVA-1.5, https://arxiv.org/abs/2310.03744).
+            A projector of Duet's (see `projector_vlm.py`), or a class of one's own: itself, or `"path/FILE.py:CLASS"`.
+            It becomes `"FILE.CLASS"`, and the file goes into every folder that the config is saved to.
+        projector_settings (`dict`, *optional*):
+            Settings of the projector: `scale`, `num_queries`, `depth`; see `PROJECTOR_SETTINGS`.
         vision_feature_select_strategy (`str`, defaults to `"patch"`):
             `"cls"`: the CLS token alone; `"patch"`: every patch token; `"full"`: everything the encoder returns.
         vision_feature_layer (`int`, *optional*):
             `None` reads the encoder's `last_hidden_state`; `-k` reads `hidden_states[-k]`. The tower is then built
             without the layers above it, from a copy of its config: `config.vision_config` is that copy.
-        vision_num_hidden_layers (`int`, *optional*):
-            Depth of the encoder before it was cut at `vision_feature_layer`; derived.
+        vision_num_hidden_layers (`int` or `list[int]`, *optional*):
+            Depth of the encoder (of each of a pair) before it was cut at `vision_feature_layer`; derived.
+        vision_modules_left_out (`list[str]`, *optional*):
+            Parts of the encoder that its features do not depend on (poolers, heads), which the tower is built without;
+            found when the model is built.
+        image_size (`int` or `list[int]`, *optional*, defaults to the encoder's own):
+            Height and width in pixels of what the encoder sees; where it is not the encoder's own, the encoder
+            interpolates its positions, if it can.
+        max_tiles (`int`, defaults to 1):
+            Into how many tiles of that size an image may be cut for detail, beside the view of the whole; 1 cuts none.
         num_prefix_tokens (`int`, *optional*):
             Tokens that the encoder puts before the patches (CLS, distillation, registers); found by one forward pass
             when the model is built.
         image_seq_length (`int`, *optional*):
-            Positions that one image takes in the language model's sequence; found with `num_prefix_tokens`.
+            Positions that one view of an image takes in the language model's sequence; found with `num_prefix_tokens`.
+            An image that is not tiled takes as many, a tiled one `image_tokens(rows, columns)`.
         image_token_id (`int`, *optional*, defaults to the last id of the vocabulary):
             The placeholder that an image's features replace.
         tie_word_embeddings (`bool`, *optional*, defaults to the language model's):
             Whether head and token embeddings share one tensor.
 
     Raises:
-        `ValueError`: an unknown projector, strategy or layer.
+        `ValueError`: an unknown projector, setting, strategy or layer, or an image size that gives no patch grid.
     """
 
     model_type = "duet_vlm"
@@ -65,28 +127,36 @@ class VLMConfig(PreTrainedConfig):
     vision_config: dict | PreTrainedConfig | None = None
     text_config: dict | PreTrainedConfig | None = None
     projector_type: str = "mlp"
+    projector_settings: dict | None = None
     vision_feature_select_strategy: str = "patch"
     vision_feature_layer: int | None = None
-    vision_num_hidden_layers: int | None = None
+    vision_num_hidden_layers: int | list | None = None
+    vision_modules_left_out: list | None = None
+    image_size: int | list | None = None
+    max_tiles: int = 1
     num_prefix_tokens: int | None = None
     image_seq_length: int | None = None
     image_token_id: int | None = None
     tie_word_embeddings: bool | None = None
 
+    # Of a projector of the user's own, in this process only: the folder of its file, and the class once it is loaded.
+    _projector_folder = None
+    _projector_class = None
+
     def __post_init__(self, **kwargs):
         self.vision_config = _sub_config(self.vision_config, "vision_config", default="vit")
         self.text_config = _sub_config(self.text_config, "text_config", default="llama")
-        if self.projector_type not in PROJECTOR_TYPES:
-            raise ValueError(
-                f"projector_type={self.projector_type!r} is not known; choose one of {', '.join(PROJECTOR_TYPES)}."
-            )
+        self._check_projector()
         if self.vision_feature_select_strategy not in SELECT_STRATEGIES:
             raise ValueError(
                 f"vision_feature_select_strategy={self.vision_feature_select_strategy!r} is not known; "
                 f"choose one of {', '.join(SELECT_STRATEGIES)}."
             )
+        if not isinstance(self.max_tiles, int) or self.max_tiles < 1:
+            raise ValueError(f"max_tiles={self.max_tiles!r}: expected 1 (no tiles) or more.")
         if self.vision_feature_layer is not None and self.vision_num_hidden_layers is None:
             self._cut_vision_tower()
+        self.image_size = list(pair_of(self.image_size or own_image_size(_first_encoder(self.vision_config))))
         if self.image_token_id is None:
             self.image_token_id = self.text_config.vocab_size - 1
         # The model reads the field of this config, inference engines read the language model's: keep them equal.
@@ -97,46 +167,152 @@ class VLMConfig(PreTrainedConfig):
             kwargs.setdefault("auto_map", {}).setdefault(key, value)
         super().__post_init__(**kwargs)
 
+    def _check_projector(self):
+        given = self.projector_settings or {}
+        if not isinstance(self.projector_type, str) or ":" in self.projector_type:
+            file, name = _find_class(self.projector_type)
+            self.projector_type, self._projector_folder = f"{file.stem}.{name}", str(file.parent)
+        if "." in self.projector_type:  # it knows its settings itself
+            return
+        if self.projector_type not in PROJECTOR_SETTINGS:
+            raise ValueError(
+                f"projector_type={self.projector_type!r} is not known; choose one of "
+                f"{', '.join(PROJECTOR_SETTINGS)}, or name a class of your own as FILE.py:CLASS."
+            )
+        known = PROJECTOR_SETTINGS[self.projector_type]
+        for name, value in given.items():
+            if name not in known:
+                raise ValueError(
+                    f"projector_settings has {name!r}, which {self.projector_type} does not take; it takes "
+                    f"{', '.join(known) or 'none'}."
+                )
+            if not isinstance(value, int) or value < 1:
+                raise ValueError(f"projector_settings has {name}={value!r}; expected a whole number from 1.")
+        self.projector_settings = {**known, **given}
+
     def _cut_vision_tower(self):
-        depth = self.vision_config.num_hidden_layers
-        kept = depth + 1 + self.vision_feature_layer
-        if self.vision_feature_layer >= 0 or kept < 1:
-            raise ValueError(
-                f"vision_feature_layer={self.vision_feature_layer} does not fit a vision encoder of {depth} layers; "
-                f"choose null (its final output) or a number from -{depth} (after the first layer) to -1 (after the "
-                "last)."
-            )
-        self.vision_num_hidden_layers = depth
         self.vision_config = copy.deepcopy(self.vision_config)
-        self.vision_config.num_hidden_layers = kept
-        if getattr(self.vision_config, "stage_names", None) is not None:  # one stage a layer, of which some are outputs
-            self.vision_config.stage_names = self.vision_config.stage_names[: kept + 1]
-            self.vision_config.set_output_features_output_indices(out_features=None, out_indices=None)
+        encoders = getattr(self.vision_config, "encoders", (self.vision_config,))
+        depths = [_cut(encoder, self.vision_feature_layer) for encoder in encoders]
+        self.vision_num_hidden_layers = depths if len(depths) > 1 else depths[0]
+
+    def to_dict(self) -> dict:
+        settings = super().to_dict()
+        for name in ("_projector_folder", "_projector_class"):
+            settings.pop(name, None)
+        return settings
+
+    def save_pretrained(self, save_directory, **kwargs):
+        if self._projector_class is not None:
+            Path(save_directory).mkdir(parents=True, exist_ok=True)
+            custom_object_save(self._projector_class, save_directory)
+        super().save_pretrained(save_directory, **kwargs)
 
     @property
-    def image_size(self) -> tuple[int, int]:
-        """Height and width in pixels of the images that the vision encoder takes."""
-        return _pair(self._vision_field("image_size"))
+    def patch_grid(self) -> tuple[int, int]:
+        """Rows and columns of the patches that the vision encoder cuts one view into."""
+        return patch_grid_of(_first_encoder(self.vision_config), self.image_size)
 
-    @property
-    def num_patches(self) -> int:
-        """Patches the vision encoder cuts one image into."""
-        (height, width), (patch_height, patch_width) = self.image_size, _pair(self._vision_field("patch_size"))
-        return (height // patch_height) * (width // patch_width)
+    def image_tokens(self, rows: int = 1, columns: int = 1) -> int:
+        """
+        Positions that an image takes which is cut into `rows` x `columns` tiles.
 
-    def _vision_field(self, name):
-        value = getattr(self.vision_config, name, None)
-        if value is None:
-            where = f" {self.vision_config._name_or_path!r}" if self.vision_config._name_or_path else ""
-            raise ValueError(
-                f"the vision encoder{where} ({self.vision_config.model_type}) has no {name} in its config; Duet needs "
-                "an encoder that cuts images of one fixed size into patches, such as ViT, CLIP, SigLIP or DINOv2."
-            )
-        return value
+        The view of the whole comes first, then the tiles, row by row; where images may be tiled, the view and each row
+        end in a separator.
+        """
+        if self.max_tiles == 1:
+            return self.image_seq_length
+        tiles, separators = (rows * columns, rows) if rows * columns > 1 else (0, 0)
+        return self.image_seq_length * (1 + tiles) + 1 + separators
 
 
-def _pair(size):
+def pair_of(size: int | list | tuple) -> tuple[int, int]:
+    """Height and width."""
     return tuple(size) if isinstance(size, (list, tuple)) else (size, size)
+
+
+def own_image_size(config: PreTrainedConfig) -> tuple[int, int]:
+    """
+    Height and width in pixels of the images that an encoder was trained with.
+
+    Raises:
+        `ValueError`: it is no encoder that cuts images into patches.
+    """
+    size = getattr(config, "image_size", None)
+    if size is None and getattr(config, "num_patches", None):  # any size: the one that its positions are learned for
+        size = math.isqrt(config.num_patches) * _field(config, "patch_size")
+    return pair_of(size or _field(config, "image_size"))
+
+
+def patch_grid_of(config: PreTrainedConfig, image_size: int | list | tuple) -> tuple[int, int]:
+    """
+    Rows and columns of the patches that an encoder cuts an image of this size into.
+
+    Raises:
+        `ValueError`: there is not one whole patch.
+    """
+    patch = pair_of(_field(config, "patch_size"))
+    grid = tuple(pixels // side for pixels, side in zip(pair_of(image_size), patch))
+    if 0 in grid:
+        raise ValueError(
+            f"image_size={list(pair_of(image_size))} is smaller than a patch of the vision encoder "
+            f"({config.model_type}, {patch[0]}x{patch[1]} pixels); choose a larger image_size."
+        )
+    return grid
+
+
+def _find_class(projector: str | type) -> tuple[Path, str]:
+    """The file and the name of a projector class, given as `"FILE.py:CLASS"` or itself."""
+    if isinstance(projector, str):
+        file, _, name = projector.rpartition(":")
+        file = Path(file).expanduser().resolve()
+        if not file.is_file() or file.suffix != ".py":
+            raise ValueError(f"projector_type={projector!r}: there is no Python file {file}.")
+    else:
+        name = projector.__qualname__
+        if projector.__module__ == "__main__" or "." in name:
+            raise ValueError(
+                f"the projector {name} is defined in a notebook, a script or a function, from where a checkpoint "
+                "cannot take its code along; move the class into a file of its own and name it as FILE.py:CLASS."
+            )
+        file = Path(inspect.getfile(projector)).resolve()
+    if not file.stem.isidentifier() or file.stem.endswith("_vlm"):
+        raise ValueError(
+            f"the projector's file {file.name} cannot be copied beside Duet's own, which end in _vlm.py; give it a "
+            "name that is a Python name and ends otherwise."
+        )
+    return file, name
+
+
+def _first_encoder(config):
+    return getattr(config, "encoders", (config,))[0]
+
+
+def _field(config, name):
+    value = getattr(config, name, None)
+    if value is None:
+        where = f" {config._name_or_path!r}" if config._name_or_path else ""
+        raise ValueError(
+            f"the vision encoder{where} ({config.model_type}) has no {name} in its config; Duet needs an encoder that "
+            "cuts images into patches, such as ViT, CLIP, SigLIP or DINOv2."
+        )
+    return value
+
+
+def _cut(config, layer):
+    """Leave the layers above `hidden_states[layer]` out of an encoder's config; gives its depth before."""
+    depth = config.num_hidden_layers
+    kept = depth + 1 + layer
+    if layer >= 0 or kept < 1:
+        raise ValueError(
+            f"vision_feature_layer={layer} does not fit a vision encoder of {depth} layers; choose null (its final "
+            f"output) or a number from -{depth} (after the first layer) to -1 (after the last)."
+        )
+    config.num_hidden_layers = kept
+    if getattr(config, "stage_names", None) is not None:  # one stage a layer, of which some are outputs
+        config.stage_names = config.stage_names[: kept + 1]
+        config.set_output_features_output_indices(out_features=None, out_indices=None)
+    return depth
 
 
 def _sub_config(config, name, default):
@@ -144,13 +320,16 @@ def _sub_config(config, name, default):
         return CONFIG_MAPPING[default]()
     if isinstance(config, dict):
         model_type = config.get("model_type")
+        settings = {key: value for key, value in config.items() if key != "model_type"}
+        if model_type == VLMVisionPairConfig.model_type:
+            return VLMVisionPairConfig(**settings)
         if model_type not in CONFIG_MAPPING:
             raise ValueError(
                 f"{name} has model_type={model_type!r}, which this transformers does not know; expected the "
                 "`model_type` of a model that the Auto classes load, for example 'vit' or 'llama'."
             )
-        return CONFIG_MAPPING[model_type](**{k: v for k, v in config.items() if k != "model_type"})
+        return CONFIG_MAPPING[model_type](**settings)
     return config
 
 
-__all__ = ["VLMConfig"]
+__all__ = ["VLMConfig", "VLMVisionPairConfig"]

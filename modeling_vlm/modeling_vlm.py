@@ -6,6 +6,7 @@
 checkpoint, so it imports torch and transformers only.
 """
 
+import os
 from dataclasses import dataclass
 
 import torch
@@ -18,6 +19,7 @@ from transformers import (
     PreTrainedConfig,
     PreTrainedModel,
 )
+from transformers import initialization as init
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutputWithPast, BaseModelOutputWithPooling, ModelOutput
 from transformers.utils import can_return_tuple, torch_compilable_check
@@ -25,7 +27,7 @@ from transformers.utils import can_return_tuple, torch_compilable_check
 from .backbones_vlm import (
     BackboneKwargs,
     balance_loss,
-    check_head_is_kept,
+    check_language_model,
     find_image_token_id,
     grow_embeddings,
     learned_positions,
@@ -33,9 +35,19 @@ from .backbones_vlm import (
     load_language_model,
     load_vision_tower,
     scale_logits,
+    vision_config_of,
 )
 from .configuration_vlm import VLMConfig
-from .projector_vlm import build_projector, select_features
+from .projector_vlm import Resampler, build_projector, select_features, trusting
+from .vision_vlm import (
+    VLMVisionPair,
+    blank_image,
+    build_vision_tower,
+    forward_names,
+    leave_out,
+    leave_out_unused,
+    run_tower,
+)
 
 
 @dataclass
@@ -44,7 +56,7 @@ class VLMModelOutputWithPast(BaseModelOutputWithPast):
     Output of `VLMModel`.
 
     Args:
-        image_hidden_states (`torch.Tensor` of shape `(images * image_seq_length, hidden)`, *optional*):
+        image_hidden_states (`torch.Tensor` of shape `(image tokens, hidden)`, *optional*):
             The projected image features in the order in which they were put into the sequence.
         router_logits (`tuple(torch.Tensor)`, *optional*): those of each layer of a mixture of experts, where asked for.
     """
@@ -66,7 +78,7 @@ class VLMCausalLMOutputWithPast(ModelOutput):
         past_key_values (`Cache`, *optional*): keys and values of the language model.
         hidden_states (`tuple(torch.Tensor)`, *optional*): the language model's, each `(batch, tokens, hidden)`.
         attentions (`tuple(torch.Tensor)`, *optional*): the language model's.
-        image_hidden_states (`torch.Tensor` of shape `(images * image_seq_length, hidden)`, *optional*):
+        image_hidden_states (`torch.Tensor` of shape `(image tokens, hidden)`, *optional*):
             The projected image features.
         aux_loss (`torch.Tensor`, *optional*): the load balancing loss of a mixture of experts, in `loss` by its weight.
         router_logits (`tuple(torch.Tensor)`, *optional*): those of each layer of a mixture of experts.
@@ -96,6 +108,19 @@ class VLMPreTrainedModel(PreTrainedModel):
     _supports_attention_backend = True
     _can_compile_fullgraph = True
 
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path, *args, trust_remote_code: bool | None = None, **kwargs):
+        with trusting(trust_remote_code):
+            return super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module):
+        super()._init_weights(module)
+        if isinstance(module, Resampler):
+            init.normal_(module.queries, std=0.02)
+        elif isinstance(module, VLMModel) and module.image_newline is not None:
+            init.normal_(module.image_newline, std=0.02)
+
 
 class VLMModel(VLMPreTrainedModel):
     """
@@ -117,50 +142,104 @@ class VLMModel(VLMPreTrainedModel):
         language_model: PreTrainedModel | None = None,
     ):
         super().__init__(config)
-        self.vision_tower = AutoModel.from_config(config.vision_config) if vision_tower is None else vision_tower
-        self.multi_modal_projector = build_projector(config)
+        self.vision_tower = build_vision_tower(config.vision_config) if vision_tower is None else vision_tower
         self.language_model = AutoModel.from_config(config.text_config) if language_model is None else language_model
         # One config object per backbone, so that a setting made on either side is made on both.
         config.vision_config, config.text_config = self.vision_tower.config, self.language_model.config
+        self._tower_takes = forward_names(self.vision_tower)
         self.max_positions = learned_positions(self.language_model)
-        if config.image_seq_length is None or config.num_prefix_tokens is None:
+        is_new = None in (config.vision_modules_left_out, config.num_prefix_tokens, config.image_seq_length)
+        if is_new:
+            self._fit_vision_tower()
+        else:
+            leave_out(self.vision_tower, config.vision_modules_left_out)
+        self.multi_modal_projector = build_projector(
+            config, config.vision_config.hidden_size, self.language_model.get_input_embeddings().embedding_dim
+        )
+        # What ends each row of views where images are tiled (LLaVA-NeXT's name for it).
+        self.image_newline = None
+        if config.max_tiles > 1:
+            self.image_newline = nn.Parameter(torch.empty(self.language_model.get_input_embeddings().embedding_dim))
+        if is_new:
             self._count_visual_tokens()
+        if self.max_positions is not None and config.image_seq_length >= self.max_positions:
+            raise ValueError(
+                f"an image takes {config.image_seq_length} positions, and the language model "
+                f"({config.text_config.model_type}) has learned {self.max_positions}: no text would fit. Choose fewer "
+                'visual tokens: a smaller image_size, projector_type="resampler", or '
+                'vision_feature_select_strategy="cls".'
+            )
         self.post_init()
 
     @torch.no_grad()
-    def _count_visual_tokens(self):
-        """Find prefix tokens and tokens per image by one forward pass: a table of encoders would miss the next one."""
-        config, weight = self.config, next(self.vision_tower.parameters())
-        channels = getattr(config.vision_config, "num_channels", 3)
-        image = torch.zeros(1, channels, *config.image_size, dtype=weight.dtype, device=weight.device)
-        tokens = self.vision_hidden_states(image)[1].shape[1]
-        config.num_prefix_tokens = tokens - config.num_patches
-        if config.num_prefix_tokens < 0:
+    def _fit_vision_tower(self):
+        """Find what the tower's features need, and its prefix tokens: a table of encoders would miss the next one."""
+        config = self.config
+        kind, (height, width) = config.vision_config.model_type, config.image_size
+        image, training = blank_image(self.vision_tower, config.image_size), self.vision_tower.training
+        self.vision_tower.eval()
+        try:
+            states = self.vision_hidden_states(image)[1]
+        except (RuntimeError, ValueError, TypeError, AttributeError, IndexError, AssertionError) as error:
+            reason = " ".join(str(error).split())[:200]
             raise ValueError(
-                f"the vision encoder ({config.vision_config.model_type}) returns {tokens} tokens for "
-                f"{config.num_patches} patches; Duet needs one token per patch after the encoder's prefix tokens."
+                f"the vision encoder ({kind}) cannot take images of {height}x{width} pixels: {reason} Expected an "
+                "encoder of images such as ViT, CLIP, SigLIP or DINOv2, and an image_size that it can take."
+            ) from error
+        rows, columns = config.patch_grid
+        if not isinstance(states, torch.Tensor) or states.ndim != 3 or states.shape[1] < rows * columns:
+            found = tuple(states.shape) if isinstance(states, torch.Tensor) else type(states).__name__
+            raise ValueError(
+                f"the vision encoder ({kind}) gives features of shape {found} for {rows}x{columns} patches; Duet needs "
+                "one token per patch after the encoder's prefix tokens."
             )
+        config.num_prefix_tokens = states.shape[1] - rows * columns
         if config.vision_feature_select_strategy == "cls" and config.num_prefix_tokens == 0:
             raise ValueError(
-                f'vision_feature_select_strategy="cls" needs a CLS token, and this vision encoder '
-                f'({config.vision_config.model_type}) has none; choose "patch".'
+                f'vision_feature_select_strategy="cls" needs a CLS token, and this vision encoder ({kind}) has none; '
+                'choose "patch".'
             )
-        features = torch.empty(1, tokens, 1, device="meta")
-        found = select_features(features, config.vision_feature_select_strategy, config.num_prefix_tokens).shape[1]
-        if config.image_seq_length not in (None, found):
+        config.vision_modules_left_out = leave_out_unused(
+            self.vision_tower, lambda: self.vision_hidden_states(image)[1]
+        )
+        self.vision_tower.train(training)
+
+    @torch.no_grad()
+    def _count_visual_tokens(self):
+        """Find the tokens of a view by projecting one."""
+        config, width = self.config, self.language_model.get_input_embeddings().embedding_dim
+        states = self.vision_hidden_states(blank_image(self.vision_tower, config.image_size))[1]
+        features = select_features(states, config.vision_feature_select_strategy, config.num_prefix_tokens)
+        try:
+            projected = self.multi_modal_projector(features)
+        except (RuntimeError, ValueError, TypeError, AttributeError, IndexError) as error:
+            reason = " ".join(str(error).split())[:200]
+            raise ValueError(
+                f"the projector {config.projector_type} does not take features of shape {tuple(features.shape)} "
+                f"(views, tokens, hidden): {reason}"
+            ) from error
+        if not isinstance(projected, torch.Tensor) or projected.ndim != 3 or projected.shape[::2] != (1, width):
+            found = tuple(projected.shape) if isinstance(projected, torch.Tensor) else type(projected).__name__
+            raise ValueError(
+                f"the projector {config.projector_type} gives {found} for features of shape {tuple(features.shape)}; "
+                f"expected (views, tokens, {width}), {width} being the width of the language model's embeddings."
+            )
+        if config.image_seq_length not in (None, projected.shape[1]):
             raise ValueError(
                 f"the config has image_seq_length={config.image_seq_length}, and this vision encoder "
-                f"({config.vision_config.model_type}) gives {found} visual tokens; leave it out, it is found."
+                f"({config.vision_config.model_type}) gives {projected.shape[1]} visual tokens; leave it out, it is "
+                "found."
             )
-        config.image_seq_length = found
+        config.image_seq_length = projected.shape[1]
 
     def vision_hidden_states(self, pixel_values: torch.Tensor, **kwargs) -> tuple[ModelOutput, torch.Tensor]:
-        """The tower's output, and its `(images, tokens, hidden)` states at the layer that the config names."""
+        """The tower's output, and its `(views, tokens, hidden)` states at the layer that the config names."""
         if self.config.vision_feature_layer is None:
-            outputs = self.vision_tower(pixel_values, return_dict=True, **kwargs)
+            outputs = run_tower(self.vision_tower, self._tower_takes, pixel_values, **kwargs)
             return outputs, outputs.last_hidden_state
         # The tower ends at that layer; its last hidden state would have the final norm applied.
-        outputs = self.vision_tower(pixel_values, return_dict=True, **{**kwargs, "output_hidden_states": True})
+        kwargs["output_hidden_states"] = True
+        outputs = run_tower(self.vision_tower, self._tower_takes, pixel_values, **kwargs)
         return outputs, outputs.hidden_states[-1]
 
     def get_input_embeddings(self) -> nn.Module:
@@ -185,23 +264,48 @@ class VLMModel(VLMPreTrainedModel):
         return self
 
     @can_return_tuple
-    def get_image_features(self, pixel_values: torch.Tensor, **kwargs) -> BaseModelOutputWithPooling:
+    def get_image_features(
+        self, pixel_values: torch.Tensor, image_grids: torch.LongTensor | None = None, **kwargs
+    ) -> BaseModelOutputWithPooling:
         """
         Encode and project images.
 
         Args:
-            pixel_values (`torch.Tensor` of shape `(images, channels, height, width)`): processed images.
+            pixel_values (`torch.Tensor` of shape `(views, channels, height, width)`): processed images; of each the
+                view of the whole, then its tiles row by row.
+            image_grids (`torch.LongTensor` of shape `(images, 2)`, *optional*): rows and columns of each image's tiles,
+                1 and 1 for an image that is not tiled, as they all are if not given.
 
         Returns:
             `BaseModelOutputWithPooling`: the vision encoder's output, `pooler_output` being the features in the
-            language model's space, a list with one `(image_seq_length, hidden)` tensor an image.
+            language model's space, a list with one `(tokens, hidden)` tensor an image.
+
+        Raises:
+            `ValueError`: grids and views disagree.
         """
         outputs, hidden_states = self.vision_hidden_states(pixel_values, **kwargs)
         features = select_features(
             hidden_states, self.config.vision_feature_select_strategy, self.config.num_prefix_tokens
         )
-        outputs.pooler_output = list(self.multi_modal_projector(features))
+        views = self.multi_modal_projector(features)
+        outputs.pooler_output = list(views) if self.image_newline is None else self._join_views(views, image_grids)
         return outputs
+
+    def _join_views(self, views, image_grids):
+        """The tokens of each image: the view of the whole, then row by row its tiles, all rows ending in a newline."""
+        grids = [(1, 1)] * len(views) if image_grids is None else image_grids.tolist()
+        counts = views_of(grids)
+        if sum(counts) != len(views):
+            raise ValueError(
+                f"image_grids name {sum(counts)} views of {len(grids)} images, and pixel_values hold {len(views)}; "
+                "pass both as the processor gives them."
+            )
+        newline = self.image_newline.to(views.dtype).unsqueeze(0)
+        images = []
+        for (_, columns), of_image in zip(grids, views.split(counts)):
+            rows = [of_image[:1], *of_image[1:].split(columns)] if len(of_image) > 1 else [of_image]
+            images.append(torch.cat([part for row in rows for part in (row.flatten(0, 1), newline)]))
+        return images
 
     def get_placeholder_mask(
         self, input_ids: torch.LongTensor | None, inputs_embeds: torch.Tensor, image_features: torch.Tensor
@@ -220,8 +324,8 @@ class VLMModel(VLMPreTrainedModel):
         tokens, features = mask.sum(), image_features.shape[0]
         torch_compilable_check(
             tokens == features,
-            f"Image features and image tokens do not match, tokens: {tokens}, features: {features}. Each image needs "
-            f"{self.config.image_seq_length} image tokens; the processor saved with the model places them.",
+            f"Image features and image tokens do not match, tokens: {tokens}, features: {features}. Each view of an "
+            f"image needs {self.config.image_seq_length} image tokens; the processor saved with the model places them.",
         )
         return mask.unsqueeze(-1)
 
@@ -234,18 +338,20 @@ class VLMModel(VLMPreTrainedModel):
         position_ids: torch.LongTensor | None = None,
         past_key_values: Cache | None = None,
         inputs_embeds: torch.Tensor | None = None,
+        image_grids: torch.LongTensor | None = None,
         mm_encoder_outputs: dict[str, BaseModelOutputWithPooling] | None = None,
         **kwargs,
     ) -> VLMModelOutputWithPast:
         """
         Args:
-            input_ids (`torch.LongTensor` of shape `(batch, tokens)`): ids, `image_seq_length` image tokens an image.
-            pixel_values (`torch.Tensor` of shape `(images, channels, height, width)`): every image of the batch, in
-                the order of their tokens.
+            input_ids (`torch.LongTensor` of shape `(batch, tokens)`): ids, with an image token for each feature.
+            pixel_values (`torch.Tensor` of shape `(views, channels, height, width)`): every image of the batch, in
+                the order of their tokens; see `get_image_features` for tiled ones.
             attention_mask (`torch.Tensor` of shape `(batch, past + tokens)`): 0 on padding.
             position_ids (`torch.LongTensor` of shape `(batch, tokens)`): positions in the language model.
             past_key_values (`Cache`): keys and values of the tokens before these.
             inputs_embeds (`torch.Tensor` of shape `(batch, tokens, hidden)`): instead of `input_ids`.
+            image_grids (`torch.LongTensor` of shape `(images, 2)`): rows and columns of each image's tiles.
             mm_encoder_outputs (`dict`): output of `get_image_features` under `"image"`, instead of `pixel_values`.
 
         Raises:
@@ -263,7 +369,7 @@ class VLMModel(VLMPreTrainedModel):
 
         image_outputs = (mm_encoder_outputs or {}).get("image")
         if pixel_values is not None:
-            image_outputs = self.get_image_features(pixel_values, return_dict=True)
+            image_outputs = self.get_image_features(pixel_values, image_grids, return_dict=True)
         image_features = None
         if image_outputs is not None:
             image_features = torch.cat(tuple(image_outputs.pooler_output)).to(inputs_embeds.device, inputs_embeds.dtype)
@@ -342,30 +448,34 @@ class VLMForConditionalGeneration(VLMPreTrainedModel, GenerationMixin):
     @classmethod
     def from_backbones(
         cls,
-        vision: str | PreTrainedConfig,
+        vision: str | PreTrainedConfig | tuple[str | PreTrainedConfig, str | PreTrainedConfig],
         text: str | PreTrainedConfig,
         *,
         tokenizer=None,
         image_token: str = "<image>",
-        projector_type: str = "mlp",
+        projector_type: str | type[nn.Module] = "mlp",
+        projector_settings: dict[str, int] | None = None,
         vision_feature_select_strategy: str = "patch",
         vision_feature_layer: int | None = None,
+        image_size: int | tuple[int, int] | None = None,
+        max_tiles: int = 1,
         dtype: torch.dtype = torch.float32,
         vision_kwargs: BackboneKwargs | None = None,
         text_kwargs: BackboneKwargs | None = None,
     ) -> "VLMForConditionalGeneration":
         """
-        Compose a model from two backbones.
+        Compose a model from two backbones, try it on one image, and say in one line what was found.
 
         Args:
-            vision (`str` or `PreTrainedConfig`):
+            vision (`str`, `PreTrainedConfig`, or two of them):
                 Hub name or folder of a pretrained vision encoder (of a composite checkpoint such as CLIP or SigLIP its
-                vision half), or a config to start from scratch.
+                vision half), or a config to start from scratch. Two stand side by side, see `VLMVisionPair`.
             text (`str` or `PreTrainedConfig`): the same for the causal language model.
             tokenizer (`str` or tokenizer, *optional*, defaults to that of `text`):
                 The language model's tokenizer, from which the image token's id follows.
             image_token (`str`): the image token; added to the vocabulary where the tokenizer does not have it.
-            projector_type, vision_feature_select_strategy, vision_feature_layer: see `VLMConfig`.
+            projector_type, projector_settings, vision_feature_select_strategy, vision_feature_layer, image_size,
+                max_tiles: see `VLMConfig`.
             dtype (`torch.dtype`): of every weight; parameters that train want float32.
             vision_kwargs, text_kwargs (`dict`, *optional*):
                 `revision`, `token`, `trust_remote_code`, `attn_implementation` and the like, for each side.
@@ -374,32 +484,76 @@ class VLMForConditionalGeneration(VLMPreTrainedModel, GenerationMixin):
             `ValueError`: a backbone cannot be loaded or used, with its name and the reason.
         """
         vision_kwargs, text_kwargs = dict(vision_kwargs or {}), dict(text_kwargs or {})
-        vision_config = load_backbone_config("vision encoder", vision, vision_kwargs)
-        vision_config = getattr(vision_config, "vision_config", vision_config)
+        encoders = tuple(vision) if isinstance(vision, (list, tuple)) else (vision,)
+        if len(encoders) > 2:
+            raise ValueError(f"{len(encoders)} vision encoders were given; expected one, or two side by side.")
+        vision_config = vision_config_of(encoders, vision_kwargs)
         text_config = load_backbone_config("language model", text, text_kwargs)
         config = VLMConfig(
             vision_config=vision_config,
             text_config=text_config,
             projector_type=projector_type,
+            projector_settings=projector_settings,
             vision_feature_select_strategy=vision_feature_select_strategy,
             vision_feature_layer=vision_feature_layer,
+            image_size=image_size,
+            max_tiles=max_tiles,
             image_token_id=find_image_token_id(text if tokenizer is None else tokenizer, image_token, text_kwargs),
         )
         config.dtype = dtype
-        vision_tower = load_vision_tower(vision, config.vision_config, dtype, vision_kwargs)
+        configs = getattr(config.vision_config, "encoders", (config.vision_config,))
+        towers = [load_vision_tower(*pair, dtype, vision_kwargs) for pair in zip(encoders, configs)]
         causal_lm = load_language_model(text, config.text_config, dtype, text_kwargs)
         generation_config = causal_lm.generation_config
         default_dtype = torch.get_default_dtype()
         torch.set_default_dtype(dtype)  # the projector is born here, in the precision of the backbones
         try:
-            model = cls(config, vision_tower, causal_lm)
+            tower = towers[0] if len(towers) == 1 else VLMVisionPair(config.vision_config, *towers)
+            model = cls(config, tower, causal_lm)
         finally:
             torch.set_default_dtype(default_dtype)
-        check_head_is_kept(model, causal_lm)
+        check_language_model(model, causal_lm)
         grow_embeddings(model, config.image_token_id)
         generation_config.suppress_tokens = sorted({*(generation_config.suppress_tokens or []), config.image_token_id})
         model.generation_config = generation_config
+        if os.environ.get("RANK", "0") == "0":
+            print(model.eval().describe())
         return model.eval()
+
+    @torch.no_grad()
+    def describe(self) -> str:
+        """
+        Run one image through the model, and say in one line what it is made of.
+
+        Raises:
+            `ValueError`: what comes out is not finite.
+        """
+        config = self.config
+        image = blank_image(self.model.vision_tower, config.image_size)
+        ids = torch.full((1, config.image_tokens() + 1), config.image_token_id, device=self.device)
+        ids[0, -1] = 0
+        logits = self(input_ids=ids, pixel_values=image).logits
+        if not logits.isfinite().all():
+            raise ValueError("the composed model gives infinite or undefined logits for an image; use another dtype.")
+
+        def part(module):
+            dtypes = {str(parameter.dtype).removeprefix("torch.") for parameter in module.parameters()}
+            number = sum(parameter.numel() for parameter in module.parameters())
+            return ", ".join([f"{number:,} parameters", *sorted(dtypes)])
+
+        encoders = getattr(config.vision_config, "encoders", (config.vision_config,))
+        names = " and ".join(encoder.model_type for encoder in encoders)
+        height, width = config.image_size
+        rows, columns = config.patch_grid
+        tiles = f", up to {config.max_tiles} tiles more" if config.max_tiles > 1 else ""
+        return (
+            f"{names} ({height}x{width} pixels, {rows}x{columns} patches after {config.num_prefix_tokens} prefix "
+            f"tokens, {config.vision_config.hidden_size} wide; {part(self.model.vision_tower)}) -> "
+            f"{config.projector_type} ({config.image_seq_length} tokens an image{tiles}; "
+            f"{part(self.model.multi_modal_projector)}) -> {config.text_config.model_type} "
+            f"({self.get_input_embeddings().embedding_dim} wide, {logits.shape[-1]} entries, "
+            f"{self.model.max_positions or 'any number of'} positions; {part(self.model.language_model)})"
+        )
 
     def get_input_embeddings(self) -> nn.Module:
         return self.model.get_input_embeddings()
@@ -416,29 +570,42 @@ class VLMForConditionalGeneration(VLMPreTrainedModel, GenerationMixin):
     def get_decoder(self) -> PreTrainedModel:
         return self.model.get_decoder()
 
-    def get_image_features(self, pixel_values: torch.Tensor, **kwargs) -> BaseModelOutputWithPooling:
+    def get_image_features(
+        self, pixel_values: torch.Tensor, image_grids: torch.LongTensor | None = None, **kwargs
+    ) -> BaseModelOutputWithPooling:
         """See `VLMModel.get_image_features`."""
-        return self.model.get_image_features(pixel_values, **kwargs)
+        return self.model.get_image_features(pixel_values, image_grids, **kwargs)
 
     def _expand_inputs_for_generation(self, expand_size=1, is_encoder_decoder=False, input_ids=None, **kwargs):
         # Beams and samples repeat each prompt, and a prompt may have any number of images: they go with their prompt.
-        pixel_values, split = kwargs.get("pixel_values"), None
+        pixel_values, grids = kwargs.get("pixel_values"), kwargs.get("image_grids")
+        images_of, views_in = None, None
         if pixel_values is not None and input_ids is not None:
-            images = (input_ids == self.config.image_token_id).sum(1) // self.config.image_seq_length
-            if images.sum() == len(pixel_values):
-                split = kwargs.pop("pixel_values").split(images.tolist())
+            shapes = [(1, 1)] * len(pixel_values) if grids is None else grids.tolist()
+            tokens = torch.tensor([self.config.image_tokens(*shape) for shape in shapes]).cumsum(0)
+            of_prompts = (input_ids == self.config.image_token_id).sum(1).cumsum(0).cpu()
+            ends = torch.searchsorted(tokens, of_prompts, right=True)
+            if tokens[-1] == of_prompts[-1]:
+                images_of = ends.diff(prepend=ends.new_zeros(1)).tolist()
+                views_in = [sum(group) for group in _split(views_of(shapes), images_of)]
+                del kwargs["pixel_values"]
+                kwargs.pop("image_grids", None)
         input_ids, kwargs = super()._expand_inputs_for_generation(
             expand_size=expand_size, is_encoder_decoder=is_encoder_decoder, input_ids=input_ids, **kwargs
         )
-        if split is not None:
-            kwargs["pixel_values"] = torch.cat([of_prompt for of_prompt in split for _ in range(expand_size)])
+        if images_of is not None:
+            kwargs["pixel_values"] = _repeated(pixel_values, views_in, expand_size)
+            if grids is not None:
+                kwargs["image_grids"] = _repeated(grids, images_of, expand_size)
         return input_ids, kwargs
 
     def _zero_of_image_parts(self) -> torch.Tensor | float:
         """A 0 that all parameters which only an image reaches have a gradient of: every process waits for theirs."""
         modules = (self.model.vision_tower, self.model.multi_modal_projector)
-        learning = [p for module in modules for p in module.parameters() if p.requires_grad]
-        return 0.0 * sum(parameter.sum() for parameter in learning)
+        parameters = [parameter for module in modules for parameter in module.parameters()]
+        if self.model.image_newline is not None:
+            parameters.append(self.model.image_newline)
+        return 0.0 * sum(parameter.sum() for parameter in parameters if parameter.requires_grad)
 
     @can_return_tuple
     def forward(
@@ -454,6 +621,7 @@ class VLMForConditionalGeneration(VLMPreTrainedModel, GenerationMixin):
         use_cache: bool | None = None,
         logits_to_keep: int | torch.Tensor = 0,
         num_items_in_batch: torch.Tensor | int | None = None,
+        image_grids: torch.LongTensor | None = None,
         mm_encoder_outputs: dict[str, BaseModelOutputWithPooling] | None = None,
         **kwargs,
     ) -> VLMCausalLMOutputWithPast:
@@ -483,6 +651,7 @@ class VLMForConditionalGeneration(VLMPreTrainedModel, GenerationMixin):
             past_key_values=past_key_values,
             inputs_embeds=inputs_embeds,
             use_cache=use_cache,
+            image_grids=image_grids,
             mm_encoder_outputs=mm_encoder_outputs,
             return_dict=True,
             **kwargs,
@@ -527,6 +696,22 @@ class VLMForConditionalGeneration(VLMPreTrainedModel, GenerationMixin):
             aux_loss=aux_loss,
             router_logits=outputs.router_logits,
         )
+
+
+def views_of(grids: list[tuple[int, int]]) -> list[int]:
+    """How many views each image has that is cut into `rows` x `columns` tiles: the whole and, if several, the tiles."""
+    return [1 + (rows * columns if rows * columns > 1 else 0) for rows, columns in grids]
+
+
+def _split(values, lengths):
+    """A list as lists of these lengths."""
+    values = iter(values)
+    return [[next(values) for _ in range(length)] for length in lengths]
+
+
+def _repeated(values: torch.Tensor, lengths: list[int], times: int) -> torch.Tensor:
+    """Each group of these lengths as many times, group by group."""
+    return torch.cat([group for group in values.split(lengths) for _ in range(times)])
 
 
 def _keep_positions(states: torch.Tensor, keep: int | torch.Tensor) -> torch.Tensor:

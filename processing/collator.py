@@ -35,7 +35,8 @@ class VLMDataCollator:
     Returns (from a call with a list of conversations, encoded or not):
         `input_ids`, `attention_mask`, `labels`, each `(batch, tokens)`, padded on the right with labels -100;
         `loss_weights` of the same shape where a message has a weight; and `pixel_values`
-        `(images, channels, height, width)` where the batch has images. Conversations that cannot be learned from are
+        `(views, channels, height, width)` where the batch has images, with `image_grids` `(images, 2)` where they may
+        be tiled. Conversations that cannot be learned from are
         left out and counted in `dropped`, in worker processes too; a batch of nothing else is one pad token with label
         -100, of which the loss is 0.
 
@@ -86,12 +87,12 @@ class VLMDataCollator:
                 self._count(record)
             else:
                 items.append(item)
-        batch = self._padded([(item["input_ids"], item["labels"]) for item in items])
+        batch = self._padded(items)
         if any(item.get("weights") for item in items):
             batch["loss_weights"] = self._weights(items, batch["labels"])
         images = [image for item in items for image in item["images"]]
         if images:
-            batch["pixel_values"] = self.processor.image_processor(images, return_tensors="pt")["pixel_values"]
+            batch.update(self.processor.process_images(images))
         if self.account:
             padding = batch["labels"].numel() - sum(record.tokens for record in records)
             batch["account"] = BatchAccount(records, padding)
@@ -116,13 +117,15 @@ class VLMDataCollator:
     @property
     def _image_size(self):
         """The least height and width that the image processor needs, so that large files are decoded no larger."""
+        if self.processor.max_tiles > 1:  # the grid follows from the size that the file has
+            return None
         size = dict(getattr(self.processor.image_processor, "size", None) or {})
         sides = size.get("height", size.get("shortest_edge")), size.get("width", size.get("shortest_edge"))
         return sides if None not in sides else None
 
-    def _padded(self, rows) -> dict[str, torch.Tensor]:
+    def _padded(self, items) -> dict[str, torch.Tensor]:
         pad = self.processor.tokenizer.pad_token_id
-        rows = [self.processor.expand_images(*row) for row in rows] or [([pad], [IGNORE])]
+        rows = [self._expanded(item, item["input_ids"], item["labels"]) for item in items] or [([pad], [IGNORE])]
         length = max(len(ids) for ids, _ in rows)
         if self.pad_to_multiple_of:
             length = -(-length // self.pad_to_multiple_of) * self.pad_to_multiple_of
@@ -141,9 +144,13 @@ class VLMDataCollator:
         loss_weights = (labels != IGNORE).float()
         for index, item in enumerate(items):
             if item.get("weights"):
-                _, weights = self.processor.expand_images(item["input_ids"], item["weights"])
+                _, weights = self._expanded(item, item["input_ids"], item["weights"])
                 loss_weights[index, : len(weights)] = torch.tensor(weights)
         return loss_weights
+
+    def _expanded(self, item, *rows):
+        counts = [self.processor.image_tokens(image.height, image.width) for image in item["images"]]
+        return self.processor.expand_images(*rows, counts=counts)
 
     def _count(self, record):
         worker = torch.utils.data.get_worker_info()

@@ -192,14 +192,14 @@ def encode_item(
             f"a conversation with {shown} image parts and {len(images)} images was found; expected one image for "
             "each part, in the order of the parts."
         )
-    image_tokens = shown * processor.image_seq_length
+    length = item["length"] if "length" in item else len(ids) + shown * (processor.image_seq_length - 1)
     record = Record(
         source,
         row,
         cut=item.get("cut"),
         images=shown,
-        tokens=len(ids) - shown + image_tokens,
-        image_tokens=image_tokens,
+        tokens=length,
+        image_tokens=length - len(ids) + shown,
         supervised=sum(label != IGNORE for label in labels[1:]),
     )
     return {**item, "images": images}, record
@@ -238,7 +238,9 @@ _COLUMNS = datasets.Features(
 _CODE = Hasher.hash(
     [
         (Path(__file__).parent / name).read_text(encoding="utf-8")
-        for name in ("conversations.py", "dataset.py", "encoding.py", "messages_vlm.py", "processing_vlm.py")
+        for name in (
+            "conversations.py", "dataset.py", "encoding.py", "images_vlm.py", "messages_vlm.py", "processing_vlm.py"
+        )  # fmt: skip
     ]
 )
 
@@ -253,7 +255,8 @@ class _RowEncoder:
         self.code = _CODE
 
     def __call__(self, table, indices):
-        columns = without_image_bytes(table, self.features)
+        # The sizes of images are read where their tokens depend on them, and nothing else of them ever is.
+        columns = without_image_bytes(table, self.features, keep=self.processor.max_tiles > 1)
         encoded = []
         for offset, position in enumerate(indices):
             row = {name: values[offset] for name, values in columns.items()}
@@ -269,8 +272,13 @@ class _RowEncoder:
         return {name: [item[name] for item in encoded] for name in _COLUMNS}
 
 
-def without_image_bytes(table: pa.Table, features: datasets.Features) -> dict[str, list[Any]]:
-    """The columns of a table in Python, stored images as `{"bytes": b"stored", "path"}`, whatever size they have."""
+def without_image_bytes(table: pa.Table, features: datasets.Features, keep: bool = False) -> dict[str, list[Any]]:
+    """
+    The columns of a table in Python, stored images as `{"bytes": b"stored", "path"}`, whatever size they have.
+
+    Args:
+        keep: leave the bytes as they are.
+    """
     images = {name for name, feature in features.items() if _holds_images(feature)}
     others = datasets.Features({name: feature for name, feature in features.items() if name not in images})
     columns = {}
@@ -281,9 +289,9 @@ def without_image_bytes(table: pa.Table, features: datasets.Features) -> dict[st
         columns[name] = []
         for chunk in table[name].chunks:  # one by one: put together they may be too many bytes for one array
             if isinstance(features[name], datasets.Image):
-                columns[name] += _light_images(chunk)
+                columns[name] += _light_images(chunk, keep)
             else:
-                light, lengths = iter(_light_images(chunk.flatten())), pc.list_value_length(chunk).to_pylist()
+                light, lengths = iter(_light_images(chunk.flatten(), keep)), pc.list_value_length(chunk).to_pylist()
                 columns[name] += [None if n is None else list(itertools.islice(light, n)) for n in lengths]
     return {name: columns[name] for name in features}
 
@@ -292,7 +300,9 @@ def _holds_images(feature):
     return isinstance(getattr(feature, "feature", feature), datasets.Image)
 
 
-def _light_images(images: pa.StructArray) -> list[dict[str, Any] | None]:
+def _light_images(images: pa.StructArray, keep: bool) -> list[dict[str, Any] | None]:
+    if keep:
+        return images.to_pylist()
     stored = pc.is_valid(images.field("bytes")).to_pylist()
     paths, there = images.field("path").to_pylist(), images.is_valid().to_pylist()
     return [

@@ -5,10 +5,12 @@ no cut can ever split one. `VLMProcessor.expand_images` repeats it when a batch 
 sequence was built (see `messages_vlm`): -100 wherever nothing is learned.
 """
 
+import itertools
 from collections.abc import Callable
 from typing import Any
 
 from .account import CUT_REASONS, DROP_REASONS
+from .images import BadImage, image_size
 from .processing_vlm import VLMProcessor
 
 
@@ -53,7 +55,8 @@ def encode_caption(
     ids, weights = processor.encode_caption([*images, *answer["content"]])
     weight = 0.0 if answer.get("train") is False else 1.0 if answer.get("weight") is None else float(answer["weight"])
     weights = [weight * learned for learned in weights]
-    return _fitted(processor, ids, weights, max_length, cut=truncation == "truncate_text")
+    sizes = _sizes(processor, ids, image_counts(processor, conversation))
+    return _fitted(processor, ids, weights, sizes, max_length, cut=truncation == "truncate_text")
 
 
 def encode_dialogue(
@@ -85,7 +88,7 @@ def encode_dialogue(
     Raises:
         SampleDropped: nothing is supervised, `max_length` leaves no room, or the chat template refuses the messages.
     """
-    messages, cut = conversation["messages"], None
+    messages, cut, counts = conversation["messages"], None, image_counts(processor, conversation)
     if supervise == "last":
         last = max((i for i, message in enumerate(messages) if message["role"] == "assistant"), default=None)
         messages = [
@@ -97,11 +100,11 @@ def encode_dialogue(
             ids, weights = processor.encode_messages(messages, supervise_prompt=supervise_prompt)
         except ValueError as error:
             raise SampleDropped("the chat template refuses it", f"{place(conversation)}{error}") from error
-        shorter = None
-        if truncation == "keep_last_turns" and _too_long(processor, ids, max_length):
+        shorter, sizes = None, _sizes(processor, ids, counts)
+        if truncation == "keep_last_turns" and max_length is not None and sum(sizes) > max_length:
             shorter = without_first_turn(messages)
         if shorter is None:
-            fitted = _fitted(processor, ids, weights, max_length, cut=truncation == "truncate_text")
+            fitted = _fitted(processor, ids, weights, sizes, max_length, cut=truncation == "truncate_text")
             return {**fitted, "cut": cut or fitted["cut"]}
         messages, cut = shorter, CUT_REASONS[1]
 
@@ -133,19 +136,31 @@ def place(conversation: dict) -> str:
     return f"{conversation['source']}, row {conversation.get('row')}: "
 
 
-def _sizes(processor, ids):
-    return [processor.image_seq_length if id == processor.image_token_id else 1 for id in ids]
+def image_counts(processor: VLMProcessor, conversation: dict) -> list[int] | None:
+    """
+    Positions that each image of a conversation takes, `None` where all take as many.
+
+    Raises:
+        SampleDropped: that depends on the size of an image that cannot be read.
+    """
+    if processor.max_tiles == 1:
+        return None
+    try:
+        return [processor.image_tokens(*image_size(image)) for image in conversation.get("images") or ()]
+    except BadImage as error:
+        raise SampleDropped(error.reason, f"{place(conversation)}{error}") from error
 
 
-def _too_long(processor, ids, max_length):
-    return max_length is not None and sum(_sizes(processor, ids)) > max_length
+def _sizes(processor, ids, counts):
+    """Positions that each id takes."""
+    counts = itertools.chain(counts or (), itertools.repeat(processor.image_seq_length))
+    return [next(counts) if id == processor.image_token_id else 1 for id in ids]
 
 
-def _fitted(processor, ids, weights, max_length, cut):
+def _fitted(processor, ids, weights, sizes, max_length, cut):
     # The first token has nothing before it to be predicted from.
     if not any(weights[1:]):
         raise SampleDropped("no token of it is supervised")
-    sizes = _sizes(processor, ids)
     length, kept = sum(sizes), len(ids)
     if max_length is not None and length > max_length:
         if not cut:

@@ -24,7 +24,7 @@ from huggingface_hub.errors import OfflineModeIsEnabled
 from huggingface_hub.utils import httpx
 from PIL import Image
 
-from .processing_vlm import to_rgb
+from .images_vlm import to_rgb
 
 
 ImageReference = Image.Image | str | os.PathLike | dict[str, Any]
@@ -148,6 +148,18 @@ def check_image(reference: ImageReference) -> None:
     if not _is_url(reference):
         with _opened(reference):
             pass
+
+
+def image_size(reference: ImageReference) -> tuple[int, int]:
+    """
+    Height and width of the upright image behind a reference, from its header alone.
+
+    Raises:
+        MissingImage, BadImage, ValueError: as `load_image`.
+    """
+    with _opened(reference) as image:
+        lying = image.getexif().get(_EXIF_ORIENTATION) in _LYING
+        return image.size if lying else image.size[::-1]
 
 
 @contextmanager

@@ -1,20 +1,21 @@
 """The processor of a Duet model: images and text or messages in, tensors out.
 
 It is made from the two backbones: whatever can be derived (image size, normalisation, tokens per image, pad token, chat
-template) is. Messages become ids in `messages_vlm.py`, for training and for generation alike. Both files travel with
-every checkpoint.
+template) is. Messages become ids in `messages_vlm.py`, for training and for generation alike, and images views in
+`images_vlm.py`. The files travel with every checkpoint.
 """
 
 import base64
 import copy
 import io
+import itertools
 import os
 import re
 from pathlib import Path
 from urllib.request import Request, urlopen
 
 import transformers
-from PIL import Image, ImageOps
+from PIL import Image
 from tokenizers import processors
 from transformers import (
     AddedToken,
@@ -25,8 +26,11 @@ from transformers import (
     PreTrainedConfig,
     ProcessorMixin,
 )
+from transformers.image_transforms import to_pil_image
+from transformers.image_utils import make_flat_list_of_images
 from transformers.processing_utils import MultiModalData
 
+from .images_vlm import IMAGE_MODES, choose_grid, cut_tiles, fit, to_rgb
 from .messages_vlm import MARK, MessageEncoder, all_parts, with_parts
 
 
@@ -50,17 +54,6 @@ _JOIN_PARTS = """\
 """
 
 
-def to_rgb(image: Image.Image) -> Image.Image:
-    """An image as a viewer shows it: EXIF orientation applied, alpha on white, first frame, 8-bit RGB."""
-    image = ImageOps.exif_transpose(image)
-    if image.mode.startswith("I"):  # 16 bits a pixel: converting would clip everything above 255 to white
-        image = image.convert("I").point(lambda value: value * (1 / 256)).convert("L")
-    if image.has_transparency_data:
-        image = image.convert("RGBA")
-        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-    return image.convert("RGB")
-
-
 class VLMProcessor(ProcessorMixin):
     r"""
     Images and text or messages in, tensors out.
@@ -70,12 +63,32 @@ class VLMProcessor(ProcessorMixin):
         tokenizer: the language model's tokenizer, with `image_token` as a special token.
         chat_template (`str`, *optional*): the jinja template of a conversation.
         image_token (`str`): the placeholder of an image in a text.
-        image_seq_length (`int`): positions that one image takes.
+        image_seq_length (`int`): positions that one view of an image takes.
+        image_mode (`str`, *optional*):
+            How an image is made to fit: `"resize"` stretches it, `"pad"` puts it whole on a ground of the mean colour,
+            `"crop"` takes the centre. As the encoder's own image processor does it if not given.
+        max_tiles (`int`):
+            Into how many tiles of the encoder's image size an image may be cut for detail, beside the view of the
+            whole; 1 cuts none. Each view and each row of tiles then ends in one more position.
+
+    Raises:
+        `ValueError`: no such `image_mode`.
     """
 
     def __init__(
-        self, image_processor=None, tokenizer=None, chat_template=None, image_token="<image>", image_seq_length=1
+        self,
+        image_processor=None,
+        tokenizer=None,
+        chat_template=None,
+        image_token="<image>",
+        image_seq_length=1,
+        image_mode=None,
+        max_tiles=1,
     ):
+        if image_mode not in (None, *IMAGE_MODES):
+            raise ValueError(f"image_mode={image_mode!r} is not known; choose one of {', '.join(IMAGE_MODES)}.")
+        self.image_mode = image_mode
+        self.max_tiles = max_tiles
         self.image_token = image_token
         self.image_token_id = tokenizer.convert_tokens_to_ids(image_token)
         self.image_seq_length = image_seq_length
@@ -89,13 +102,14 @@ class VLMProcessor(ProcessorMixin):
     @classmethod
     def from_backbones(
         cls,
-        vision: str | PreTrainedConfig,
+        vision: str | PreTrainedConfig | tuple[str | PreTrainedConfig, str | PreTrainedConfig],
         text: str | PreTrainedConfig,
         model_config: PreTrainedConfig,
         *,
         tokenizer=None,
         image_token: str = "<image>",
         chat_template: str | None = None,
+        image_mode: str | None = None,
         vision_kwargs: dict | None = None,
         text_kwargs: dict | None = None,
     ) -> "VLMProcessor":
@@ -105,11 +119,12 @@ class VLMProcessor(ProcessorMixin):
         Args:
             vision, text, tokenizer, image_token, vision_kwargs, text_kwargs:
                 what `VLMForConditionalGeneration.from_backbones` was given; for an encoder that starts from scratch the
-                images are resized and normalised to [-1, 1].
+                images are resized and normalised to [-1, 1]. Of two encoders the first's image processor is taken.
             model_config (`VLMConfig`): the composed model's config.
             chat_template (`str`, *optional*):
                 A jinja template, the name of one of Duet's (`"default"`, `"plain"`) or a file. Without it the
                 tokenizer's own is used, and `"default"` where it has none.
+            image_mode (`str`, *optional*): see the class.
 
         Raises:
             `ValueError`: the tokenizer uses the image token for something else, or cannot be used, or the chat
@@ -128,11 +143,14 @@ class VLMProcessor(ProcessorMixin):
                 f"{model_config.image_token_id}; compose model and processor from the same tokenizer."
             )
         options = {k: v for k, v in (vision_kwargs or {}).items() if k != "attn_implementation"}
+        vision = vision[0] if isinstance(vision, (list, tuple)) else vision
         processor = cls(
             image_processor=_load_image_processor(vision, model_config, options),
             tokenizer=tokenizer,
             image_token=image_token,
             image_seq_length=model_config.image_seq_length,
+            image_mode=image_mode,
+            max_tiles=model_config.max_tiles,
         )
         processor.set_chat_template(chat_template)
         return processor
@@ -179,18 +197,82 @@ class VLMProcessor(ProcessorMixin):
     @property
     def model_input_names(self) -> list[str]:
         """Names of the model's inputs; `input_ids` first, because the Trainer takes lengths from the first."""
-        return ["input_ids", "attention_mask", "pixel_values"]
+        return ["input_ids", "attention_mask", "pixel_values", *(["image_grids"] if self.max_tiles > 1 else [])]
+
+    @property
+    def view_size(self) -> tuple[int, int]:
+        """Height and width in pixels of what the encoder sees."""
+        images = self.image_processor
+        size = dict(images.crop_size if getattr(images, "do_center_crop", False) else images.size)
+        return tuple(size.get(side, size.get("shortest_edge")) for side in ("height", "width"))
+
+    def image_grid(self, height: int, width: int) -> tuple[int, int]:
+        """Rows and columns of the tiles of an image of that many pixels; 1 and 1 where it is not tiled."""
+        return choose_grid((height, width), self.view_size, self.max_tiles) if self.max_tiles > 1 else (1, 1)
+
+    def image_tokens(self, height: int, width: int) -> int:
+        """Positions that an image of that many pixels takes."""
+        return self.grid_tokens(*self.image_grid(height, width))
+
+    def grid_tokens(self, rows: int, columns: int) -> int:
+        """Positions that an image of `rows` x `columns` tiles takes; as `VLMConfig.image_tokens`."""
+        if self.max_tiles == 1:
+            return self.image_seq_length
+        tiles, separators = (rows * columns, rows) if rows * columns > 1 else (0, 0)
+        return self.image_seq_length * (1 + tiles) + 1 + separators
+
+    def process_images(self, images: list, return_tensors: str | None = "pt", **kwargs) -> BatchFeature:
+        """
+        Images to what the model takes.
+
+        Args:
+            images: RGB images of any size.
+            **kwargs: passed to the image processor.
+
+        Returns:
+            `pixel_values` `(views, channels, height, width)`, of each image the view of the whole and then its tiles
+            row by row; and, where images are tiled, `image_grids` `(images, 2)`, the rows and columns of each.
+        """
+        if self.image_mode is None and self.max_tiles == 1:
+            return self.image_processor(images, return_tensors=return_tensors, **kwargs)
+        images = [image if isinstance(image, Image.Image) else to_pil_image(image) for image in images]
+        images = [to_rgb(image) for image in images]
+        grids, views = [self.image_grid(image.height, image.width) for image in images], []
+        for image, grid in zip(images, grids):
+            views += self._views(image, grid)
+        features = self.image_processor(views, return_tensors=return_tensors, **kwargs)
+        if self.max_tiles > 1:
+            features.update(BatchFeature({"image_grids": grids}, tensor_type=return_tensors))
+        return features
+
+    def _views(self, image, grid):
+        size, resample = self.view_size, self.image_processor.resample
+        fill = tuple(round(255 * mean) for mean in self.image_processor.image_mean or (0, 0, 0))
+        whole = image if self.image_mode is None else fit(image, size, self.image_mode, fill, resample)
+        if grid == (1, 1):
+            return [whole]
+        canvas = tuple(side * count for side, count in zip(size, grid))
+        return [whole, *cut_tiles(fit(image, canvas, self.image_mode or "resize", fill, resample), grid)]
+
+    def _process_images(self, images, **kwargs):
+        # What every processor's `__call__` calls; overridden, because of one image several views may be made.
+        images = make_flat_list_of_images(images)
+        processed = self.process_images(images, **{"return_tensors": None, **kwargs})
+        return processed, [self.replace_image_token(processed, index) for index in range(len(images))]
 
     def replace_image_token(self, image_inputs: dict, image_idx: int, **kwargs) -> str:
-        """The placeholders of one image: `image_seq_length` image tokens."""
-        return self.image_token * self.image_seq_length
+        """The placeholders of one image: an image token for each position that it takes."""
+        grid = image_inputs["image_grids"][image_idx] if "image_grids" in image_inputs else (1, 1)
+        return self.image_token * self.grid_tokens(*(int(side) for side in grid))
 
     def _get_num_multimodal_tokens(self, image_sizes=None, **kwargs) -> MultiModalData:
         """Tokens per image from its `(height, width)` alone, for inference engines."""
         if image_sizes is None:
             return MultiModalData()
+        grids = [self.image_grid(*size) for size in image_sizes]
         return MultiModalData(
-            num_image_tokens=[self.image_seq_length] * len(image_sizes), num_image_patches=[1] * len(image_sizes)
+            num_image_tokens=[self.grid_tokens(*grid) for grid in grids],
+            num_image_patches=[1 + (rows * columns if rows * columns > 1 else 0) for rows, columns in grids],
         )
 
     # -- messages -------------------------------------------------------------------------------------------------
@@ -243,7 +325,9 @@ class VLMProcessor(ProcessorMixin):
             raise ValueError("truncation could cut an image's tokens; shorten the messages instead.")
 
         encoded = [self.encode_messages(m, chat_template=template, **rendering) for m in conversations]
-        expanded = [self.expand_images(*pair) for pair in encoded]
+        opened = [[_open(part) for part in all_parts(m) if part["type"] == "image"] for m in conversations]
+        counts = [[self.image_tokens(image.height, image.width) for image in images] for images in opened]
+        expanded = [self.expand_images(*pair, counts=of_row) for of_row, pair in zip(counts, encoded)]
         side = options.get("padding_side") or self.tokenizer.padding_side
         length = self._padded_length(expanded, options, return_tensors)
         rows = [ids for ids, _ in expanded]
@@ -259,13 +343,14 @@ class VLMProcessor(ProcessorMixin):
             data["assistant_masks"] = [
                 _pad([int(weight > 0) for weight in weights], length, 0, side) for _, weights in expanded
             ]
-        images = [_open(part) for messages in conversations for part in all_parts(messages) if part["type"] == "image"]
+        images = [image for of_row in opened for image in of_row]
         if images:
-            data.update(self.image_processor(images, **options.get("images_kwargs", {})))
+            data.update(self.process_images(images, None, **options.get("images_kwargs", {})))
         if not return_dict:
             data = {"input_ids": data["input_ids"]}
         if not batched and return_tensors is None:
-            data = {key: value[0] if key != "pixel_values" else value for key, value in data.items()}
+            of_images = ("pixel_values", "image_grids")
+            data = {key: value if key in of_images else value[0] for key, value in data.items()}
         features = BatchFeature(data, tensor_type=return_tensors)
         return features if return_dict else features["input_ids"]
 
@@ -326,10 +411,16 @@ class VLMProcessor(ProcessorMixin):
         """
         return self.encoder.encode_caption(content)
 
-    def expand_images(self, ids: list[int], *parallel: list) -> tuple[list, ...]:
-        """Repeat each image's one id, and what runs parallel to the ids, `image_seq_length` times."""
-        counts = [self.image_seq_length if id == self.image_token_id else 1 for id in ids]
-        return tuple([v for v, count in zip(row, counts) for _ in range(count)] for row in (ids, *parallel))
+    def expand_images(self, ids: list[int], *parallel: list, counts: list[int] | None = None) -> tuple[list, ...]:
+        """
+        Repeat each image's one id, and what runs parallel to the ids, as often as the image takes positions.
+
+        Args:
+            counts: positions of each image, in the order of their ids, where they are tiled; see `image_tokens`.
+        """
+        remaining = itertools.repeat(self.grid_tokens(1, 1)) if counts is None else iter(counts)
+        times = [next(remaining) if id == self.image_token_id else 1 for id in ids]
+        return tuple([v for v, count in zip(row, times) for _ in range(count)] for row in (ids, *parallel))
 
     @property
     def encoder(self) -> MessageEncoder:
@@ -398,11 +489,16 @@ def _load_image_processor(vision, model_config, options):
     name = re.sub("(Fast|Pil)$", "", name.replace("FeatureExtractor", "ImageProcessor")) + "Pil"
     loader = getattr(transformers, name, AutoImageProcessor)
     processor = loader.from_pretrained(vision, **options)
+    if hasattr(processor, "max_num_patches"):  # it cuts patches itself (SigLIP 2), which is left to the model here
+        kept = ("do_normalize", "do_rescale", "image_mean", "image_std", "resample", "rescale_factor")
+        same = {name: getattr(processor, name) for name in kept if getattr(processor, name, None) is not None}
+        return transformers.ViTImageProcessorPil(size=size, **same)
     probe = Image.new("RGB", (width + 7, height + 3))
     for change in ({}, {"size": size}, {"size": size, "crop_size": size}):
         for key, value in change.items():
             setattr(processor, key, value)
-        if tuple(processor(probe, return_tensors="pt")["pixel_values"].shape[-2:]) == (height, width):
+        pixels = processor(probe, return_tensors="pt")["pixel_values"]
+        if tuple(pixels.shape[-2:]) == (height, width):
             return processor
     raise ValueError(
         f"the image processor of {str(vision)!r} does not give images of {height}x{width} pixels, the size that the "

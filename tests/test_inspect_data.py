@@ -143,7 +143,7 @@ def test_the_terminal_marks_exactly_what_is_learned(inspected, data, backbones):
 def test_colours_say_in_the_terminal_what_marks_say_in_a_file():
     processor = tiny.processor_of("byte-level", "default")
     ids = [processor.image_token_id] * 3 + processor.tokenizer("a cat\nsits")["input_ids"]
-    pieces = list(_pieces(processor, ids, [IGNORE] * 4 + ids[4:], [1] * len(ids), None))
+    pieces = list(_pieces(processor, [3], ids, [IGNORE] * 4 + ids[4:], [1] * len(ids), None))
     plain, coloured = (write_terminal([Sample(Record("tiny", 0), [], pieces)], coloured) for coloured in (False, True))
     shown = coloured[coloured.index("\x1b", coloured.index("---")) :].rstrip()
     assert all(line.startswith("\x1b[38") and line.endswith("\x1b[0m") for line in shown.splitlines())
@@ -156,7 +156,7 @@ def test_the_pieces_of_a_text_are_the_text(kind):
     processor = tiny.processor_of(kind, "default")
     text = f"what is in the picture? {UNICODE}"
     ids = processor.tokenizer(text, add_special_tokens=False)["input_ids"]
-    pieces = list(_pieces(processor, ids, ids, [1] * len(ids), None))
+    pieces = list(_pieces(processor, [1], ids, ids, [1] * len(ids), None))
     assert "".join(piece.text for piece in pieces) == processor.tokenizer.decode(ids)
     assert [id for piece in pieces for id in piece.ids] == ids
     assert not any("\ufffd" in piece.text for piece in pieces)

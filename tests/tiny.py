@@ -194,7 +194,11 @@ TOKENIZERS = {
 
 
 def processor_of(
-    tokenizer: PreTrainedTokenizerFast | str, template: str | None = None, image_seq_length: int = 3, **options
+    tokenizer: PreTrainedTokenizerFast | str,
+    template: str | None = None,
+    image_seq_length: int = 3,
+    max_tiles: int = 1,
+    **options,
 ) -> VLMProcessor:
     """A processor without a model: a kind of tokenizer or one itself, and the name of one of `TEMPLATES`."""
     if isinstance(tokenizer, str):
@@ -207,6 +211,7 @@ def processor_of(
         image_size=(32, 32),
         image_token_id=tokenizer.get_vocab().get(image_token, len(tokenizer)),
         image_seq_length=image_seq_length,
+        max_tiles=max_tiles,
     )
     return VLMProcessor.from_backbones(
         ViTConfig(image_size=32), None, config, tokenizer=tokenizer, chat_template=template, **options

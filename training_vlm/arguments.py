@@ -14,8 +14,9 @@ from typing import Any
 
 import torch
 import yaml
-from transformers import HfArgumentParser, TrainingArguments
+from transformers import CONFIG_MAPPING, HfArgumentParser, PreTrainedConfig, TrainingArguments
 
+from modeling_vlm.configuration_vlm import PROJECTOR_SETTINGS
 from processing.collator import ON_BAD_SAMPLE
 from processing.conversations import CAPTION_CHOICES
 from processing.encoding import SUPERVISE, TRUNCATIONS
@@ -35,9 +36,15 @@ class ModelArguments:
         metadata={"help": "A composed model to go on with (stage 2: stage 1's output folder): folder or Hub name."},
     )
     model_revision: str | None = field(default=None, metadata={"help": "Branch, tag or commit of `model`."})
+    trust_remote_code: bool = field(
+        default=False, metadata={"help": "Run the code of a projector that comes with `model` from the Hub."}
+    )
     vision_model: str | None = field(
         default=None,
         metadata={"help": "Vision encoder of a new model: Hub name or folder; in yaml also a config, to learn anew."},
+    )
+    second_vision_model: str | None = field(
+        default=None, metadata={"help": "Another vision encoder beside it, whose features are put behind the first's."}
     )
     text_model: str | None = field(default=None, metadata={"help": "Language model of a new model, likewise."})
     tokenizer: str | None = field(
@@ -61,12 +68,28 @@ class ModelArguments:
         default=None, metadata={"help": "Attention of the vision encoder: sdpa, eager, flash_attention_2."}
     )
     text_attn_implementation: str | None = field(default=None, metadata={"help": "Attention of the language model."})
-    projector_type: str = field(default="mlp", metadata={"help": "linear, gelu_norm or mlp."})
+    projector_type: str = field(
+        default="mlp", metadata={"help": f"{', '.join(PROJECTOR_SETTINGS)}; or a class of your own, FILE.py:CLASS."}
+    )
+    projector_settings: str | None = field(
+        default=None, metadata={"help": "Settings of the projector, as scale=2,depth=3; a mapping in yaml."}
+    )
     vision_feature_select_strategy: str = field(
         default="patch", metadata={"help": "Visual tokens: cls, patch, or full (everything the encoder returns)."}
     )
     vision_feature_layer: int | None = field(
         default=None, metadata={"help": "-k reads the encoder's hidden_states[-k]; its final output if not given."}
+    )
+    image_size: int | None = field(
+        default=None,
+        metadata={"help": "Pixels of the image's sides, where not the encoder's own; in yaml also [height, width]."},
+    )
+    image_mode: str | None = field(
+        default=None,
+        metadata={"help": "How an image is made to fit: resize, pad or crop; as the encoder's own if not given."},
+    )
+    max_tiles: int = field(
+        default=1, metadata={"help": "Cut a large image into at most so many tiles, beside the view of the whole."}
     )
     image_token: str = field(default="<image>", metadata={"help": "The placeholder of an image in a text."})
     chat_template: str | None = field(
@@ -93,7 +116,7 @@ class ModelArguments:
 
     def composing_settings(self) -> list[str]:
         """The settings given that only composing two backbones reads."""
-        sides = ("vision_", "text_", "projector_", "tokenizer", "image_token")
+        sides = ("vision_", "second_", "text_", "projector_", "tokenizer", "image_", "max_tiles")
         return [
             f.name
             for f in fields(self)
@@ -101,10 +124,42 @@ class ModelArguments:
             if getattr(self, f.name) != f.default
         ]
 
+    def __post_init__(self):
+        if isinstance(self.projector_settings, str):
+            given = self.projector_settings
+            pairs = [pair.partition("=") for pair in given.split(",")]
+            if not all(value.strip().isdigit() for _, _, value in pairs):
+                raise ValueError(f"projector_settings={given!r}: expected whole numbers, such as scale=2,depth=3.")
+            self.projector_settings = {name.strip(): int(value) for name, _, value in pairs}
+
+    def vision_models(self) -> Any:
+        """The vision encoder, or the two that stand side by side; each a name, or a config's settings."""
+        if self.second_vision_model is None:
+            return backbone_of("vision_model", self.vision_model)
+        return tuple(backbone_of(name, getattr(self, name)) for name in ("vision_model", "second_vision_model"))
+
+    def composition(self) -> dict[str, Any]:
+        """How the backbones are joined: settings of `VLMConfig`, as `from_backbones` takes them."""
+        names = (
+            "projector_type", "projector_settings", "vision_feature_select_strategy", "vision_feature_layer",
+            "image_size", "max_tiles",
+        )  # fmt: skip
+        return {name: getattr(self, name) for name in names}
+
     def backbone_kwargs(self, side: str) -> dict[str, Any]:
         """What `from_pretrained` is given for one side, `"vision"` or `"text"`."""
         names = ("revision", "token", "trust_remote_code", "attn_implementation")
         return {name: value for name in names if (value := getattr(self, f"{side}_{name}"))}
+
+
+def backbone_of(option: str, value: str | dict | PreTrainedConfig | None) -> str | PreTrainedConfig | None:
+    """A name as it is, and settings in yaml as the config of a backbone that starts from scratch."""
+    if not isinstance(value, dict):
+        return value
+    model_type = value.get("model_type")
+    if model_type not in CONFIG_MAPPING:
+        raise ValueError(f"{option} has model_type {model_type!r}; expected one that transformers knows, such as vit.")
+    return CONFIG_MAPPING[model_type](**{key: setting for key, setting in value.items() if key != "model_type"})
 
 
 @dataclass

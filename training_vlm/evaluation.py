@@ -64,18 +64,19 @@ def generate_answers(
     order = sorted(range(len(questions)), key=lambda index: len(questions[index].ids))
     for begin in range(0, len(order), batch_size):
         chosen = order[begin : begin + batch_size]
-        rows = [processor.expand_images(questions[index].ids)[0] for index in chosen]
+        opened = [[load_image(reference) for reference in questions[index].images] for index in chosen]
+        counts = [[processor.image_tokens(image.height, image.width) for image in images] for images in opened]
+        ids = [questions[index].ids for index in chosen]
+        rows = [processor.expand_images(of_row, counts=images)[0] for of_row, images in zip(ids, counts)]
         length = max(map(len, rows))
         pad = processor.tokenizer.pad_token_id
         inputs = {
             "input_ids": torch.tensor([[pad] * (length - len(row)) + row for row in rows]),
             "attention_mask": torch.tensor([[0] * (length - len(row)) + [1] * len(row) for row in rows]),
         }
-        images = [load_image(reference) for index in chosen for reference in questions[index].images]
+        images = [image for of_row in opened for image in of_row]
         if images:
-            inputs["pixel_values"] = processor.image_processor(images, return_tensors="pt")["pixel_values"].to(
-                model.dtype
-            )
+            inputs.update(processor.process_images(images).to(model.dtype))
         inputs = {name: tensor.to(model.device) for name, tensor in inputs.items()}
         written = model.generate(**inputs, **generate)[:, length:].tolist()
         for index, ids in zip(chosen, written):

@@ -29,13 +29,13 @@ from transformers import PreTrainedTokenizerBase, ViTConfig
 from transformers.utils import logging
 
 from modeling_vlm import VLMConfig, VLMForConditionalGeneration
-from modeling_vlm.backbones_vlm import find_image_token_id, load_backbone_config
+from modeling_vlm.backbones_vlm import find_image_token_id, load_backbone_config, vision_config_of
 from processing import VLMDataCollator, VLMProcessor
 from processing.account import Record
 from processing.encoding import IGNORE
 from processing.images import load_image
 
-from .arguments import DataArguments, ModelArguments, VLMTrainingArguments, parse_arguments
+from .arguments import DataArguments, ModelArguments, VLMTrainingArguments, backbone_of, parse_arguments
 from .data import PRETRAIN, SFT, Data, Stage, encode_data, joined, load_data, report_data, some_items
 from .run import check_composed, check_fit, choose_max_length, one_line_errors, tokenizer_from_scratch
 
@@ -160,33 +160,30 @@ def load_processor(
 
 def _compose(stage, model_args, data_args, data):
     vision_kwargs, text_kwargs = model_args.backbone_kwargs("vision"), model_args.backbone_kwargs("text")
-    vision, text = model_args.vision_model, model_args.text_model
-    settings = {
-        "projector_type": model_args.projector_type,
-        "vision_feature_select_strategy": model_args.vision_feature_select_strategy,
-        "vision_feature_layer": model_args.vision_feature_layer,
-    }
-    if vision is None:
-        vision, settings = ViTConfig(), {"num_prefix_tokens": 0, "image_seq_length": 1}
-    if isinstance(vision, str):
-        vision_config = load_backbone_config("vision encoder", vision, vision_kwargs)
-        vision_config = getattr(vision_config, "vision_config", vision_config)
+    text = backbone_of("text_model", model_args.text_model)
+    if model_args.vision_model is None:
+        vision, settings = ViTConfig(), {"num_prefix_tokens": 0, "image_seq_length": 1, "vision_modules_left_out": []}
     else:
-        vision_config = vision
-    text_config = load_backbone_config("language model", text, text_kwargs) if isinstance(text, str) else text
-    config = VLMConfig(vision_config=vision_config, text_config=text_config, **settings)
+        vision, settings = model_args.vision_models(), model_args.composition()
+    vision = vision if isinstance(vision, tuple) else (vision,)
+    config = VLMConfig(
+        vision_config=vision_config_of(vision, vision_kwargs),
+        text_config=load_backbone_config("language model", text, text_kwargs),
+        **settings,
+    )
     tokenizer = model_args.tokenizer
     if tokenizer is None and not isinstance(text, str):
         tokenizer = tokenizer_from_scratch(stage, data_args, data, config.text_config)
     config.image_token_id = find_image_token_id(tokenizer or text, model_args.image_token, text_kwargs)
     model = _without_memory(config)
     processor = VLMProcessor.from_backbones(
-        vision if isinstance(vision, str) else config.vision_config,
+        vision,
         text,
         config,
         tokenizer=tokenizer,
         image_token=model_args.image_token,
         chat_template=model_args.chat_template,
+        image_mode=model_args.image_mode,
         vision_kwargs=vision_kwargs,
         text_kwargs=text_kwargs,
     )
@@ -220,19 +217,23 @@ def read_samples(
         account=True,
     )  # fmt: skip
     batch = collator(items)
-    rows = zip(*(batch[name].tolist() for name in ("input_ids", "labels", "attention_mask")))
+    encodings = zip(*(batch[name].tolist() for name in ("input_ids", "labels", "attention_mask")))
     weights = iter(batch["loss_weights"].tolist() if "loss_weights" in batch else itertools.repeat(None))
     pictures = iter(batch.get("pixel_values", ()))
+    grids = iter(batch["image_grids"].tolist() if "image_grids" in batch else itertools.repeat((1, 1)))
     samples = []
     for item, record in zip(items, batch["account"].records):
         if record.dropped is not None:
             samples.append(Sample(record, [], []))
             continue
+        shapes = list(itertools.islice(grids, record.images))
         if sees_images:
-            images = [_as_image(next(pictures), processor.image_processor) for _ in range(record.images)]
+            views = sum(1 + (rows * columns if rows * columns > 1 else 0) for rows, columns in shapes)
+            images = [_as_image(next(pictures), processor.image_processor) for _ in range(views)]
         else:
             images = [load_image(reference) for reference in item.get("images") or ()]
-        samples.append(Sample(record, images, list(_pieces(processor, *next(rows), next(weights)))))
+        counts = [processor.grid_tokens(*shape) for shape in shapes]
+        samples.append(Sample(record, images, list(_pieces(processor, counts, *next(encodings), next(weights)))))
     return samples
 
 
@@ -248,17 +249,26 @@ def _as_image(pixels_CHW: torch.Tensor, image_processor) -> Image.Image:
     return Image.fromarray(pixels_HWC.numpy())
 
 
-def _pieces(processor, ids, labels, mask, weights) -> Iterator[Piece]:
+def _pieces(processor, counts, ids, labels, mask, weights) -> Iterator[Piece]:
+    """
+    A row of a batch in pieces that can be read.
+
+    Args:
+        counts: positions of each image of it.
+    """
+    counts = iter(counts)
     kinds = [
         "padding" if not there else "image" if id == processor.image_token_id
         else "prompt" if label == IGNORE else "supervised"
         for id, label, there in zip(ids, labels, mask)
     ]  # fmt: skip
     before = start = 0
+    of_image = next(counts, 0)
     for end in range(1, len(ids) + 1):
         kind = kinds[start]
         if kind == "image":
-            text, whole = processor.image_token, end - start == processor.image_seq_length
+            text, whole = processor.image_token, end - start == of_image
+            of_image = next(counts, 0) if whole else of_image
         elif kind == "padding":
             text, whole = "padding", end == len(ids)
         else:
@@ -448,7 +458,9 @@ def inspect(
     title = ", ".join(part.reading.source for part in data.train)
     lines = [f"Stage {stage.number}, {stage.name}; sequences of at most {max_length:,} positions."]
     if sees_images:
-        lines.append(f"An image takes {processor.image_seq_length:,} of them, and is shown as the model gets it.")
+        more = f", or more in up to {processor.max_tiles} tiles more," if processor.max_tiles > 1 else ""
+        tokens = processor.grid_tokens(1, 1)
+        lines.append(f"An image takes {tokens:,} of them{more} and is shown as the model gets it.")
     else:
         lines.append("No vision model is named, so an image is shown as one token, and as it is stored.")
     print("\n".join([title, *lines, "", write_terminal(samples, _shows_colours())]), flush=True)

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import datasets
 import torch
-from transformers import CONFIG_MAPPING, PreTrainedConfig, PreTrainedTokenizerBase, TrainerState, set_seed
+from transformers import PreTrainedConfig, PreTrainedTokenizerBase, TrainerState, set_seed
 from transformers.utils import logging
 
 from modeling_vlm import VLMConfig, VLMForConditionalGeneration
@@ -23,7 +23,7 @@ from processing.dataset import encode_item
 from processing.images import BadImage, load_image
 from processing.tokenizer import train_tokenizer
 
-from .arguments import Arguments, DataArguments, ModelArguments, VLMTrainingArguments
+from .arguments import Arguments, DataArguments, ModelArguments, VLMTrainingArguments, backbone_of
 from .data import (
     PRETRAIN,
     SFT,
@@ -158,6 +158,11 @@ def load_model(
         model_args.tune_text or starts["text"],
         model_args.freeze_embeddings,
     )
+    if not any(parameter.requires_grad for parameter in model.parameters()):
+        raise ValueError(
+            f"nothing would learn: both backbones are frozen, and the projector {model.config.projector_type} has "
+            "no parameters; add --tune_text or --tune_vision, or choose another projector_type."
+        )
     return model, processor
 
 
@@ -193,7 +198,11 @@ def _load_composed(model_args, dtype):
     name = model_args.model
     attention = {f"{side}_config": getattr(model_args, f"{side}_attn_implementation") for side in ("vision", "text")}
     model = VLMForConditionalGeneration.from_pretrained(
-        name, revision=model_args.model_revision, dtype=dtype, attn_implementation=attention
+        name,
+        revision=model_args.model_revision,
+        dtype=dtype,
+        attn_implementation=attention,
+        trust_remote_code=Path(name).is_dir() or model_args.trust_remote_code,
     )
     processor = VLMProcessor.from_pretrained(name, revision=model_args.model_revision)
     if model_args.chat_template is not None:
@@ -202,7 +211,7 @@ def _load_composed(model_args, dtype):
 
 
 def _compose(stage, model_args, data_args, data, dtype):
-    vision, text = _backbone("vision_model", model_args), _backbone("text_model", model_args)
+    vision, text = model_args.vision_models(), backbone_of("text_model", model_args.text_model)
     tokenizer = model_args.tokenizer
     if tokenizer is None and isinstance(text, PreTrainedConfig):
         tokenizer = tokenizer_from_scratch(stage, data_args, data, text)
@@ -215,28 +224,17 @@ def _compose(stage, model_args, data_args, data, dtype):
         "text_kwargs": model_args.backbone_kwargs("text"),
     }
     model = VLMForConditionalGeneration.from_backbones(
-        vision,
-        text,
-        projector_type=model_args.projector_type,
-        vision_feature_select_strategy=model_args.vision_feature_select_strategy,
-        vision_feature_layer=model_args.vision_feature_layer,
-        dtype=dtype,
-        **shared,
+        vision, text, dtype=dtype, **model_args.composition(), **shared
     )
     processor = VLMProcessor.from_backbones(
-        vision, text, model.config, chat_template=model_args.chat_template, **shared
+        vision,
+        text,
+        model.config,
+        chat_template=model_args.chat_template,
+        image_mode=model_args.image_mode,
+        **shared,
     )
     return model, processor
-
-
-def _backbone(option: str, model_args: ModelArguments) -> str | PreTrainedConfig:
-    value = getattr(model_args, option)
-    if not isinstance(value, dict):
-        return value
-    model_type = value.get("model_type")
-    if model_type not in CONFIG_MAPPING:
-        raise ValueError(f"{option} has model_type {model_type!r}; expected one that transformers knows, such as vit.")
-    return CONFIG_MAPPING[model_type](**{key: setting for key, setting in value.items() if key != "model_type"})
 
 
 def tokenizer_from_scratch(
@@ -258,6 +256,8 @@ def check_fit(model: VLMForConditionalGeneration, processor: VLMProcessor) -> No
     for what, ours, theirs in (
         ("image_token_id", config.image_token_id, processor.image_token_id),
         ("image_seq_length", config.image_seq_length, processor.image_seq_length),
+        ("max_tiles", config.max_tiles, processor.max_tiles),
+        ("image_size", tuple(config.image_size), processor.view_size),
     ):
         if ours != theirs:
             raise ValueError(
@@ -286,10 +286,11 @@ def choose_max_length(model: VLMForConditionalGeneration, asked: int | None) -> 
             f"({model.config.text_config.model_type}) has learned; set max_length to {learned} or less."
         )
     chosen = limit if asked is None else asked
-    if chosen <= model.config.image_seq_length:
+    if chosen <= model.config.image_tokens():
         raise ValueError(
-            f"max_length={chosen} leaves no room for text beside an image of {model.config.image_seq_length} tokens; "
-            "set a larger max_length, or choose fewer visual tokens (vision_feature_select_strategy: cls)."
+            f"max_length={chosen} leaves no room for text beside an image of {model.config.image_tokens()} tokens; set "
+            "a larger max_length, or choose fewer visual tokens (projector_type: resampler, or "
+            "vision_feature_select_strategy: cls)."
         )
     return chosen
 

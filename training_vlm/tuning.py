@@ -11,8 +11,6 @@ from typing import NamedTuple
 from torch import nn
 from transformers import PreTrainedModel
 
-from modeling_vlm.backbones_vlm import unused_parameters
-
 
 def apply_tuning(model: PreTrainedModel, vision: str, text: str, freeze_embeddings: bool = False) -> None:
     """
@@ -27,20 +25,27 @@ def apply_tuning(model: PreTrainedModel, vision: str, text: str, freeze_embeddin
         ValueError: another word, or more blocks than there are.
     """
     model.requires_grad_(False)
-    model.model.multi_modal_projector.requires_grad_(True)
-    for parameter in _chosen("tune_vision", vision, model.model.vision_tower):
+    for parameter in _projector_parameters(model):
         parameter.requires_grad_(True)
-    if vision != "frozen":
-        # Heads and poolers that the features do not depend on would never get a gradient.
-        unused = unused_parameters(model.model.vision_tower, lambda image: model.model.vision_hidden_states(image)[1])
-        for _, parameter in unused:
-            parameter.requires_grad_(False)
+    for encoder in _encoders(model):
+        for parameter in _chosen("tune_vision", vision, encoder):
+            parameter.requires_grad_(True)
     for parameter in _chosen("tune_text", text, model.model.language_model):
         parameter.requires_grad_(True)
     if text == "full":
         model.get_output_embeddings().requires_grad_(True)
     if freeze_embeddings:
         model.get_input_embeddings().requires_grad_(False)
+
+
+def _projector_parameters(model):
+    newline = model.model.image_newline
+    return [*model.model.multi_modal_projector.parameters(), *([] if newline is None else [newline])]
+
+
+def _encoders(model):
+    """The vision encoder, or both of a pair."""
+    return getattr(model.model.vision_tower, "encoders", (model.model.vision_tower,))
 
 
 def _chosen(option: str, choice: str, backbone: PreTrainedModel) -> list[nn.Parameter]:
@@ -80,7 +85,7 @@ def describe_parts(model: PreTrainedModel) -> list[Part]:
     embeddings = list(model.get_input_embeddings().parameters())
     groups = {
         "vision encoder": list(model.model.vision_tower.parameters()),
-        "projector": list(model.model.multi_modal_projector.parameters()),
+        "projector": _projector_parameters(model),
         "token embeddings": embeddings,
         "language model": list(model.model.language_model.parameters()),
         "head": list(model.get_output_embeddings().parameters()),
