@@ -106,15 +106,20 @@ class Scene:
         """Whether the scene holds a colour-shape pair that no training scene holds."""
         return any(thing.pair in UNSEEN_PAIRS for thing in self.objects)
 
-    def draw(self, image_size: int) -> Image.Image:
-        """The picture: RGB, `image_size` pixels in width and height, the same composition at every size."""
+    def draw(self, image_size: int, object_scale: float = 1.0) -> Image.Image:
+        """
+        The picture: RGB, `image_size` pixels in width and height, the same composition at every size.
+
+        Args:
+            object_scale: how large the objects are drawn; below 1 they need an encoder that sees detail.
+        """
         rng = Random(f"drawing {self.seed}")
         side = image_size * _OVERSAMPLING
         image = _ground(self.ground, side, rng)
         pen = ImageDraw.Draw(image)
         for thing in self.objects:
             x, y = (side * (centre + rng.uniform(-0.02, 0.02)) for centre in PLACES[thing.place])
-            radius = side * SIZES[thing.size] * rng.uniform(0.95, 1.05)
+            radius = side * SIZES[thing.size] * object_scale * rng.uniform(0.95, 1.05)
             colour = tuple(max(0, min(255, channel + rng.randint(-10, 10))) for channel in COLOURS[thing.colour])
             _DRAW[thing.shape](pen, x, y, radius, colour)
         return image.reduce(_OVERSAMPLING)
