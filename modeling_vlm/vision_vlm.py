@@ -200,20 +200,20 @@ def leave_out(tower: nn.Module, names: list[str]) -> None:
     """Take parts out of an encoder, by name; a lone parameter stays as a buffer, because its module may look for it."""
     for name in names:
         parent_name, _, child = name.rpartition(".")
+        if not _still_there(tower, parent_name):  # named otherwise in this version of the library
+            continue
         parent = tower.get_submodule(parent_name)
         if child in parent._parameters:
             parent.register_buffer(child, parent._parameters.pop(child).detach())
-        else:
+        elif child in parent._modules:
             tower.set_submodule(name, _LeftOut())
 
 
 def _still_there(tower, name):
-    module = tower
-    for part in name.split("."):
-        module = module._modules.get(part)
-        if module is None:
-            return False
-    return True
+    try:
+        return tower.get_submodule(name) is not None
+    except AttributeError:
+        return False
 
 
 @torch.no_grad()
