@@ -637,8 +637,14 @@ class VLMForConditionalGeneration(VLMPreTrainedModel, GenerationMixin):
                 mask `(batch, tokens)` (then logits are `(kept, vocab)`). The loss is that of the kept positions.
             num_items_in_batch (`torch.Tensor` or `int`):
                 Supervised tokens of the whole optimiser step, by which `Trainer` has the sum divided.
+            shift_labels (`torch.LongTensor` of shape `(batch, tokens)`, one of the `kwargs`):
+                The token after each position, in place of `labels`: what one shard of a long sequence learns from.
         """
-        if use_cache is None and (self.training or labels is not None):
+        # Not in the signature, where `Trainer` would take it for a label that every batch has.
+        shift_labels = kwargs.pop("shift_labels", None)
+        if shift_labels is None and labels is not None:
+            shift_labels = nn.functional.pad(labels, (0, 1), value=-100)[..., 1:]
+        if use_cache is None and (self.training or shift_labels is not None):
             use_cache = False  # a cache has no reader in training, and would switch off packed attention masks
         text_config = self.config.text_config
         if getattr(text_config, "output_router_logits", False):  # a headless model does not look for this itself
@@ -660,9 +666,8 @@ class VLMForConditionalGeneration(VLMPreTrainedModel, GenerationMixin):
         logits = scale_logits(logits, self.config.text_config)
 
         loss = None
-        if labels is not None:
-            targets = nn.functional.pad(labels, (0, 1), value=-100)[..., 1:]
-            targets = _keep_positions(targets.unsqueeze(-1), logits_to_keep).squeeze(-1)
+        if shift_labels is not None:
+            targets = _keep_positions(shift_labels.unsqueeze(-1), logits_to_keep).squeeze(-1)
             if num_items_in_batch is None:
                 num_items_in_batch = (targets != -100).sum()
             # A batch without a supervised token has loss 0 with a graph, not 0/0.
