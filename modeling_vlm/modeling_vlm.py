@@ -432,6 +432,7 @@ class VLMForConditionalGeneration(VLMPreTrainedModel, GenerationMixin):
         super().__init__(config)
         # The whole causal model is built so that its head is what it is there: bias or none, any name, any size.
         if causal_lm is None:
+            config.text_config.tie_word_embeddings = config.tie_word_embeddings
             causal_lm = AutoModelForCausalLM.from_config(config.text_config)
         self.model = VLMModel(config, vision_tower, causal_lm.base_model)
         self.lm_head = causal_lm.get_output_embeddings()
