@@ -423,6 +423,8 @@ class VLMForConditionalGeneration(VLMPreTrainedModel, GenerationMixin):
         `ValueError`: the language model's head is not one linear layer, or the backbones do not fit together.
     """
 
+    _tp_plan = {"lm_head": "colwise_gather_output"}
+
     def __init__(
         self,
         config: PreTrainedConfig,
