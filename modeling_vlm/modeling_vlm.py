@@ -22,7 +22,8 @@ from transformers import (
 from transformers import initialization as init
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutputWithPast, BaseModelOutputWithPooling, ModelOutput
-from transformers.utils import can_return_tuple, torch_compilable_check
+from transformers.processing_utils import Unpack
+from transformers.utils import TransformersKwargs, can_return_tuple, torch_compilable_check
 
 from .backbones_vlm import (
     BackboneKwargs,
@@ -340,7 +341,7 @@ class VLMModel(VLMPreTrainedModel):
         inputs_embeds: torch.Tensor | None = None,
         image_grids: torch.LongTensor | None = None,
         mm_encoder_outputs: dict[str, BaseModelOutputWithPooling] | None = None,
-        **kwargs,
+        **kwargs: Unpack[TransformersKwargs],
     ) -> VLMModelOutputWithPast:
         """
         Args:
@@ -626,7 +627,7 @@ class VLMForConditionalGeneration(VLMPreTrainedModel, GenerationMixin):
         num_items_in_batch: torch.Tensor | int | None = None,
         image_grids: torch.LongTensor | None = None,
         mm_encoder_outputs: dict[str, BaseModelOutputWithPooling] | None = None,
-        **kwargs,
+        **kwargs: Unpack[TransformersKwargs],
     ) -> VLMCausalLMOutputWithPast:
         """
         Args (those of `VLMModel.forward`, and):
