@@ -356,7 +356,8 @@ class VLMModel(VLMPreTrainedModel):
             mm_encoder_outputs (`dict`): output of `get_image_features` under `"image"`, instead of `pixel_values`.
 
         Raises:
-            `ValueError`: image tokens and features disagree, or the sequence is longer than learned positions reach.
+            `ValueError`: image tokens and features disagree (in training also where no image is given at all), or the
+                sequence is longer than learned positions reach.
         """
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("You must specify exactly one of input_ids or inputs_embeds")
@@ -376,9 +377,9 @@ class VLMModel(VLMPreTrainedModel):
             image_features = torch.cat(tuple(image_outputs.pooler_output)).to(inputs_embeds.device, inputs_embeds.dtype)
             mask = self.get_placeholder_mask(input_ids, inputs_embeds, image_features)
             inputs_embeds = inputs_embeds.masked_scatter(mask, image_features)
-        elif input_ids is not None:
-            no_features = inputs_embeds.new_empty(0)
-            self.get_placeholder_mask(input_ids, inputs_embeds, no_features)
+        elif input_ids is not None and self.training:
+            # Not in evaluation, where a model that assists another is given the ids of a prompt without its images.
+            self.get_placeholder_mask(input_ids, inputs_embeds, inputs_embeds.new_empty(0))
 
         outputs = self.language_model(
             inputs_embeds=inputs_embeds,
@@ -583,6 +584,9 @@ class VLMForConditionalGeneration(VLMPreTrainedModel, GenerationMixin):
     def _expand_inputs_for_generation(self, expand_size=1, is_encoder_decoder=False, input_ids=None, **kwargs):
         # Beams and samples repeat each prompt, and a prompt may have any number of images: they go with their prompt.
         pixel_values, grids = kwargs.get("pixel_values"), kwargs.get("image_grids")
+        encoded = pixel_values is not None or kwargs.get("mm_encoder_outputs")
+        if not encoded and all(kwargs.get(name) is None for name in ("inputs_embeds", "past_key_values")):
+            self.model.get_placeholder_mask(input_ids, None, input_ids.new_empty(0))  # a prompt without its images
         images_of, views_in = None, None
         if pixel_values is not None and input_ids is not None:
             shapes = [(1, 1)] * len(pixel_values) if grids is None else grids.tolist()

@@ -391,11 +391,17 @@ def test_every_weight_has_the_precision_that_was_asked_for(pair, folders, tmp_pa
 def test_image_tokens_and_features_must_match(composed, tokens, features):
     model, _ = composed
     inputs = some_inputs(model, images=tokens)
+    del inputs["pixel_values"]
     per_image = model.config.image_seq_length
-    pixels = torch.randn(features, 3, 32, 32) if features else None
     says = f"do not match, tokens: {tokens * per_image}, features: {features * per_image}"
+    if features:
+        inputs["pixel_values"] = torch.randn(features, 3, 32, 32)
+        with pytest.raises(ValueError, match=says):
+            model(**inputs)
     with pytest.raises(ValueError, match=says):
-        model(**{**inputs, "pixel_values": pixels})
+        model.generate(**inputs, max_new_tokens=2)
+    with pytest.raises(ValueError, match=says):
+        model.train()(**inputs)
 
 
 def test_neither_or_both_of_ids_and_embeddings_are_refused(composed):
