@@ -308,6 +308,13 @@ class VLMModel(VLMPreTrainedModel):
             images.append(torch.cat([part for row in rows for part in (row.flatten(0, 1), newline)]))
         return images
 
+    def image_positions(self, input_ids: torch.LongTensor | None, inputs_embeds: torch.Tensor | None) -> torch.Tensor:
+        """Where image tokens are, as a `(batch, tokens)` mask; without ids they are told by their embedding."""
+        if input_ids is not None:
+            return input_ids == self.config.image_token_id
+        image_id = torch.tensor(self.config.image_token_id, device=inputs_embeds.device)
+        return (inputs_embeds == self.get_input_embeddings()(image_id)).all(-1)
+
     def get_placeholder_mask(
         self, input_ids: torch.LongTensor | None, inputs_embeds: torch.Tensor, image_features: torch.Tensor
     ) -> torch.Tensor:
@@ -317,11 +324,7 @@ class VLMModel(VLMPreTrainedModel):
         Raises:
             `ValueError`: the number of image tokens is not the number of features.
         """
-        if input_ids is None:
-            image_id = torch.tensor(self.config.image_token_id, device=inputs_embeds.device)
-            mask = (inputs_embeds == self.get_input_embeddings()(image_id)).all(-1)
-        else:
-            mask = input_ids == self.config.image_token_id
+        mask = self.image_positions(input_ids, inputs_embeds)
         tokens, features = mask.sum(), image_features.shape[0]
         torch_compilable_check(
             tokens == features,
@@ -587,11 +590,12 @@ class VLMForConditionalGeneration(VLMPreTrainedModel, GenerationMixin):
         encoded = pixel_values is not None or kwargs.get("mm_encoder_outputs")
         if not encoded and all(kwargs.get(name) is None for name in ("inputs_embeds", "past_key_values")):
             self.model.get_placeholder_mask(input_ids, None, input_ids.new_empty(0))  # a prompt without its images
-        images_of, views_in = None, None
-        if pixel_values is not None and input_ids is not None:
+        images_of, views_in, embeds = None, None, kwargs.get("inputs_embeds")
+        if pixel_values is not None and (input_ids is not None or embeds is not None):
             shapes = [(1, 1)] * len(pixel_values) if grids is None else grids.tolist()
             tokens = torch.tensor([self.config.image_tokens(*shape) for shape in shapes]).cumsum(0)
-            of_prompts = (input_ids == self.config.image_token_id).sum(1).cumsum(0).cpu()
+            positions = self.model.image_positions(input_ids if embeds is None else None, embeds)
+            of_prompts = positions.sum(1).cumsum(0).cpu()
             ends = torch.searchsorted(tokens, of_prompts, right=True)
             if tokens[-1] == of_prompts[-1]:
                 images_of = ends.diff(prepend=ends.new_zeros(1)).tolist()
