@@ -239,9 +239,13 @@ class VLMModel(VLMPreTrainedModel):
             outputs = run_tower(self.vision_tower, self._tower_takes, pixel_values, **kwargs)
             return outputs, outputs.last_hidden_state
         # The tower ends at that layer; its last hidden state would have the final norm applied.
+        kept = kwargs.get("output_hidden_states", self.vision_tower.config.output_hidden_states)
         kwargs["output_hidden_states"] = True
         outputs = run_tower(self.vision_tower, self._tower_takes, pixel_values, **kwargs)
-        return outputs, outputs.hidden_states[-1]
+        hidden_states = outputs.hidden_states[-1]
+        if not kept:
+            outputs = type(outputs)(**{name: value for name, value in outputs.items() if name != "hidden_states"})
+        return outputs, hidden_states
 
     def get_input_embeddings(self) -> nn.Module:
         return self.language_model.get_input_embeddings()
