@@ -19,6 +19,13 @@ from tests import tiny  # noqa: E402
 torch.set_num_threads(1)
 
 
+def pytest_configure(config):
+    """The marks that the library puts on its common tests (test_common.py)."""
+    marks = "accelerate_tests flash_attn_test flash_attn_3_test flash_attn_4_test generate torch_compile_test"
+    for name in marks.split():
+        config.addinivalue_line("markers", f"{name}: of the library's common tests")
+
+
 @pytest.fixture(autouse=True, scope="session")
 def _caches_of_its_own(tmp_path_factory):
     """Nothing a test does may read or write the caches of the user."""
