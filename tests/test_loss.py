@@ -183,6 +183,23 @@ def one_step(pair, folders, items, folder, **changes):
     return trainer.state.log_history[0]["loss"], {n: p.detach().clone() for n, p in model.named_parameters()}
 
 
+def test_targets_may_be_shifted_beforehand(composed, image):
+    """Two shards of a sequence learn what the whole learns: the last token of the first shard has its target."""
+    model, processor = composed
+    batch = tiny.collate(processor, tiny.ragged_dialogues(image))
+    expected = model(**batch)
+    labels = batch.pop("labels")
+    shifted = torch.nn.functional.pad(labels[:, 1:], (0, 1), value=-100)
+    found = model(**batch, shift_labels=shifted)
+    assert torch.equal(found.loss, expected.loss) and found.past_key_values is None
+    assert torch.equal(model(**batch, labels=torch.zeros_like(labels), shift_labels=shifted).loss, expected.loss)
+    half, count = shifted.shape[1] // 2, (shifted != -100).sum()
+    shards = shifted.clone(), shifted.clone()
+    shards[0][:, half:], shards[1][:, :half] = -100, -100
+    parts = [model(**batch, shift_labels=shard, num_items_in_batch=count).loss for shard in shards]
+    torch.testing.assert_close(sum(parts), expected.loss)
+
+
 @pytest.mark.parametrize("size, steps", [(4, 2), (2, 4), (1, 8)])
 def test_micro_batches_give_the_step_of_one_batch(pair, folders, image, tmp_path, size, steps):
     """The items have from one to twenty supervised tokens: a mean of means would be another number."""

@@ -316,6 +316,17 @@ def test_heads_are_tied_after_loading_as_before(text, tied, tmp_path):
     assert torch.equal(logits_of(again, inputs), expected)
 
 
+@pytest.mark.parametrize("text", [gpt2_config, llama_config])
+def test_a_config_may_be_untied_after_it_was_made(text, tmp_path):
+    config = VLMConfig(vision_config=vit_config(), text_config=text(tie_word_embeddings=True))
+    config.tie_word_embeddings = False
+    model = VLMForConditionalGeneration(config)
+    assert model.lm_head.weight is not model.get_input_embeddings().weight
+    model.save_pretrained(tmp_path)
+    again, info = VLMForConditionalGeneration.from_pretrained(tmp_path, output_loading_info=True)
+    assert not info["missing_keys"] and torch.equal(again.lm_head.weight, model.lm_head.weight)
+
+
 @pytest.mark.parametrize("tied", [True, False])
 def test_embeddings_can_be_resized(tied, tmp_path):
     model = from_configs(vit_config(), llama_config(tie_word_embeddings=tied))
@@ -600,6 +611,15 @@ def test_outputs_come_as_a_tuple_when_asked(composed):
     with torch.no_grad():
         outputs = model(**inputs, labels=inputs["input_ids"], return_dict=False)
     assert isinstance(outputs, tuple) and outputs[0].ndim == 0 and outputs[1].ndim == 3
+
+
+@pytest.mark.parametrize("layer", [None, -1])
+def test_hidden_states_of_the_encoder_come_when_asked(layer):
+    """Those that the features are read from are not kept for nothing."""
+    model = from_configs(vit_config(), llama_config(), vision_feature_layer=layer)
+    pixels = torch.randn(2, 3, 16, 16)
+    assert model.get_image_features(pixels).hidden_states is None
+    assert len(model.get_image_features(pixels, output_hidden_states=True).hidden_states) == 3
 
 
 def test_hidden_states_and_attentions_come_when_asked(composed):
