@@ -147,6 +147,8 @@ class VLMConfig(PreTrainedConfig):
         self.vision_config = _sub_config(self.vision_config, "vision_config", default="vit")
         self.text_config = _sub_config(self.text_config, "text_config", default="llama")
         self._check_projector()
+        if self.vision_feature_select_strategy == "default":  # LLaVA's name for it
+            self.vision_feature_select_strategy = "patch"
         if self.vision_feature_select_strategy not in SELECT_STRATEGIES:
             raise ValueError(
                 f"vision_feature_select_strategy={self.vision_feature_select_strategy!r} is not known; "

@@ -6,6 +6,7 @@
 checkpoint, so it imports torch and transformers only.
 """
 
+import copy
 import os
 from dataclasses import dataclass
 
@@ -23,7 +24,9 @@ from transformers import initialization as init
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutputWithPast, BaseModelOutputWithPooling, ModelOutput
 from transformers.processing_utils import Unpack
+from transformers.quantizers import AutoQuantizationConfig
 from transformers.utils import TransformersKwargs, can_return_tuple, torch_compilable_check
+from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from .backbones_vlm import (
     BackboneKwargs,
@@ -110,9 +113,25 @@ class VLMPreTrainedModel(PreTrainedModel):
     _can_compile_fullgraph = True
 
     @classmethod
-    def from_pretrained(cls, pretrained_model_name_or_path, *args, trust_remote_code: bool | None = None, **kwargs):
+    def from_pretrained(
+        cls,
+        *args,
+        trust_remote_code: bool | None = None,
+        quantization_config: QuantizationConfigMixin | dict | None = None,
+        **kwargs,
+    ) -> PreTrainedModel:
+        """
+        The library's, with care for two things.
+
+        Args:
+            trust_remote_code: whether a projector class that comes with the checkpoint may be run.
+            quantization_config: where it does not say what is left whole, vision tower, projector and head are, and it
+                is saved so; the library would quantise the first two.
+        """
+        if quantization_config is not None:
+            quantization_config = _leave_out_image_parts(quantization_config)
         with trusting(trust_remote_code):
-            return super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
+            return super().from_pretrained(*args, quantization_config=quantization_config, **kwargs)
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module):
@@ -121,6 +140,18 @@ class VLMPreTrainedModel(PreTrainedModel):
             init.normal_(module.queries, std=0.02)
         elif isinstance(module, VLMModel) and module.image_newline is not None:
             init.normal_(module.image_newline, std=0.02)
+
+
+def _leave_out_image_parts(quantization_config):
+    if isinstance(quantization_config, dict):
+        quantization_config = AutoQuantizationConfig.from_dict(quantization_config)
+    quantization_config = copy.deepcopy(quantization_config)
+    # Names are matched from their beginning, and each of the two classes may load what the other saved.
+    parts = [f"{prefix}{part}" for prefix in ("", "model.") for part in ("vision_tower", "multi_modal_projector")]
+    for field in ("llm_int8_skip_modules", "modules_to_not_convert"):  # bitsandbytes' word and that of the others
+        if getattr(quantization_config, field, parts) is None:
+            setattr(quantization_config, field, [*parts, "lm_head"])
+    return quantization_config
 
 
 class VLMModel(VLMPreTrainedModel):
@@ -283,7 +314,8 @@ class VLMModel(VLMPreTrainedModel):
 
         Returns:
             `BaseModelOutputWithPooling`: the vision encoder's output, `pooler_output` being the features in the
-            language model's space, a list with one `(tokens, hidden)` tensor an image.
+            language model's space: `(images, image_seq_length, hidden)`, or where images may be tiled a list with one
+            `(tokens, hidden)` tensor an image.
 
         Raises:
             `ValueError`: grids and views disagree.
@@ -293,7 +325,7 @@ class VLMModel(VLMPreTrainedModel):
             hidden_states, self.config.vision_feature_select_strategy, self.config.num_prefix_tokens
         )
         views = self.multi_modal_projector(features)
-        outputs.pooler_output = list(views) if self.image_newline is None else self._join_views(views, image_grids)
+        outputs.pooler_output = views if self.image_newline is None else self._join_views(views, image_grids)
         return outputs
 
     def _join_views(self, views, image_grids):
@@ -332,8 +364,12 @@ class VLMModel(VLMPreTrainedModel):
         tokens, features = mask.sum(), image_features.shape[0]
         torch_compilable_check(
             tokens == features,
-            f"Image features and image tokens do not match, tokens: {tokens}, features: {features}. Each view of an "
-            f"image needs {self.config.image_seq_length} image tokens; the processor saved with the model places them.",
+            # Not formed before it is needed: a compiled graph would be one for this number of features.
+            lambda: (
+                f"Image features and image tokens do not match, tokens: {tokens}, features: {features}. Each view of "
+                f"an image needs {self.config.image_seq_length} image tokens; the processor saved with the model "
+                "places them."
+            ),
         )
         return mask.unsqueeze(-1)
 
@@ -381,7 +417,7 @@ class VLMModel(VLMPreTrainedModel):
             image_outputs = self.get_image_features(pixel_values, image_grids, return_dict=True)
         image_features = None
         if image_outputs is not None:
-            image_features = torch.cat(tuple(image_outputs.pooler_output)).to(inputs_embeds.device, inputs_embeds.dtype)
+            image_features = _in_one_row(image_outputs.pooler_output).to(inputs_embeds.device, inputs_embeds.dtype)
             mask = self.get_placeholder_mask(input_ids, inputs_embeds, image_features)
             inputs_embeds = inputs_embeds.masked_scatter(mask, image_features)
         elif input_ids is not None and self.training:
@@ -591,10 +627,13 @@ class VLMForConditionalGeneration(VLMPreTrainedModel, GenerationMixin):
     def _expand_inputs_for_generation(self, expand_size=1, is_encoder_decoder=False, input_ids=None, **kwargs):
         # Beams and samples repeat each prompt, and a prompt may have any number of images: they go with their prompt.
         pixel_values, grids = kwargs.get("pixel_values"), kwargs.get("image_grids")
-        encoded = pixel_values is not None or kwargs.get("mm_encoder_outputs")
-        if not encoded and all(kwargs.get(name) is None for name in ("inputs_embeds", "past_key_values")):
+        embeds, encoded = kwargs.get("inputs_embeds"), (kwargs.get("mm_encoder_outputs") or {}).get("image")
+        if encoded is not None and expand_size > 1:  # the library would drop features that no prompt has a place for
+            ids = input_ids if embeds is None else None
+            self.model.get_placeholder_mask(ids, embeds, _in_one_row(encoded.pooler_output))
+        elif encoded is None and pixel_values is None and embeds is None and kwargs.get("past_key_values") is None:
             self.model.get_placeholder_mask(input_ids, None, input_ids.new_empty(0))  # a prompt without its images
-        images_of, views_in, embeds = None, None, kwargs.get("inputs_embeds")
+        images_of, views_in = None, None
         if pixel_values is not None and (input_ids is not None or embeds is not None):
             shapes = [(1, 1)] * len(pixel_values) if grids is None else grids.tolist()
             tokens = torch.tensor([self.config.image_tokens(*shape) for shape in shapes]).cumsum(0)
@@ -717,6 +756,11 @@ class VLMForConditionalGeneration(VLMPreTrainedModel, GenerationMixin):
             aux_loss=aux_loss,
             router_logits=outputs.router_logits,
         )
+
+
+def _in_one_row(features: torch.Tensor | list[torch.Tensor]) -> torch.Tensor:
+    """`pooler_output` as `(image tokens, hidden)`."""
+    return features.flatten(0, 1) if isinstance(features, torch.Tensor) else torch.cat(features)
 
 
 def views_of(grids: list[tuple[int, int]]) -> list[int]:
