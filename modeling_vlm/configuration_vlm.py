@@ -6,12 +6,11 @@ only.
 """
 
 import copy
-import inspect
 import math
+import shutil
 from pathlib import Path
 
-from transformers import CONFIG_MAPPING, AutoConfig, PreTrainedConfig
-from transformers.dynamic_module_utils import custom_object_save
+from transformers import CONFIG_MAPPING, AutoConfig, PreTrainedConfig, dynamic_module_utils
 
 
 PROJECTOR_SETTINGS = {
@@ -84,8 +83,8 @@ class VLMConfig(PreTrainedConfig):
         text_config (`PreTrainedConfig` or `dict`, *optional*, defaults to a Llama):
             Config of any `AutoModelForCausalLM` language model.
         projector_type (`str`, defaults to `"mlp"`):
-            A projector of Duet's (see `projector_vlm.py`), or a class of one's own: itself, or `"path/FILE.py:CLASS"`.
-            It becomes `"FILE.CLASS"`, and the file goes into every folder that the config is saved to.
+            A projector of Duet's (see `projector_vlm.py`), or `"FILE.CLASS"`: a class of the user's own, whose file
+            goes into every folder that the config is saved to. `from_backbones` takes it in.
         projector_settings (`dict`, *optional*):
             Settings of the projector: `scale`, `num_queries`, `depth`; see `PROJECTOR_SETTINGS`.
         vision_feature_select_strategy (`str`, defaults to `"patch"`):
@@ -139,11 +138,12 @@ class VLMConfig(PreTrainedConfig):
     image_token_id: int | None = None
     tie_word_embeddings: bool | None = None
 
-    # Of a projector of the user's own, in this process only: the folder of its file, and the class once it is loaded.
-    _projector_folder = None
-    _projector_class = None
+    # The file of a projector of the user's own, in this process only. It is run without asking, so nothing that a
+    # checkpoint says may end up here.
+    _projector_file = None
 
     def __post_init__(self, **kwargs):
+        kwargs.pop("_projector_file", None)
         self.vision_config = _sub_config(self.vision_config, "vision_config", default="vit")
         self.text_config = _sub_config(self.text_config, "text_config", default="llama")
         self._check_projector()
@@ -170,27 +170,24 @@ class VLMConfig(PreTrainedConfig):
         super().__post_init__(**kwargs)
 
     def _check_projector(self):
-        given = self.projector_settings or {}
-        if not isinstance(self.projector_type, str) or ":" in self.projector_type:
-            file, name = _find_class(self.projector_type)
-            self.projector_type, self._projector_folder = f"{file.stem}.{name}", str(file.parent)
-        if "." in self.projector_type:  # it knows its settings itself
-            return
-        if self.projector_type not in PROJECTOR_SETTINGS:
+        kind, given = self.projector_type, {} if self.projector_settings is None else self.projector_settings
+        if not isinstance(given, dict):
+            raise ValueError(f"projector_settings={given!r}: expected names and values, such as {{'scale': 2}}.")
+        known = PROJECTOR_SETTINGS.get(kind) if isinstance(kind, str) else None
+        if known is None and not is_own_projector(kind):
             raise ValueError(
-                f"projector_type={self.projector_type!r} is not known; choose one of "
-                f"{', '.join(PROJECTOR_SETTINGS)}, or name a class of your own as FILE.py:CLASS."
+                f"projector_type={kind!r} is not known; choose one of {', '.join(PROJECTOR_SETTINGS)}, or give "
+                "`from_backbones` a class of your own as FILE.py:CLASS."
             )
-        known = PROJECTOR_SETTINGS[self.projector_type]
-        for name, value in given.items():
+        for name, value in given.items() if known is not None else ():  # a class of one's own knows its settings itself
             if name not in known:
                 raise ValueError(
-                    f"projector_settings has {name!r}, which {self.projector_type} does not take; it takes "
+                    f"projector_settings has {name!r}, which {kind} does not take; it takes "
                     f"{', '.join(known) or 'none'}."
                 )
-            if not isinstance(value, int) or value < 1:
+            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
                 raise ValueError(f"projector_settings has {name}={value!r}; expected a whole number from 1.")
-        self.projector_settings = {**known, **given}
+        self.projector_settings = {**(known or {}), **given}
 
     def _cut_vision_tower(self):
         self.vision_config = copy.deepcopy(self.vision_config)
@@ -198,17 +195,26 @@ class VLMConfig(PreTrainedConfig):
         depths = [_cut(encoder, self.vision_feature_layer) for encoder in encoders]
         self.vision_num_hidden_layers = depths if len(depths) > 1 else depths[0]
 
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path, **kwargs):
+        # As the Auto classes do: beside a config lies the file of its projector.
+        kwargs.setdefault("name_or_path", str(pretrained_model_name_or_path))
+        return super().from_pretrained(pretrained_model_name_or_path, **kwargs)
+
     def to_dict(self) -> dict:
         settings = super().to_dict()
-        for name in ("_projector_folder", "_projector_class"):
-            settings.pop(name, None)
+        settings.pop("_projector_file", None)
         return settings
 
     def save_pretrained(self, save_directory, **kwargs):
-        if self._projector_class is not None:
-            Path(save_directory).mkdir(parents=True, exist_ok=True)
-            custom_object_save(self._projector_class, save_directory)
         super().save_pretrained(save_directory, **kwargs)
+        if is_own_projector(self.projector_type):
+            source = self._name_or_path if self._projector_file is None else Path(self._projector_file).parent
+            name = self.projector_type.partition(".")[0] + ".py"
+            # The library's own copy, which has what the file imports beside it; nothing is run.
+            file = dynamic_module_utils.get_cached_module_file(source, name)
+            for path in relative_files(Path(dynamic_module_utils.HF_MODULES_CACHE, file)):
+                shutil.copyfile(path, Path(save_directory, path.name))
 
     @property
     def patch_grid(self) -> tuple[int, int]:
@@ -226,6 +232,17 @@ class VLMConfig(PreTrainedConfig):
             return self.image_seq_length
         tiles, separators = (rows * columns, rows) if rows * columns > 1 else (0, 0)
         return self.image_seq_length * (1 + tiles) + 1 + separators
+
+
+def is_own_projector(projector_type: str) -> bool:
+    """Whether it names a class of the user's own: `FILE.CLASS`."""
+    parts = projector_type.split(".") if isinstance(projector_type, str) else []
+    return len(parts) == 2 and all(part.isidentifier() for part in parts) and parts[1] != "py"
+
+
+def relative_files(file: Path) -> list[Path]:
+    """A Python file and those it imports from beside it, and they in turn."""
+    return [file, *map(Path, dynamic_module_utils.get_relative_import_files(file))]
 
 
 def pair_of(size: int | list | tuple) -> tuple[int, int]:
@@ -261,29 +278,6 @@ def patch_grid_of(config: PreTrainedConfig, image_size: int | list | tuple) -> t
             f"({config.model_type}, {patch[0]}x{patch[1]} pixels); choose a larger image_size."
         )
     return grid
-
-
-def _find_class(projector: str | type) -> tuple[Path, str]:
-    """The file and the name of a projector class, given as `"FILE.py:CLASS"` or itself."""
-    if isinstance(projector, str):
-        file, _, name = projector.rpartition(":")
-        file = Path(file).expanduser().resolve()
-        if not file.is_file() or file.suffix != ".py":
-            raise ValueError(f"projector_type={projector!r}: there is no Python file {file}.")
-    else:
-        name = projector.__qualname__
-        if projector.__module__ == "__main__" or "." in name:
-            raise ValueError(
-                f"the projector {name} is defined in a notebook, a script or a function, from where a checkpoint "
-                "cannot take its code along; move the class into a file of its own and name it as FILE.py:CLASS."
-            )
-        file = Path(inspect.getfile(projector)).resolve()
-    if not file.stem.isidentifier() or file.stem.endswith("_vlm"):
-        raise ValueError(
-            f"the projector's file {file.name} cannot be copied beside Duet's own, which end in _vlm.py; give it a "
-            "name that is a Python name and ends otherwise."
-        )
-    return file, name
 
 
 def _first_encoder(config):

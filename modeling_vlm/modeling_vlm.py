@@ -42,7 +42,7 @@ from .backbones_vlm import (
     vision_config_of,
 )
 from .configuration_vlm import VLMConfig
-from .projector_vlm import Resampler, build_projector, select_features, trusting
+from .projector_vlm import Resampler, build_projector, find_own_projector, select_features, trusting
 from .vision_vlm import (
     VLMVisionPair,
     blank_image,
@@ -130,7 +130,7 @@ class VLMPreTrainedModel(PreTrainedModel):
         """
         if quantization_config is not None:
             quantization_config = _leave_out_image_parts(quantization_config)
-        with trusting(trust_remote_code):
+        with trusting(trust_remote_code, **kwargs):
             return super().from_pretrained(*args, quantization_config=quantization_config, **kwargs)
 
     @torch.no_grad()
@@ -238,19 +238,20 @@ class VLMModel(VLMPreTrainedModel):
 
     @torch.no_grad()
     def _count_visual_tokens(self):
-        """Find the tokens of a view by projecting one."""
+        """Find the tokens of a view by projecting two."""
         config, width = self.config, self.language_model.get_input_embeddings().embedding_dim
         states = self.vision_hidden_states(blank_image(self.vision_tower, config.image_size))[1]
         features = select_features(states, config.vision_feature_select_strategy, config.num_prefix_tokens)
+        features = features.expand(2, -1, -1)
         try:
             projected = self.multi_modal_projector(features)
-        except (RuntimeError, ValueError, TypeError, AttributeError, IndexError) as error:
+        except Exception as error:  # whatever a class of the user's own raises
             reason = " ".join(str(error).split())[:200]
             raise ValueError(
                 f"the projector {config.projector_type} does not take features of shape {tuple(features.shape)} "
                 f"(views, tokens, hidden): {reason}"
             ) from error
-        if not isinstance(projected, torch.Tensor) or projected.ndim != 3 or projected.shape[::2] != (1, width):
+        if not isinstance(projected, torch.Tensor) or projected.ndim != 3 or projected.shape[::2] != (2, width):
             found = tuple(projected.shape) if isinstance(projected, torch.Tensor) else type(projected).__name__
             raise ValueError(
                 f"the projector {config.projector_type} gives {found} for features of shape {tuple(features.shape)}; "
@@ -522,8 +523,10 @@ class VLMForConditionalGeneration(VLMPreTrainedModel, GenerationMixin):
             tokenizer (`str` or tokenizer, *optional*, defaults to that of `text`):
                 The language model's tokenizer, from which the image token's id follows.
             image_token (`str`): the image token; added to the vocabulary where the tokenizer does not have it.
-            projector_type, projector_settings, vision_feature_select_strategy, vision_feature_layer, image_size,
-                max_tiles: see `VLMConfig`.
+            projector_type (`str` or a class): a projector's name, or a class of one's own: itself, or
+                `"path/FILE.py:CLASS"`. Its file goes into every checkpoint.
+            projector_settings, vision_feature_select_strategy, vision_feature_layer, image_size, max_tiles: see
+                `VLMConfig`.
             dtype (`torch.dtype`): of every weight; parameters that train want float32.
             vision_kwargs, text_kwargs (`dict`, *optional*):
                 `revision`, `token`, `trust_remote_code`, `attn_implementation` and the like, for each side.
@@ -537,6 +540,7 @@ class VLMForConditionalGeneration(VLMPreTrainedModel, GenerationMixin):
             raise ValueError(f"{len(encoders)} vision encoders were given; expected one, or two side by side.")
         vision_config = vision_config_of(encoders, vision_kwargs)
         text_config = load_backbone_config("language model", text, text_kwargs)
+        projector_type, projector_file = find_own_projector(projector_type)
         config = VLMConfig(
             vision_config=vision_config,
             text_config=text_config,
@@ -548,7 +552,7 @@ class VLMForConditionalGeneration(VLMPreTrainedModel, GenerationMixin):
             max_tiles=max_tiles,
             image_token_id=find_image_token_id(text if tokenizer is None else tokenizer, image_token, text_kwargs),
         )
-        config.dtype = dtype
+        config._projector_file, config.dtype = projector_file, dtype
         configs = getattr(config.vision_config, "encoders", (config.vision_config,))
         towers = [load_vision_tower(*pair, dtype, vision_kwargs) for pair in zip(encoders, configs)]
         causal_lm = load_language_model(text, config.text_config, dtype, text_kwargs)

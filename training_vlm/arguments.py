@@ -128,7 +128,7 @@ class ModelArguments:
         if isinstance(self.projector_settings, str):
             given = self.projector_settings
             pairs = [pair.partition("=") for pair in given.split(",")]
-            if not all(value.strip().isdigit() for _, _, value in pairs):
+            if not all(value.strip().isdecimal() for _, _, value in pairs):
                 raise ValueError(f"projector_settings={given!r}: expected whole numbers, such as scale=2,depth=3.")
             self.projector_settings = {name.strip(): int(value) for name, _, value in pairs}
 

@@ -30,6 +30,7 @@ from transformers.utils import logging
 
 from modeling_vlm import VLMConfig, VLMForConditionalGeneration
 from modeling_vlm.backbones_vlm import find_image_token_id, load_backbone_config, vision_config_of
+from modeling_vlm.projector_vlm import find_own_projector, trusting
 from processing import VLMDataCollator, VLMProcessor
 from processing.account import Record
 from processing.encoding import IGNORE
@@ -143,7 +144,8 @@ def load_processor(
     if model_args.model is not None:
         check_composed(model_args)
         name, revision = model_args.model, model_args.model_revision
-        model = _without_memory(VLMConfig.from_pretrained(name, revision=revision))
+        with trusting(Path(name).is_dir() or model_args.trust_remote_code, revision=revision):
+            model = _without_memory(VLMConfig.from_pretrained(name, revision=revision))
         processor = VLMProcessor.from_pretrained(name, revision=revision)
         if model_args.chat_template is not None:
             processor.set_chat_template(model_args.chat_template)
@@ -166,6 +168,7 @@ def _compose(stage, model_args, data_args, data):
     else:
         vision, settings = model_args.vision_models(), model_args.composition()
     vision = vision if isinstance(vision, tuple) else (vision,)
+    settings["projector_type"], projector_file = find_own_projector(settings.get("projector_type", "mlp"))
     config = VLMConfig(
         vision_config=vision_config_of(vision, vision_kwargs),
         text_config=load_backbone_config("language model", text, text_kwargs),
@@ -174,6 +177,7 @@ def _compose(stage, model_args, data_args, data):
     tokenizer = model_args.tokenizer
     if tokenizer is None and not isinstance(text, str):
         tokenizer = tokenizer_from_scratch(stage, data_args, data, config.text_config)
+    config._projector_file = projector_file
     config.image_token_id = find_image_token_id(tokenizer or text, model_args.image_token, text_kwargs)
     model = _without_memory(config)
     processor = VLMProcessor.from_backbones(

@@ -134,7 +134,8 @@ class VLMTrainer(Trainer):
         model = self.model if model is None else model
         if not isinstance(model, PreTrainedModel) or self.is_fsdp_enabled:
             return super()._load_from_checkpoint(resume_from_checkpoint, model)
-        model.load_state_dict(type(model).from_pretrained(resume_from_checkpoint).state_dict())
+        saved = type(model).from_pretrained(resume_from_checkpoint, trust_remote_code=True)  # code that this model runs
+        model.load_state_dict(saved.state_dict())
 
     def _load_best_model(self):
         if not isinstance(self.model, PreTrainedModel) or self.is_fsdp_enabled or self.is_deepspeed_enabled:
