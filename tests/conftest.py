@@ -31,11 +31,13 @@ def _caches_of_its_own(tmp_path_factory):
     """Nothing a test does may read or write the caches of the user."""
     import datasets
     import huggingface_hub.constants
+    import transformers.dynamic_module_utils
 
     home = tmp_path_factory.mktemp("home")
     os.environ["HF_HOME"] = str(home)
     datasets.config.HF_DATASETS_CACHE = home / "datasets"
     huggingface_hub.constants.HF_HUB_CACHE = str(home / "hub")
+    transformers.dynamic_module_utils.HF_MODULES_CACHE = str(home / "modules")
     datasets.disable_progress_bars()
 
 
