@@ -567,8 +567,8 @@ def test_code_of_a_checkpoint_is_run_only_where_the_user_lets_it(mine, tmp_path,
         if loader is not VLMModel:
             assert torch.equal(logits_of(again), expected)
     assert len(mine.ran()) > len(before)
-    with pytest.raises(ValueError):  # consent is for one loading
-        VLMForConditionalGeneration.from_pretrained(tmp_path / "out")
+    with pytest.raises(ValueError, match="trust_remote_code=True"):  # consent is for one loading
+        VLMForConditionalGeneration(VLMConfig.from_pretrained(tmp_path / "out"))
 
 
 @pytest.mark.parametrize("inside", [False, True], ids=["outermost", "as an encoder"])
