@@ -72,7 +72,7 @@ class VLMProcessor(ProcessorMixin):
             whole; 1 cuts none. Each view and each row of tiles then ends in one more position.
 
     Raises:
-        `ValueError`: no such `image_mode`.
+        `ValueError`: no such `image_mode`, or less than one tile.
     """
 
     def __init__(
@@ -87,6 +87,8 @@ class VLMProcessor(ProcessorMixin):
     ):
         if image_mode not in (None, *IMAGE_MODES):
             raise ValueError(f"image_mode={image_mode!r} is not known; choose one of {', '.join(IMAGE_MODES)}.")
+        if not isinstance(max_tiles, int) or max_tiles < 1:
+            raise ValueError(f"max_tiles={max_tiles!r}: expected 1 (no tiles) or more.")
         self.image_mode = image_mode
         self.max_tiles = max_tiles
         self.image_token = image_token
@@ -237,22 +239,26 @@ class VLMProcessor(ProcessorMixin):
             return self.image_processor(images, return_tensors=return_tensors, **kwargs)
         images = [image if isinstance(image, Image.Image) else to_pil_image(image) for image in images]
         images = [to_rgb(image) for image in images]
-        grids, views = [self.image_grid(image.height, image.width) for image in images], []
-        for image, grid in zip(images, grids):
-            views += self._views(image, grid)
-        features = self.image_processor(views, return_tensors=return_tensors, **kwargs)
-        if self.max_tiles > 1:
-            features.update(BatchFeature({"image_grids": grids}, tensor_type=return_tensors))
-        return features
+        grids = [self.image_grid(image.height, image.width) for image in images]
+        # What fits already is not to be scaled and cropped once more, as encoders' own processors do (256, then 224).
+        fitted = {**kwargs, "do_resize": False, "do_center_crop": False}
+        if self.image_mode is None:
+            wholes = self.image_processor(images, **kwargs)["pixel_values"]
+        else:
+            wholes = self.image_processor([self._fit(image, (1, 1)) for image in images], **fitted)["pixel_values"]
+        views = []
+        for image, grid, whole in zip(images, grids, wholes):
+            views.append(whole)
+            if grid != (1, 1):
+                views += self.image_processor(cut_tiles(self._fit(image, grid), grid), **fitted)["pixel_values"]
+        data = {"pixel_values": views, **({"image_grids": grids} if self.max_tiles > 1 else {})}
+        return BatchFeature(data, tensor_type=return_tensors)
 
-    def _views(self, image, grid):
-        size, resample = self.view_size, self.image_processor.resample
+    def _fit(self, image, grid):
+        """The image made to fit that many rows and columns of views."""
+        size = tuple(side * count for side, count in zip(self.view_size, grid))
         fill = tuple(round(255 * mean) for mean in self.image_processor.image_mean or (0, 0, 0))
-        whole = image if self.image_mode is None else fit(image, size, self.image_mode, fill, resample)
-        if grid == (1, 1):
-            return [whole]
-        canvas = tuple(side * count for side, count in zip(size, grid))
-        return [whole, *cut_tiles(fit(image, canvas, self.image_mode or "resize", fill, resample), grid)]
+        return fit(image, size, self.image_mode or "resize", fill, self.image_processor.resample)
 
     def _process_images(self, images, **kwargs):
         # What every processor's `__call__` calls; overridden, because of one image several views may be made.
