@@ -135,8 +135,8 @@ def load_image(reference: ImageReference, size: tuple[int, int] | None = None) -
     with _opened(reference) as image:
         if size is not None and image is not reference:
             height, width = size
-            lying = image.getexif().get(_EXIF_ORIENTATION) in _LYING
-            image.draft(None, (height, width) if lying else (width, height))  # does nothing but for a JPEG
+            # Does nothing but for a JPEG.
+            image.draft(None, (height, width) if _is_lying(image) else (width, height))
         return to_rgb(image)
 
 
@@ -145,7 +145,7 @@ def check_image(reference: ImageReference) -> None:
 
     A URL is not fetched.
     """
-    if not _is_url(reference):
+    if not is_url(reference):
         with _opened(reference):
             pass
 
@@ -158,8 +158,24 @@ def image_size(reference: ImageReference) -> tuple[int, int]:
         MissingImage, BadImage, ValueError: as `load_image`.
     """
     with _opened(reference) as image:
-        lying = image.getexif().get(_EXIF_ORIENTATION) in _LYING
-        return image.size if lying else image.size[::-1]
+        return image.size if _is_lying(image) else image.size[::-1]
+
+
+def _is_lying(image: Image.Image) -> bool:
+    """Whether a viewer exchanges width and height."""
+    exif = Image.Image.getexif(image)
+    if image.format == "PNG" and "exif" not in image.info and image.fp is not None:
+        # It may come behind the pixels, which Pillow's own `getexif` would decode to find it.
+        file, place = image.fp, image.fp.tell()
+        file.seek(8)
+        while len(head := file.read(8)) == 8:
+            length = int.from_bytes(head[:4], "big")
+            if head[4:] == b"eXIf":
+                exif.load(b"Exif\x00\x00" + file.read(length))
+                break
+            file.seek(length + 4, os.SEEK_CUR)
+        file.seek(place)
+    return exif.get(_EXIF_ORIENTATION) in _LYING
 
 
 @contextmanager
@@ -203,7 +219,7 @@ def _source(reference: ImageReference) -> Image.Image | str | os.PathLike | io.B
             return io.BytesIO(base64.b64decode(source.partition(",")[2], validate=True))
         except binascii.Error as error:
             raise _unreadable(reference, error) from error
-    return io.BytesIO(_fetch(source)) if _is_url(source) else source
+    return io.BytesIO(_fetch(source)) if is_url(source) else source
 
 
 def _fetch(url: str) -> bytes:
@@ -234,7 +250,8 @@ def _fetch(url: str) -> bytes:
     raise BadImage(f"{_short(url)}: the image could not be fetched ({why}); {remedy}", NOT_FETCHED)
 
 
-def _is_url(reference: Any) -> bool:
+def is_url(reference: Any) -> bool:
+    """Whether a reference has to be fetched."""
     return isinstance(reference, str) and re.match("https?://", reference, re.IGNORECASE) is not None
 
 
