@@ -10,7 +10,7 @@ import torch
 
 from .account import BAD_SAMPLE_REASONS, DROP_REASONS, BatchAccount, Record
 from .dataset import encode_item
-from .encoding import IGNORE, Encode, encode_dialogue
+from .encoding import IGNORE, Encode, encode_dialogue, place
 from .images import BadImage, load_image
 from .processing_vlm import VLMProcessor
 
@@ -36,9 +36,8 @@ class VLMDataCollator:
         `input_ids`, `attention_mask`, `labels`, each `(batch, tokens)`, padded on the right with labels -100;
         `loss_weights` of the same shape where a message has a weight; and `pixel_values`
         `(views, channels, height, width)` where the batch has images, with `image_grids` `(images, 2)` where they may
-        be tiled. Conversations that cannot be learned from are
-        left out and counted in `dropped`, in worker processes too; a batch of nothing else is one pad token with label
-        -100, of which the loss is 0.
+        be tiled. Conversations that cannot be learned from are left out and counted in `dropped`, in worker processes
+        too; a batch of nothing else is one pad token with label -100, of which the loss is 0.
 
     Raises:
         ValueError: with `on_bad_sample="error"`, a row or an image that cannot be read, by name.
@@ -100,19 +99,26 @@ class VLMDataCollator:
 
     def _opened(self, conversation) -> tuple[dict[str, Any] | None, Record]:
         """A conversation with ids and decoded images, or `None`; and its record."""
-        item, record = encode_item(conversation, self.processor, self.encode, self.max_length)
-        if item is None:
-            if self.on_bad_sample == "error" and record.dropped in BAD_SAMPLE_REASONS:
-                raise ValueError(record.detail)
-            return item, record
+        # The ids of tiled images follow from their sizes, so each is opened (and fetched) before, once.
+        images_first = self.processor.max_tiles > 1
         try:
-            images = [load_image(image, size=self._image_size) for image in item["images"]]
+            if images_first:
+                conversation = self._with_pixels(conversation)
+            item, record = encode_item(conversation, self.processor, self.encode, self.max_length)
+            if item is not None and not images_first:
+                item = self._with_pixels(item)
         except BadImage as error:
-            where = f"{record.source}, row {record.row}: " if record.source else ""
+            line = f"{place(conversation)}{error}"
             if self.on_bad_sample == "error":
-                raise type(error)(f"{where}{error}", error.reason) from error
-            return None, Record(record.source, record.row, error.reason, f"{where}{error}")
-        return {**item, "images": images}, record
+                raise type(error)(line, error.reason) from error
+            return None, Record(conversation.get("source") or "", conversation.get("row"), error.reason, line)
+        if item is None and self.on_bad_sample == "error" and record.dropped in BAD_SAMPLE_REASONS:
+            raise ValueError(record.detail)
+        return item, record
+
+    def _with_pixels(self, item):
+        references = item.get("images") or ()
+        return {**item, "images": [load_image(reference, size=self._image_size) for reference in references]}
 
     @property
     def _image_size(self):

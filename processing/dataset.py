@@ -137,9 +137,10 @@ class ConversationDataset(torch.utils.data.Dataset):
         self, processor: VLMProcessor, encode: Encode, max_length: int | None = None, on_bad_sample: str = "skip"
     ) -> None:
         """
-        Encode every conversation now, in several processes where there are many, without reading an image.
+        Encode every conversation now, in several processes where there are many, without decoding an image.
 
-        The library caches the result beside the data set's own cache.
+        The library caches the result beside the data set's own cache. Where images are tiled, their headers are read
+        for their sizes (and those that are URLs are fetched).
 
         Args:
             encode: `encode_caption` or `encode_dialogue`.
@@ -152,6 +153,7 @@ class ConversationDataset(torch.utils.data.Dataset):
             encoder,
             with_indices=True,
             batched=True,
+            batch_size=100 if processor.max_tiles > 1 else 1_000,  # rows whose images are in memory at once
             remove_columns=rows.column_names,
             features=_COLUMNS,
             num_proc=workers if workers > 1 else None,
@@ -239,7 +241,8 @@ _CODE = Hasher.hash(
     [
         (Path(__file__).parent / name).read_text(encoding="utf-8")
         for name in (
-            "conversations.py", "dataset.py", "encoding.py", "images_vlm.py", "messages_vlm.py", "processing_vlm.py"
+            "conversations.py", "dataset.py", "encoding.py", "images.py", "images_vlm.py", "messages_vlm.py",
+            "processing_vlm.py",
         )  # fmt: skip
     ]
 )
@@ -255,8 +258,9 @@ class _RowEncoder:
         self.code = _CODE
 
     def __call__(self, table, indices):
-        # The sizes of images are read where their tokens depend on them, and nothing else of them ever is.
-        columns = without_image_bytes(table, self.features, keep=self.processor.max_tiles > 1)
+        # Stored images come along where their tokens depend on their size.
+        read = _columns if self.processor.max_tiles > 1 else without_image_bytes
+        columns = read(table, self.features)
         encoded = []
         for offset, position in enumerate(indices):
             row = {name: values[offset] for name, values in columns.items()}
@@ -272,26 +276,24 @@ class _RowEncoder:
         return {name: [item[name] for item in encoded] for name in _COLUMNS}
 
 
-def without_image_bytes(table: pa.Table, features: datasets.Features, keep: bool = False) -> dict[str, list[Any]]:
-    """
-    The columns of a table in Python, stored images as `{"bytes": b"stored", "path"}`, whatever size they have.
+def _columns(table: pa.Table, features: datasets.Features) -> dict[str, list[Any]]:
+    """The columns of a table in Python."""
+    table = datasets.table.InMemoryTable(table.select(list(features)))
+    return datasets.Dataset(table, info=datasets.DatasetInfo(features=features))[:]
 
-    Args:
-        keep: leave the bytes as they are.
-    """
+
+def without_image_bytes(table: pa.Table, features: datasets.Features) -> dict[str, list[Any]]:
+    """The same, but stored images are `{"bytes": b"stored", "path"}`, whatever size they have."""
     images = {name for name, feature in features.items() if _holds_images(feature)}
     others = datasets.Features({name: feature for name, feature in features.items() if name not in images})
-    columns = {}
-    if others:
-        rest = datasets.table.InMemoryTable(table.select(list(others)))
-        columns = datasets.Dataset(rest, info=datasets.DatasetInfo(features=others))[:]
+    columns = _columns(table, others) if others else {}
     for name in images:
         columns[name] = []
         for chunk in table[name].chunks:  # one by one: put together they may be too many bytes for one array
             if isinstance(features[name], datasets.Image):
-                columns[name] += _light_images(chunk, keep)
+                columns[name] += _light_images(chunk)
             else:
-                light, lengths = iter(_light_images(chunk.flatten(), keep)), pc.list_value_length(chunk).to_pylist()
+                light, lengths = iter(_light_images(chunk.flatten())), pc.list_value_length(chunk).to_pylist()
                 columns[name] += [None if n is None else list(itertools.islice(light, n)) for n in lengths]
     return {name: columns[name] for name in features}
 
@@ -300,9 +302,7 @@ def _holds_images(feature):
     return isinstance(getattr(feature, "feature", feature), datasets.Image)
 
 
-def _light_images(images: pa.StructArray, keep: bool) -> list[dict[str, Any] | None]:
-    if keep:
-        return images.to_pylist()
+def _light_images(images: pa.StructArray) -> list[dict[str, Any] | None]:
     stored = pc.is_valid(images.field("bytes")).to_pylist()
     paths, there = images.field("path").to_pylist(), images.is_valid().to_pylist()
     return [

@@ -19,7 +19,7 @@ from processing.account import Account
 from processing.dataset import ConversationDataset, MixedDataset, Reading, StreamedDataset, encode_item
 from processing.download import download_coco
 from processing.encoding import Encode, encode_caption, encode_dialogue
-from processing.images import check_image
+from processing.images import check_image, is_url
 from processing.sources import HELD_OUT_ROWS, hold_out, open_source, split_names
 
 from .arguments import DataArguments, SourceArguments, VLMTrainingArguments
@@ -182,9 +182,16 @@ def encode_data(
     settings = {
         "processor": processor, "encode": encode, "max_length": max_length, "on_bad_sample": data_args.on_bad_sample
     }  # fmt: skip
-    ahead = data_args.encode_ahead
+    ahead, sizes_are_fetched = data_args.encode_ahead, data_args.allow_urls and processor.max_tiles > 1
     if ahead is None and not data_args.streaming:
-        ahead = _groups_by_length(training_args) or sum(len(rows) for rows, _ in data.train) <= ENCODED_AHEAD
+        small = sum(len(rows) for rows, _ in data.train) <= ENCODED_AHEAD
+        ahead = _groups_by_length(training_args) or (small and not sizes_are_fetched)
+    if ahead and sizes_are_fetched:
+        raise ValueError(
+            "with --max_tiles the length of a sample follows from the sizes of its images, and with --allow_urls these "
+            "are known when a batch is made; leave out --encode_ahead and --train_sampling_strategy group_by_length, "
+            "or fetch the images and name their folder with --image_dir."
+        )
     evaluation = None
     with training_args.main_process_first(desc="encoding the data"):
         train = joined(data.train, data.weights, seed, settings if ahead else None, data_args.shuffle_buffer)
@@ -241,8 +248,10 @@ def _survey(dataset, processor: VLMProcessor, encode: Encode, max_length: int) -
     """The account of what is encoded already, else of some items."""
     if getattr(dataset, "is_encoded", False):
         return Survey(dataset.account, sampled=False)
-    account = Account()
-    account.add(encode_item(item, processor, encode, max_length)[1] for item in some_items(dataset, SURVEYED))
+    account, items = Account(), some_items(dataset, SURVEYED)
+    if processor.max_tiles > 1:  # how long a sample is whose images have to be fetched is known when it is learned from
+        items = (item for item in items if not any(map(is_url, item.get("images") or ())))
+    account.add(encode_item(item, processor, encode, max_length)[1] for item in items)
     return Survey(account, sampled=True)
 
 
@@ -290,7 +299,7 @@ def _check_images(dataset, on_bad_sample: str) -> None:
     found, failed = 0, None
     for item in some_items(dataset, IMAGES_CHECKED):
         for reference in item.get("images", ()):
-            if isinstance(reference, str) and reference.startswith(("http://", "https://")):
+            if is_url(reference):
                 continue
             found += 1
             try:
