@@ -96,10 +96,10 @@ def _listed(numbers):
 
 
 class Sample(NamedTuple):
-    """A sample of the batch: what became of it, its images, and its pieces, none where it was dropped."""
+    """A sample of the batch: what became of it, images and tiles by name, and its pieces, none where it was dropped."""
 
     record: Record
-    images: list[Image.Image]
+    images: list[tuple[str, Image.Image]]
     pieces: list[Piece]
 
     @property
@@ -232,13 +232,20 @@ def read_samples(
             continue
         shapes = list(itertools.islice(grids, record.images))
         if sees_images:
-            views = sum(1 + (rows * columns if rows * columns > 1 else 0) for rows, columns in shapes)
-            images = [_as_image(next(pictures), processor.image_processor) for _ in range(views)]
+            names = [name for place, shape in enumerate(shapes, start=1) for name in _view_names(place, *shape)]
+            images = [(name, _as_image(next(pictures), processor.image_processor)) for name in names]
         else:
-            images = [load_image(reference) for reference in item.get("images") or ()]
+            opened = enumerate(map(load_image, item.get("images") or ()), start=1)
+            images = [(f"image {place}", image) for place, image in opened]
         counts = [processor.grid_tokens(*shape) for shape in shapes]
         samples.append(Sample(record, images, list(_pieces(processor, counts, *next(encodings), next(weights)))))
     return samples
+
+
+def _view_names(place: int, rows: int, columns: int) -> list[str]:
+    """What the views of an image are called, in their order."""
+    tiles = [f"row {row}, column {column}" for row in range(1, rows + 1) for column in range(1, columns + 1)]
+    return [f"image {place}", *(f"image {place}, tile in {tile}" for tile in tiles if len(tiles) > 1)]
 
 
 def _as_image(pixels_CHW: torch.Tensor, image_processor) -> Image.Image:
@@ -406,9 +413,8 @@ def _section(sample, number):
     if not sample.pieces:
         return f'<section class="dropped">{head}</section>'
     figures = "".join(
-        f'<div><img src="{_data_uri(image)}" alt="image {place}">'
-        f"<small>image {place}, {image.width} x {image.height}</small></div>"
-        for place, image in enumerate(sample.images, start=1)
+        f'<div><img src="{_data_uri(image)}" alt="{name}"><small>{name}, {image.width} x {image.height}</small></div>'
+        for name, image in sample.images
     )
     images = f'<div class="images">{figures}</div>' if figures else ""
     tokens = "".join(_spans(sample.pieces))
@@ -462,9 +468,11 @@ def inspect(
     title = ", ".join(part.reading.source for part in data.train)
     lines = [f"Stage {stage.number}, {stage.name}; sequences of at most {max_length:,} positions."]
     if sees_images:
-        more = f", or more in up to {processor.max_tiles} tiles more," if processor.max_tiles > 1 else ""
-        tokens = processor.grid_tokens(1, 1)
-        lines.append(f"An image takes {tokens:,} of them{more} and is shown as the model gets it.")
+        tokens, tiles = f"{processor.grid_tokens(1, 1):,}", processor.max_tiles
+        if tiles > 1:
+            most = max(processor.grid_tokens(rows, tiles // rows) for rows in range(1, tiles + 1))
+            tokens = f"{tokens} (cut into up to {tiles} tiles as well: up to {most:,})"
+        lines.append(f"An image takes {tokens} of them and is shown as the model gets it.")
     else:
         lines.append("No vision model is named, so an image is shown as one token, and as it is stored.")
     print("\n".join([title, *lines, "", write_terminal(samples, _shows_colours())]), flush=True)
