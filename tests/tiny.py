@@ -11,6 +11,8 @@ import torch
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import (
     AddedToken,
+    BitImageProcessorPil,
+    CLIPImageProcessorPil,
     GPT2Config,
     GPT2LMHeadModel,
     LlamaConfig,
@@ -314,3 +316,26 @@ def ragged_dialogues(image) -> list[dict]:
 def collate(processor: VLMProcessor, conversations: list[dict]) -> dict[str, torch.Tensor]:
     """The collator's batch."""
     return VLMDataCollator(processor)(conversations)
+
+
+IMAGE_PROCESSORS = {
+    "vit": lambda height, width: ViTImageProcessorPil(size={"height": height, "width": width}),
+    "siglip": lambda height, width: SiglipImageProcessorPil(size={"height": height, "width": width}),
+    "clip": lambda height, width: CLIPImageProcessorPil(
+        size={"shortest_edge": min(height, width)}, crop_size={"height": height, "width": width}
+    ),
+    "dinov2": lambda height, width: BitImageProcessorPil(  # 256, of which 224 are cut out
+        size={"shortest_edge": max(height, width) * 8 // 7}, crop_size={"height": height, "width": width}
+    ),
+}
+"""Kind -> function that makes an encoder's own image processor for images of a height and width."""
+
+
+def processor_seeing(kind: str, folder: Path, image_size=(32, 32), max_tiles: int = 1, image_mode: str | None = None):
+    """A processor without a model, three positions a view, with an image processor of that kind."""
+    IMAGE_PROCESSORS[kind](*image_size).save_pretrained(folder)
+    tokenizer = byte_level_tokenizer()
+    config = SimpleNamespace(
+        image_size=image_size, image_token_id=len(tokenizer), image_seq_length=3, max_tiles=max_tiles
+    )
+    return VLMProcessor.from_backbones(str(folder), None, config, tokenizer=tokenizer, image_mode=image_mode)
