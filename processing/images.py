@@ -163,6 +163,8 @@ def image_size(reference: ImageReference) -> tuple[int, int]:
 
 def _is_lying(image: Image.Image) -> bool:
     """Whether a viewer exchanges width and height."""
+    if image.format == "TIFF":  # of which Pillow exchanges them itself
+        return False
     exif = Image.Image.getexif(image)
     if image.format == "PNG" and "exif" not in image.info and image.fp is not None:
         # It may come behind the pixels, which Pillow's own `getexif` would decode to find it.
