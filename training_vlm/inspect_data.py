@@ -468,11 +468,11 @@ def inspect(
     title = ", ".join(part.reading.source for part in data.train)
     lines = [f"Stage {stage.number}, {stage.name}; sequences of at most {max_length:,} positions."]
     if sees_images:
-        tokens, tiles = f"{processor.grid_tokens(1, 1):,}", processor.max_tiles
+        tokens, tiles = f"{processor.grid_tokens(1, 1):,} of them", processor.max_tiles
         if tiles > 1:
             most = max(processor.grid_tokens(rows, tiles // rows) for rows in range(1, tiles + 1))
-            tokens = f"{tokens} (cut into up to {tiles} tiles as well: up to {most:,})"
-        lines.append(f"An image takes {tokens} of them and is shown as the model gets it.")
+            tokens += f", or up to {most:,} where it is cut into up to {tiles} tiles as well,"
+        lines.append(f"An image takes {tokens} and is shown as the model gets it.")
     else:
         lines.append("No vision model is named, so an image is shown as one token, and as it is stored.")
     print("\n".join([title, *lines, "", write_terminal(samples, _shows_colours())]), flush=True)
