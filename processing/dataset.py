@@ -146,14 +146,15 @@ class ConversationDataset(torch.utils.data.Dataset):
             encode: `encode_caption` or `encode_dialogue`.
             on_bad_sample: `"error"` raises for the first row that cannot be read, `"skip"` drops and counts it.
         """
-        rows, source = self.rows.with_format("arrow"), self.reading.source
+        source, tiled = self.reading.source, processor.max_tiles > 1
+        rows = self.rows if tiled else self.rows.with_format("arrow")  # stored images stay where they are not asked for
         encoder = _RowEncoder(processor, encode, max_length, self.reading, on_bad_sample, rows.features)
         workers = min(_cores(), len(rows) // 10_000)
         encodings = rows.map(
             encoder,
             with_indices=True,
             batched=True,
-            batch_size=100 if processor.max_tiles > 1 else 1_000,  # rows whose images are in memory at once
+            batch_size=100 if tiled else 1_000,  # rows whose images are in memory at once
             remove_columns=rows.column_names,
             features=_COLUMNS,
             num_proc=workers if workers > 1 else None,
@@ -249,7 +250,7 @@ _CODE = Hasher.hash(
 
 
 class _RowEncoder:
-    """A batch of rows, as an Arrow table -> columns of encodings, for `datasets.map`."""
+    """A batch of rows, as columns or as an Arrow table -> columns of encodings, for `datasets.map`."""
 
     def __init__(self, processor, encode, max_length, reading, on_bad_sample, features):
         self.processor, self.encode, self.max_length = processor, encode, max_length
@@ -257,10 +258,8 @@ class _RowEncoder:
         # `datasets` finds its cache by what is in here: another version of the code that labels is another cache.
         self.code = _CODE
 
-    def __call__(self, table, indices):
-        # Stored images come along where their tokens depend on their size.
-        read = _columns if self.processor.max_tiles > 1 else without_image_bytes
-        columns = read(table, self.features)
+    def __call__(self, batch, indices):
+        columns = without_image_bytes(batch, self.features) if isinstance(batch, pa.Table) else dict(batch)
         encoded = []
         for offset, position in enumerate(indices):
             row = {name: values[offset] for name, values in columns.items()}
@@ -276,17 +275,14 @@ class _RowEncoder:
         return {name: [item[name] for item in encoded] for name in _COLUMNS}
 
 
-def _columns(table: pa.Table, features: datasets.Features) -> dict[str, list[Any]]:
-    """The columns of a table in Python."""
-    table = datasets.table.InMemoryTable(table.select(list(features)))
-    return datasets.Dataset(table, info=datasets.DatasetInfo(features=features))[:]
-
-
 def without_image_bytes(table: pa.Table, features: datasets.Features) -> dict[str, list[Any]]:
-    """The same, but stored images are `{"bytes": b"stored", "path"}`, whatever size they have."""
+    """The columns of a table in Python, stored images as `{"bytes": b"stored", "path"}`, whatever size they have."""
     images = {name for name, feature in features.items() if _holds_images(feature)}
     others = datasets.Features({name: feature for name, feature in features.items() if name not in images})
-    columns = _columns(table, others) if others else {}
+    columns = {}
+    if others:
+        rest = datasets.table.InMemoryTable(table.select(list(others)))
+        columns = datasets.Dataset(rest, info=datasets.DatasetInfo(features=others))[:]
     for name in images:
         columns[name] = []
         for chunk in table[name].chunks:  # one by one: put together they may be too many bytes for one array

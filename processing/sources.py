@@ -314,11 +314,13 @@ def _with_drawings(rows: Rows) -> Rows:
     """The same rows with images, drawn when they are looked at; what is stored of one is only what is in it."""
     if isinstance(rows, datasets.IterableDataset):
         return rows.map(_draw, batched=True, batch_size=1)
-    return rows.with_transform(_draw, columns=["image"], output_all_columns=True)
+    return rows.with_transform(_draw)
 
 
 def _draw(batch: dict[str, list]) -> dict[str, list]:
-    return {"image": [_scene(image["bytes"]).draw(DRAWN_SIZE) for image in batch["image"]]}
+    if "image" not in batch:
+        return batch
+    return {**batch, "image": [_scene(image["bytes"]).draw(DRAWN_SIZE) for image in batch["image"]]}
 
 
 def _scene(description: bytes) -> shapes.Scene:

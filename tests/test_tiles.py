@@ -28,6 +28,7 @@ from processing.dataset import ConversationDataset, Reading, StreamedDataset
 from processing.encoding import IGNORE, TRUNCATIONS, encode_caption, encode_dialogue
 from processing.images import image_size, load_image
 from processing.images_vlm import IMAGE_MODES, choose_grid
+from processing.sources import open_source
 from tests import tiny
 from tests.test_labels import KNOWS_NO_SYSTEM, Bare, expected, trained
 from tests.test_remote_code import CHILD
@@ -547,6 +548,15 @@ def test_encoded_ahead_on_the_fly_or_streamed_is_the_same(processor, tmp_path, s
     stream = StreamedDataset([(rows.to_iterable_dataset(), reading)], shuffle_buffer=1)
     streamed = VLMDataCollator(processor, max_length)([item for _, item in zip(range(9), stream)])
     assert same(streamed, batch)
+
+
+def test_images_that_are_drawn_are_tiled_too(processor):
+    rows = open_source("shapes", name="dialogues", split="validation").rows.select(range(5))
+    later, ahead = (ConversationDataset(rows, Reading(source="shapes")) for _ in range(2))
+    ahead.encode_ahead(processor, encode_dialogue)
+    collate = VLMDataCollator(processor)
+    assert len(ahead) == 5 and collate([later[0]])["image_grids"].tolist() == [[2, 2]]
+    assert same(collate([ahead[index] for index in range(5)]), collate([later[index] for index in range(5)]))
 
 
 def test_batches_of_like_lengths_go_by_the_positions_that_samples_take(folders, tmp_path):
