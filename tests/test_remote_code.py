@@ -5,10 +5,7 @@ tests read that. What it must give are the logits that the folder's model gave h
 """
 
 import json
-import os
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -18,6 +15,7 @@ from transformers.dynamic_module_utils import check_imports, get_relative_import
 from modeling_vlm import VLMForConditionalGeneration
 from processing import VLMDataCollator, VLMProcessor
 from tests import tiny
+from tests.isolated import run_without_package
 from training_vlm.arguments import VLMTrainingArguments
 from training_vlm.trainer import VLMTrainer
 from training_vlm.tuning import apply_tuning
@@ -36,35 +34,16 @@ KINDS = ["composed", "cut", "loaded", "checkpoint-1", "checkpoint-2", "end_of_tr
 AUTO_CLASSES = ["AutoModel", "AutoModelForImageTextToText", "AutoModelForCausalLM", "AutoModelForMultimodalLM"]
 
 CHILD = '''
-import importlib.abc, json, os, sys, traceback, warnings
+import json, traceback
 from pathlib import Path
-
-work, names, auto_classes = Path(sys.argv[1]), json.loads(sys.argv[2]), json.loads(sys.argv[3])
-OURS = {"modeling_vlm", "processing", "training_vlm", "inference_vlm", "tests"}
-
-
-class Absent(importlib.abc.MetaPathFinder):
-    """The package is not installed here, even where the environment has an editable install of it."""
-
-    def find_spec(self, name, path=None, target=None):
-        if name.partition(".")[0] in OURS:
-            raise ModuleNotFoundError(f"No module named {name!r}", name=name)
-
-
-sys.meta_path.insert(0, Absent())
-found = {"importable": []}
-for name in sorted(OURS):
-    try:
-        __import__(name)
-        found["importable"].append(name)
-    except ModuleNotFoundError:
-        pass
 
 import torch
 import transformers
 from PIL import Image
 from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor, pipeline
 
+work, names, auto_classes = Path(sys.argv[1]), json.loads(sys.argv[2]), json.loads(sys.argv[3])
+found = {"importable": importable}
 torch.set_num_threads(1)
 image = Image.open(work / "image.png")
 messages = [{"role": "user", "content": [{"type": "image", "image": image}, {"type": "text", "text": "what is it?"}]}]
@@ -179,16 +158,8 @@ def saved(folders, tmp_path_factory):
 def found(saved):
     """What a fresh process made of those folders."""
     work, expected = saved
-    script = work / "child.py"
-    script.write_text(CHILD)
-    elsewhere = work / "elsewhere"
-    elsewhere.mkdir()
-    environment = {key: value for key, value in os.environ.items() if not key.startswith(("HF_", "PYTHON"))}
-    environment |= {"HF_HOME": str(elsewhere / "home"), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-I", str(script), str(work), json.dumps(list(expected)), json.dumps(AUTO_CLASSES)]
-    done = subprocess.run(command, cwd=elsewhere, env=environment, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr[-3000:]
-    return json.loads((work / "found.json").read_text()), done.stdout + done.stderr
+    output = run_without_package(CHILD, work, json.dumps(list(expected)), json.dumps(AUTO_CLASSES))
+    return json.loads((work / "found.json").read_text()), output
 
 
 def test_the_process_really_was_without_this_package(found):
