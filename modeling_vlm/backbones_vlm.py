@@ -12,6 +12,7 @@ import torch
 from torch import nn
 from transformers import (
     MODEL_FOR_CAUSAL_LM_MAPPING,
+    MODEL_MAPPING,
     AddedToken,
     AutoConfig,
     AutoModel,
@@ -25,6 +26,10 @@ from transformers.utils import logging
 
 from .configuration_vlm import VLMVisionPairConfig, own_image_size
 from .vision_vlm import blank_image, forward_names, run_tower, unused_parameters
+
+
+_CHOOSE = "choose a decoder such as Llama, Qwen3, Gemma or GPT-2."
+_ANY_FAILURE = (RuntimeError, ValueError, TypeError, AttributeError, IndexError, KeyError, AssertionError)
 
 
 class BackboneKwargs(TypedDict, total=False):
@@ -72,14 +77,39 @@ def load_vision_tower(
     Raises:
         `ValueError`: it cannot be loaded, or weights that its features depend on are missing.
     """
+    if type(config) not in MODEL_MAPPING:
+        raise ValueError(
+            f"the vision encoder{_named(config)} ({config.model_type}) is none that AutoModel builds by itself; choose "
+            "one such as ViT, CLIP, SigLIP or DINOv2."
+        )
     if isinstance(backbone, PreTrainedConfig):
         return AutoModel.from_config(config, dtype=dtype, **_attention(kwargs))
     tower, info = _load_quietly("vision encoder", backbone, AutoModel, config, dtype, kwargs)
+    if info["missing_keys"]:  # not every vision half knows by what name it is called in the whole (AIMv2)
+        kwargs = {**kwargs, "key_mapping": {r"^vision_model\.": ""}}
+        other, found = _load_quietly("vision encoder", backbone, AutoModel, config, dtype, kwargs)
+        if len(found["missing_keys"]) < len(info["missing_keys"]):
+            tower, info = other, found
     if missing := set(info["missing_keys"]):
         image, takes = blank_image(tower, own_image_size(tower.config)), forward_names(tower)
         unused = unused_parameters(tower, lambda: run_tower(tower, takes, image).last_hidden_state)
         _refuse_missing("vision encoder", backbone, missing - unused)
     return tower
+
+
+def check_causal(config: PreTrainedConfig):
+    """
+    See that a config is a causal language model's.
+
+    Raises:
+        `ValueError`: it is not.
+    """
+    known = type(config) in MODEL_FOR_CAUSAL_LM_MAPPING
+    if not known or hasattr(config, "vision_config") or getattr(config, "is_encoder_decoder", False):
+        raise ValueError(
+            f"the language model{_named(config)} ({config.model_type}) is no causal language model of texts alone; "
+            f"{_CHOOSE}"
+        )
 
 
 def load_language_model(
@@ -89,18 +119,17 @@ def load_language_model(
     The causal language model, with weights where `backbone` names a checkpoint.
 
     Raises:
-        `ValueError`: it cannot be loaded, is no causal language model, or weights are missing.
+        `ValueError`: it cannot be loaded, or weights are missing.
     """
-    if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING or hasattr(config, "vision_config"):
-        raise ValueError(
-            f"the language model {str(config._name_or_path)!r} ({config.model_type}) is no causal language model of "
-            "texts; choose a decoder such as Llama, Qwen3, Gemma or GPT-2."
-        )
     if isinstance(backbone, PreTrainedConfig):
         return AutoModelForCausalLM.from_config(config, dtype=dtype, **_attention(kwargs))
     model, info = _load_quietly("language model", backbone, AutoModelForCausalLM, config, dtype, kwargs)
     _refuse_missing("language model", backbone, set(info["missing_keys"]))
     return model
+
+
+def _named(config):
+    return f" {str(config._name_or_path)!r}" if config._name_or_path else ""
 
 
 def _load_quietly(what, name, auto_class, config, dtype, kwargs):
@@ -144,10 +173,12 @@ def vision_config_of(
     The config of one encoder, or of two side by side; of a composite checkpoint it is that of its vision half.
 
     Raises:
-        `ValueError`: one cannot be loaded.
+        `ValueError`: one cannot be loaded, or is no encoder of images.
     """
     configs = [load_backbone_config("vision encoder", encoder, kwargs) for encoder in encoders]
     configs = [getattr(config, "vision_config", config) for config in configs]
+    for config in configs:
+        own_image_size(config)  # which no other model has
     if len(configs) == 1:
         return configs[0]
     means, deviations = zip(*(_normalisation(encoder, kwargs) for encoder in encoders))
@@ -238,35 +269,78 @@ def balance_loss(
 
 
 @torch.no_grad()
-def check_language_model(model: PreTrainedModel, causal_lm: PreTrainedModel):
+def check_decoder(causal_lm: PreTrainedModel):
     """
-    Try the language model on a text, alone and composed.
+    Try the language model alone on a text, given as ids and as their embeddings.
 
     Raises:
-        `ValueError`: it is not causal, or the composed model does not reproduce its logits.
+        `ValueError`: it is not causal, needs the ids themselves, or is built otherwise than a decoder with a cache.
     """
-    kind, training = causal_lm.config.model_type, (causal_lm.training, model.training)
-    ids = torch.arange(1, 9, device=causal_lm.device).unsqueeze(0) % causal_lm.config.vocab_size
-    ids = ids.masked_fill(ids == model.config.image_token_id, 0)
+    kind, training = causal_lm.config.model_type, causal_lm.training
+    ids = _some_ids(causal_lm)
     other = ids.clone()
     other[0, -1] = 0
-    expected, before = (causal_lm.eval()(tokens).logits.float() for tokens in (ids, other))
-    found = model.eval()(ids).logits.float()
-    causal_lm.train(training[0]), model.train(training[1])
-
-    def difference(one, two):
-        return (one - two).abs().max() / one.abs().max().clamp(min=1e-6)
-
-    if not difference(expected[:, :-1], before[:, :-1]) <= (1e-4 if causal_lm.dtype == torch.float32 else 3e-2):
+    tolerance = 1e-4 if causal_lm.dtype == torch.float32 else 3e-2
+    causal_lm.eval()
+    expected, before = (causal_lm(tokens).logits.float() for tokens in (ids, other))
+    if not _difference(expected[:, :-1], before[:, :-1]) <= tolerance:
         raise ValueError(
             f"the language model ({kind}) is not causal: what it says after a token depends on the tokens behind it; "
-            "choose a decoder such as Llama, Qwen3, Gemma or GPT-2."
+            f"{_CHOOSE}"
         )
-    if not difference(expected, found) <= 1e-3:
+    try:
+        embeds = causal_lm.base_model.get_input_embeddings()(ids)
+        both = torch.cat([embeds, 0.9 * embeds])  # those of tokens, and of no tokens as image features are
+        states = causal_lm.base_model(inputs_embeds=both, use_cache=True, return_dict=True)
+        for name in ("last_hidden_state", "past_key_values"):
+            if getattr(states, name, None) is None:
+                raise ValueError(f"its output has no {name}.")
+        found = causal_lm(inputs_embeds=embeds).logits.float()
+    except _ANY_FAILURE as error:  # whatever a model does that expects something else
+        reason = " ".join(str(error).split())[:200]
         raise ValueError(
-            f"the language model ({kind}) does more after its head than Duet reproduces: the logits of a plain text "
-            f"differ by {difference(expected, found):.1e} (relative); choose another language model."
+            f"the language model ({kind}) does not turn embeddings into states and a cache, as a decoder does: "
+            f"{reason} Please {_CHOOSE}"
+        ) from error
+    causal_lm.train(training)
+    if not _difference(expected, found) <= tolerance:
+        raise ValueError(
+            f"the language model ({kind}) reads more of a token than its embedding, and image features are embeddings "
+            f"only: logits of the same text differ by {_difference(expected, found):.1e} (relative); {_CHOOSE}"
         )
+
+
+@torch.no_grad()
+def check_logits(model: PreTrainedModel, causal_lm: PreTrainedModel):
+    """
+    Try the composed model on a text.
+
+    Raises:
+        `ValueError`: it does not reproduce the logits of its language model.
+    """
+    kind, training = causal_lm.config.model_type, (causal_lm.training, model.training)
+    ids = _some_ids(causal_lm)
+    ids = ids.masked_fill(ids == model.config.image_token_id, 0)
+    expected = causal_lm.eval()(ids).logits.float()
+    try:
+        found = model.eval()(ids).logits.float()
+        reason = f"the logits of a plain text differ by {_difference(expected, found):.1e} (relative)"
+    except RuntimeError as error:
+        found, reason = None, " ".join(str(error).split())[:200]
+    causal_lm.train(training[0]), model.train(training[1])
+    if found is None or not _difference(expected, found) <= 1e-3:
+        raise ValueError(
+            f"the language model ({kind}) does more after its head, or before it, than Duet reproduces: {reason}; "
+            "choose another language model."
+        )
+
+
+def _some_ids(causal_lm):
+    return torch.arange(1, 9, device=causal_lm.device).unsqueeze(0) % causal_lm.config.vocab_size
+
+
+def _difference(one, two):
+    return (one - two).abs().max() / one.abs().max().clamp(min=1e-6)
 
 
 __all__ = []

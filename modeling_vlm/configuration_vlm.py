@@ -158,7 +158,11 @@ class VLMConfig(PreTrainedConfig):
             raise ValueError(f"max_tiles={self.max_tiles!r}: expected 1 (no tiles) or more.")
         if self.vision_feature_layer is not None and self.vision_num_hidden_layers is None:
             self._cut_vision_tower()
-        self.image_size = list(pair_of(self.image_size or own_image_size(_first_encoder(self.vision_config))))
+        if self.image_size is None:
+            self.image_size = own_image_size(_first_encoder(self.vision_config))
+        size = self.image_size = list(pair_of(self.image_size))
+        if len(size) != 2 or not all(isinstance(side, int) and side > 0 for side in size):
+            raise ValueError(f"image_size={size}: expected a whole number of pixels, or height and width.")
         if self.image_token_id is None:
             self.image_token_id = self.text_config.vocab_size - 1
         # The model reads the field of this config, inference engines read the language model's: keep them equal.
@@ -280,6 +284,11 @@ def patch_grid_of(config: PreTrainedConfig, image_size: int | list | tuple) -> t
     return grid
 
 
+def kind_of(config: PreTrainedConfig) -> str:
+    """The `model_type` of an encoder, or of both of a pair."""
+    return " and ".join(encoder.model_type for encoder in getattr(config, "encoders", (config,)))
+
+
 def _first_encoder(config):
     return getattr(config, "encoders", (config,))[0]
 
@@ -298,13 +307,12 @@ def _field(config, name):
 def _cut(config, layer):
     """Leave the layers above `hidden_states[layer]` out of an encoder's config; gives its depth before."""
     depth = config.num_hidden_layers
-    kept = depth + 1 + layer
-    if layer >= 0 or kept < 1:
+    if not isinstance(layer, int) or not -depth <= layer < 0:
         raise ValueError(
-            f"vision_feature_layer={layer} does not fit a vision encoder of {depth} layers; choose null (its final "
+            f"vision_feature_layer={layer!r} does not fit a vision encoder of {depth} layers; choose null (its final "
             f"output) or a number from -{depth} (after the first layer) to -1 (after the last)."
         )
-    config.num_hidden_layers = kept
+    kept = config.num_hidden_layers = depth + 1 + layer
     if getattr(config, "stage_names", None) is not None:  # one stage a layer, of which some are outputs
         config.stage_names = config.stage_names[: kept + 1]
         config.set_output_features_output_indices(out_features=None, out_indices=None)

@@ -31,7 +31,9 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 from .backbones_vlm import (
     BackboneKwargs,
     balance_loss,
-    check_language_model,
+    check_causal,
+    check_decoder,
+    check_logits,
     find_image_token_id,
     grow_embeddings,
     learned_positions,
@@ -41,7 +43,7 @@ from .backbones_vlm import (
     scale_logits,
     vision_config_of,
 )
-from .configuration_vlm import VLMConfig
+from .configuration_vlm import VLMConfig, kind_of
 from .projector_vlm import Resampler, build_projector, find_own_projector, select_features, trusting
 from .vision_vlm import (
     VLMVisionPair,
@@ -133,6 +135,14 @@ class VLMPreTrainedModel(PreTrainedModel):
         with trusting(trust_remote_code, **kwargs):
             return super().from_pretrained(*args, quantization_config=quantization_config, **kwargs)
 
+    def initialize_weights(self):
+        # The backbones by the library's own rule: in code that is not its own it passes over modules without tensors,
+        # of which some set the buffers of their parts, that no checkpoint holds (Falcon-H1).
+        for module in self.modules():
+            if isinstance(module, PreTrainedModel) and not module.is_custom_code():
+                module.initialize_weights()
+        super().initialize_weights()
+
     @torch.no_grad()
     def _init_weights(self, module: nn.Module):
         super()._init_weights(module)
@@ -207,7 +217,8 @@ class VLMModel(VLMPreTrainedModel):
     def _fit_vision_tower(self):
         """Find what the tower's features need, and its prefix tokens: a table of encoders would miss the next one."""
         config = self.config
-        kind, (height, width) = config.vision_config.model_type, config.image_size
+        kind, (height, width) = kind_of(config.vision_config), config.image_size
+        rows, columns = config.patch_grid
         image, training = blank_image(self.vision_tower, config.image_size), self.vision_tower.training
         self.vision_tower.eval()
         try:
@@ -218,12 +229,16 @@ class VLMModel(VLMPreTrainedModel):
                 f"the vision encoder ({kind}) cannot take images of {height}x{width} pixels: {reason} Expected an "
                 "encoder of images such as ViT, CLIP, SigLIP or DINOv2, and an image_size that it can take."
             ) from error
-        rows, columns = config.patch_grid
         if not isinstance(states, torch.Tensor) or states.ndim != 3 or states.shape[1] < rows * columns:
             found = tuple(states.shape) if isinstance(states, torch.Tensor) else type(states).__name__
             raise ValueError(
                 f"the vision encoder ({kind}) gives features of shape {found} for {rows}x{columns} patches; Duet needs "
                 "one token per patch after the encoder's prefix tokens."
+            )
+        if not (states.is_meta or torch.equal(states, self.vision_hidden_states(image)[1])):
+            raise ValueError(
+                f"the vision encoder ({kind}) gives other features for the same image each time, as one that leaves "
+                "out or shuffles patches at random does; choose one such as ViT, CLIP, SigLIP or DINOv2."
             )
         config.num_prefix_tokens = states.shape[1] - rows * columns
         if config.vision_feature_select_strategy == "cls" and config.num_prefix_tokens == 0:
@@ -536,10 +551,11 @@ class VLMForConditionalGeneration(VLMPreTrainedModel, GenerationMixin):
         """
         vision_kwargs, text_kwargs = dict(vision_kwargs or {}), dict(text_kwargs or {})
         encoders = tuple(vision) if isinstance(vision, (list, tuple)) else (vision,)
-        if len(encoders) > 2:
+        if len(encoders) not in (1, 2):
             raise ValueError(f"{len(encoders)} vision encoders were given; expected one, or two side by side.")
         vision_config = vision_config_of(encoders, vision_kwargs)
         text_config = load_backbone_config("language model", text, text_kwargs)
+        check_causal(text_config)
         projector_type, projector_file = find_own_projector(projector_type)
         config = VLMConfig(
             vision_config=vision_config,
@@ -556,6 +572,7 @@ class VLMForConditionalGeneration(VLMPreTrainedModel, GenerationMixin):
         configs = getattr(config.vision_config, "encoders", (config.vision_config,))
         towers = [load_vision_tower(*pair, dtype, vision_kwargs) for pair in zip(encoders, configs)]
         causal_lm = load_language_model(text, config.text_config, dtype, text_kwargs)
+        check_decoder(causal_lm)
         generation_config = causal_lm.generation_config
         default_dtype = torch.get_default_dtype()
         torch.set_default_dtype(dtype)  # the projector is born here, in the precision of the backbones
@@ -564,7 +581,7 @@ class VLMForConditionalGeneration(VLMPreTrainedModel, GenerationMixin):
             model = cls(config, tower, causal_lm)
         finally:
             torch.set_default_dtype(default_dtype)
-        check_language_model(model, causal_lm)
+        check_logits(model, causal_lm)
         grow_embeddings(model, config.image_token_id)
         generation_config.suppress_tokens = sorted({*(generation_config.suppress_tokens or []), config.image_token_id})
         model.generation_config = generation_config
@@ -593,16 +610,14 @@ class VLMForConditionalGeneration(VLMPreTrainedModel, GenerationMixin):
             number = sum(parameter.numel() for parameter in module.parameters())
             return ", ".join([f"{number:,} parameters", *sorted(dtypes)])
 
-        encoders = getattr(config.vision_config, "encoders", (config.vision_config,))
-        names = " and ".join(encoder.model_type for encoder in encoders)
         height, width = config.image_size
         rows, columns = config.patch_grid
         tiles = f", up to {config.max_tiles} tiles more" if config.max_tiles > 1 else ""
         return (
-            f"{names} ({height}x{width} pixels, {rows}x{columns} patches after {config.num_prefix_tokens} prefix "
-            f"tokens, {config.vision_config.hidden_size} wide; {part(self.model.vision_tower)}) -> "
-            f"{config.projector_type} ({config.image_seq_length} tokens an image{tiles}; "
-            f"{part(self.model.multi_modal_projector)}) -> {config.text_config.model_type} "
+            f"{kind_of(config.vision_config)} ({height}x{width} pixels, {rows}x{columns} patches after "
+            f"{config.num_prefix_tokens} prefix tokens, {config.vision_config.hidden_size} wide; "
+            f"{part(self.model.vision_tower)}) -> {config.projector_type} ({config.image_seq_length} tokens an "
+            f"image{tiles}; {part(self.model.multi_modal_projector)}) -> {config.text_config.model_type} "
             f"({self.get_input_embeddings().embedding_dim} wide, {logits.shape[-1]} entries, "
             f"{self.model.max_positions or 'any number of'} positions; {part(self.model.language_model)})"
         )
