@@ -87,6 +87,7 @@ NOT_CAUSAL = "is not causal: what it says after a token depends on the tokens be
 NO_LANGUAGE_MODEL = "is no causal language model of texts alone"
 NO_DECODER = "does not turn embeddings into states and a cache"
 NOT_REPRODUCED = "does more after its head, or before it, than Duet reproduces"
+READS_IDS = "reads more of a token than its embedding, and image features are embeddings only"
 NO_LANGUAGE_MODELS = {
     "BERT": ("Bert", WORDS, NOT_CAUSAL),
     "RoBERTa": ("Roberta", WORDS, NOT_CAUSAL),
@@ -99,6 +100,9 @@ NO_LANGUAGE_MODELS = {
         "Mamba", {"vocab_size": 376, "hidden_size": 32, "num_hidden_layers": 2, "state_size": 8}, NO_DECODER
     ),
     "GPT": ("OpenAIGPT", {key: value for key, value in GPT.items() if key[-2:] != "id"}, NO_DECODER),
+    "RWKV": ("Rwkv", {"vocab_size": 376, "hidden_size": 32, "num_hidden_layers": 2}, NO_DECODER),
+    "RecurrentGemma": ("RecurrentGemma", {**WORDS, "num_key_value_heads": 1, "attention_window_size": 8}, NO_DECODER),
+    "XLM": ("XLM", {"vocab_size": 376, "emb_dim": 32, "n_layers": 2, "n_heads": 4}, NO_DECODER),
     "XLNet": ("XLNet", {"vocab_size": 376, "d_model": 32, "n_layer": 2, "n_head": 4, "d_inner": 48}, NOT_CAUSAL),
     "Llama 4 text": (
         "Llama4Text",
@@ -109,6 +113,12 @@ NO_LANGUAGE_MODELS = {
     "ModernBERT's decoder": (
         "ModernBertDecoder",
         {**WORDS, "bos_token_id": 0, "eos_token_id": 0, "cls_token_id": 0, "sep_token_id": 0},
+        NOT_REPRODUCED,
+    ),
+    "BERT as a decoder": ("Bert", {**WORDS, "is_decoder": True}, NOT_REPRODUCED),
+    "RemBERT as a decoder": (
+        "RemBert",
+        {**WORDS, "is_decoder": True, "input_embedding_size": 16, "output_embedding_size": 16},
         NOT_REPRODUCED,
     ),
     "ELECTRA as a decoder": ("Electra", {**WORDS, "is_decoder": True, "embedding_size": 16}, NOT_REPRODUCED),
@@ -122,6 +132,14 @@ def test_what_is_no_language_model_that_can_be_joined_is_refused(name):
     config = config_of(kind, settings)
     line = refusal(text=config)
     assert line.startswith(f"the language model ({config.model_type}) {says}") and "choose " in line
+
+
+def test_the_page_has_every_one_of_these_lines():
+    page = matrix.PAGE.read_text(encoding="utf-8")
+    lines = [says for *_, says in [*NO_ENCODERS.values(), *NO_LANGUAGE_MODELS.values()]]
+    for says in [*lines, READS_IDS, "is smaller than a patch", "positions, and the language model (gpt2) has learned"]:
+        what = says.partition(") ")[2].partition(" (")[0] or says  # without names and shapes
+        assert what in page
 
 
 @pytest.mark.parametrize("name", ["BERT", "T5"])
@@ -144,7 +162,7 @@ def test_a_trained_model_that_reads_ids_beside_embeddings_is_refused(tmp_path):
     matrix.shake(model)
     model.save_pretrained(tmp_path)
     tiny.byte_level_tokenizer().save_pretrained(tmp_path)
-    assert "(gemma3n_text) reads more of a token than its embedding" in refusal(text=str(tmp_path))
+    assert f"(gemma3n_text) {READS_IDS}" in refusal(text=str(tmp_path))
 
 
 @pytest.mark.parametrize("encoder", matrix.ENCODERS)
