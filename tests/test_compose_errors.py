@@ -116,11 +116,6 @@ NO_LANGUAGE_MODELS = {
         NOT_REPRODUCED,
     ),
     "BERT as a decoder": ("Bert", {**WORDS, "is_decoder": True}, NOT_REPRODUCED),
-    "RemBERT as a decoder": (
-        "RemBert",
-        {**WORDS, "is_decoder": True, "input_embedding_size": 16, "output_embedding_size": 16},
-        NOT_REPRODUCED,
-    ),
     "ELECTRA as a decoder": ("Electra", {**WORDS, "is_decoder": True, "embedding_size": 16}, NOT_REPRODUCED),
 }  # fmt: skip
 """Name -> class and settings of a config, and what is said."""
