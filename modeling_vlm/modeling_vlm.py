@@ -44,7 +44,8 @@ from .backbones_vlm import (
     vision_config_of,
 )
 from .configuration_vlm import VLMConfig, kind_of
-from .projector_vlm import Resampler, build_projector, find_own_projector, select_features, trusting
+from .own_projector_vlm import find_own_projector, trusting
+from .projector_vlm import Resampler, build_projector, select_features
 from .vision_vlm import (
     VLMVisionPair,
     blank_image,

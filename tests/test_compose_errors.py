@@ -205,13 +205,13 @@ def test_a_cls_token_is_refused_where_there_is_none(encoder):
         ({"max_tiles": 0}, "max_tiles=0: expected 1"),
         ({"projector_type": "identity", "vision": config_of("ViT", {**IMAGES, "hidden_size": 64})}, "64 wide"),
         ({"projector_type": "conv"}, "projector_type='conv' is not known; choose one of linear, "),
-        ({"projector_type": "own.Projector"}, "projector_type='own.Projector' is not known; choose one of linear, "),
-        ({"projector_type": "own.py:Projector"}, "there is no Python file"),
-        ({"projector_type": None}, "projector_type=None is not known"),
+        ({"projector_type": "own.Projector"}, "projector_type='own.Projector' names no file; give the class to "),
+        ({"projector_type": "own.py:Projector"}, "expected FILE.py:CLASS, and there is no such "),
+        ({"projector_type": None}, "projector_type=None: expected a name, a class, or FILE.py:CLASS"),
         ({"projector_settings": {"scale": 2}}, "'scale', which mlp does not take; it takes none"),
         ({"projector_type": "resampler", "projector_settings": {"queries": 2}}, "it takes num_queries, depth"),
         ({"projector_type": "resampler", "projector_settings": {"depth": 0}}, "depth=0; expected a whole number"),
-        ({"projector_type": "resampler", "projector_settings": [64]}, "[64]: expected a mapping"),
+        ({"projector_type": "resampler", "projector_settings": [64]}, "[64]: expected names and values, such as"),
     ],
 )
 def test_a_setting_that_cannot_be_is_refused(options, says):

@@ -26,10 +26,12 @@ import train_pretrain
 import train_sft
 from modeling_vlm import VLMConfig, VLMForConditionalGeneration, VLMModel
 from modeling_vlm.configuration_vlm import PROJECTOR_SETTINGS
-from modeling_vlm.projector_vlm import PROJECTORS, build_projector, find_own_projector
+from modeling_vlm.own_projector_vlm import find_own_projector
+from modeling_vlm.projector_vlm import PROJECTORS, build_projector
 from processing import VLMDataCollator
 from tests import tiny
 from tests.fake_hub import hub_environment, start_fake_hub
+from tests.isolated import WITHOUT_PACKAGE
 from tests.test_generation import answers, encode, prompts
 from tests.test_scripts import QUICK, data, refused, source  # noqa: F401  (fixtures)
 from training_vlm import run
@@ -740,23 +742,13 @@ def test_a_name_alone_finds_no_file():
 
 
 CHILD = '''
-import importlib.abc, json, sys, traceback
+import json, traceback
 from pathlib import Path
 
-work, names = Path(sys.argv[1]), json.loads(sys.argv[2])
-ABSENT = {"modeling_vlm", "processing", "training_vlm", "inference_vlm", "tests", "my_projector", "my_layers"}
-
-
-class Absent(importlib.abc.MetaPathFinder):
-    def find_spec(self, name, path=None, target=None):
-        if name.partition(".")[0] in ABSENT:
-            raise ModuleNotFoundError(f"No module named {name!r}", name=name)
-
-
-sys.meta_path.insert(0, Absent())
 import torch
 from transformers import AutoModelForImageTextToText
 
+work, names = Path(sys.argv[1]), json.loads(sys.argv[2])
 torch.set_num_threads(1)
 found = {}
 for name in names:
@@ -825,7 +817,7 @@ def elsewhere(folders, tmp_path_factory):
     note("end_of_training")
     for file in code.iterdir():
         file.unlink()
-    (work / "child.py").write_text(CHILD)
+    (work / "child.py").write_text(WITHOUT_PACKAGE + CHILD)
     with start_fake_hub(work / "hub") as url:
         environment = hub_environment(url, work / "home") | {"OMP_NUM_THREADS": "1"}
         command = [sys.executable, "-I", str(work / "child.py"), str(work), json.dumps(SAVED)]

@@ -2,11 +2,8 @@
 
 import copy
 import json
-import os
 import random
 import struct
-import subprocess
-import sys
 import zlib
 from pathlib import Path
 
@@ -30,6 +27,7 @@ from processing.images import image_size, load_image
 from processing.images_vlm import IMAGE_MODES, choose_grid
 from processing.sources import open_source
 from tests import tiny
+from tests.isolated import run_without_package
 from tests.test_labels import KNOWS_NO_SYSTEM, Bare, expected, trained
 from tests.test_remote_code import CHILD
 from training_vlm import inspect_data
@@ -806,13 +804,7 @@ def test_a_saved_folder_answers_about_tiles_without_this_package(lively, tmp_pat
     batch.pop("labels")
     (tmp_path / "batch").mkdir()
     torch.save(batch, tmp_path / "batch" / "tiled.pt")
-    (tmp_path / "child.py").write_text(CHILD)
-    environment = {key: value for key, value in os.environ.items() if not key.startswith(("HF_", "PYTHON"))}
-    environment |= {"HF_HOME": str(tmp_path / "home"), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
-    names = ["tiled/end_of_training"]
-    command = [sys.executable, "-I", str(tmp_path / "child.py"), str(tmp_path), json.dumps(names), "[]"]
-    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr[-3000:]
+    run_without_package(CHILD, tmp_path, json.dumps(["tiled/end_of_training"]), "[]")
     found = json.loads((tmp_path / "found.json").read_text())
     result = found["tiled/end_of_training"]
     assert "error" not in result, result.get("error")

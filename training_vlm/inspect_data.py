@@ -30,7 +30,7 @@ from transformers.utils import logging
 
 from modeling_vlm import VLMConfig, VLMForConditionalGeneration
 from modeling_vlm.backbones_vlm import find_image_token_id, load_backbone_config, vision_config_of
-from modeling_vlm.projector_vlm import find_own_projector, trusting
+from modeling_vlm.own_projector_vlm import find_own_projector, trusting
 from processing import VLMDataCollator, VLMProcessor
 from processing.account import Record
 from processing.encoding import IGNORE
