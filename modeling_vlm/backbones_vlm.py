@@ -154,7 +154,7 @@ def _refuse_missing(what, name, missing):
     if missing:
         raise ValueError(
             f"the {what} {str(name)!r} lacks {len(missing)} of its weights ({', '.join(sorted(missing)[:3])} ...); "
-            "expected a complete checkpoint of this architecture."
+            "expected a complete checkpoint of this architecture, under the names that the library gives it."
         )
 
 
@@ -191,9 +191,18 @@ def _normalisation(vision: str | PreTrainedConfig, kwargs: BackboneKwargs) -> tu
     # An encoder that starts from scratch is given pixels from -1 to 1.
     settings = {"image_mean": [0.5] * 3, "image_std": [0.5] * 3}
     if not isinstance(vision, PreTrainedConfig):
-        settings, _ = ImageProcessingMixin.get_image_processor_dict(vision, **_without_attention(kwargs))
+        try:
+            settings, _ = ImageProcessingMixin.get_image_processor_dict(vision, **_without_attention(kwargs))
+        except (OSError, ValueError) as error:
+            reason = " ".join(str(error).split())[:300]
+            raise ValueError(f"the vision encoder {str(vision)!r} has no image processor: {reason}") from error
     if settings.get("do_normalize") is False:
         return [0.0] * 3, [1.0] * 3
+    if not {"image_mean", "image_std"} <= settings.keys():
+        raise ValueError(
+            f"the image processor of {str(vision)!r} does not say how pixels are normalised; expected image_mean and "
+            "image_std in its preprocessor_config.json, to give each of two encoders its own."
+        )
     return list(settings["image_mean"]), list(settings["image_std"])
 
 

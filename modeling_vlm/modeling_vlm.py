@@ -205,11 +205,12 @@ class VLMModel(VLMPreTrainedModel):
             self.image_newline = nn.Parameter(torch.empty(self.language_model.get_input_embeddings().embedding_dim))
         if is_new:
             self._count_visual_tokens()
-        if self.max_positions is not None and config.image_seq_length >= self.max_positions:
+        most = config.image_tokens(config.max_tiles, 1)
+        if self.max_positions is not None and most >= self.max_positions:
             raise ValueError(
-                f"an image takes {config.image_seq_length} positions, and the language model "
+                f"an image takes {'up to ' if config.max_tiles > 1 else ''}{most} positions, and the language model "
                 f"({config.text_config.model_type}) has learned {self.max_positions}: no text would fit. Choose fewer "
-                'visual tokens: a smaller image_size, projector_type="resampler", or '
+                'visual tokens: a smaller image_size, projector_type="resampler", fewer max_tiles, or '
                 'vision_feature_select_strategy="cls".'
             )
         self.post_init()
@@ -220,7 +221,7 @@ class VLMModel(VLMPreTrainedModel):
         config = self.config
         kind, (height, width) = kind_of(config.vision_config), config.image_size
         rows, columns = config.patch_grid
-        image, training = blank_image(self.vision_tower, config.image_size), self.vision_tower.training
+        image, training = blank_image(self.vision_tower, config.image_size, views=2), self.vision_tower.training
         self.vision_tower.eval()
         try:
             states = self.vision_hidden_states(image)[1]
@@ -230,11 +231,12 @@ class VLMModel(VLMPreTrainedModel):
                 f"the vision encoder ({kind}) cannot take images of {height}x{width} pixels: {reason} Expected an "
                 "encoder of images such as ViT, CLIP, SigLIP or DINOv2, and an image_size that it can take."
             ) from error
-        if not isinstance(states, torch.Tensor) or states.ndim != 3 or states.shape[1] < rows * columns:
-            found = tuple(states.shape) if isinstance(states, torch.Tensor) else type(states).__name__
+        shape = tuple(states.shape) if isinstance(states, torch.Tensor) else ()
+        if len(shape) != 3 or shape[0] != len(image) or shape[1] < rows * columns:
             raise ValueError(
-                f"the vision encoder ({kind}) gives features of shape {found} for {rows}x{columns} patches; Duet needs "
-                "one token per patch after the encoder's prefix tokens."
+                f"the vision encoder ({kind}) gives features of shape {shape or type(states).__name__} for "
+                f"{len(image)} images of {rows}x{columns} patches; Duet needs one token per patch after the encoder's "
+                "prefix tokens."
             )
         if not (states.is_meta or torch.equal(states, self.vision_hidden_states(image)[1])):
             raise ValueError(
@@ -342,8 +344,12 @@ class VLMModel(VLMPreTrainedModel):
             hidden_states, self.config.vision_feature_select_strategy, self.config.num_prefix_tokens
         )
         views = self.multi_modal_projector(features)
-        outputs.pooler_output = views if self.image_newline is None else self._join_views(views, image_grids)
-        return outputs
+        return BaseModelOutputWithPooling(
+            last_hidden_state=outputs.last_hidden_state,
+            pooler_output=views if self.image_newline is None else self._join_views(views, image_grids),
+            hidden_states=outputs.get("hidden_states"),
+            attentions=outputs.get("attentions"),
+        )
 
     def _join_views(self, views, image_grids):
         """The tokens of each image: the view of the whole, then row by row its tiles, all rows ending in a newline."""
@@ -354,7 +360,7 @@ class VLMModel(VLMPreTrainedModel):
                 f"image_grids name {sum(counts)} views of {len(grids)} images, and pixel_values hold {len(views)}; "
                 "pass both as the processor gives them."
             )
-        newline = self.image_newline.to(views.dtype).unsqueeze(0)
+        newline = self.image_newline.to(views.device, views.dtype).unsqueeze(0)
         images = []
         for (_, columns), of_image in zip(grids, views.split(counts)):
             rows = [of_image[:1], *of_image[1:].split(columns)] if len(of_image) > 1 else [of_image]
@@ -551,6 +557,10 @@ class VLMForConditionalGeneration(VLMPreTrainedModel, GenerationMixin):
             `ValueError`: a backbone cannot be loaded or used, with its name and the reason.
         """
         vision_kwargs, text_kwargs = dict(vision_kwargs or {}), dict(text_kwargs or {})
+        if "quantization_config" in vision_kwargs | text_kwargs:
+            raise ValueError(
+                "backbones are composed whole; save the composed model and load it with quantization_config."
+            )
         encoders = tuple(vision) if isinstance(vision, (list, tuple)) else (vision,)
         if len(encoders) not in (1, 2):
             raise ValueError(f"{len(encoders)} vision encoders were given; expected one, or two side by side.")
@@ -586,9 +596,10 @@ class VLMForConditionalGeneration(VLMPreTrainedModel, GenerationMixin):
         grow_embeddings(model, config.image_token_id)
         generation_config.suppress_tokens = sorted({*(generation_config.suppress_tokens or []), config.image_token_id})
         model.generation_config = generation_config
-        if os.environ.get("RANK", "0") == "0":
-            print(model.eval().describe())
-        return model.eval()
+        description = model.eval().describe()
+        if os.environ.get("RANK", "0") == "0":  # tried in every process, said in one
+            print(description)
+        return model
 
     @torch.no_grad()
     def describe(self) -> str:

@@ -34,10 +34,11 @@ def run_tower(tower: PreTrainedModel, takes: frozenset[str], pixel_values: torch
 
     Args:
         takes: `forward_names` of the tower.
-        pixel_values (`torch.Tensor` of shape `(views, channels, height, width)`): normalised pixels.
+        pixel_values (`torch.Tensor` of shape `(views, channels, height, width)`): normalised pixels, of any dtype.
         **kwargs: passed on.
     """
     config, size = tower.config, tuple(pixel_values.shape[-2:])
+    pixel_values = pixel_values.to(tower.dtype)  # some encoders do so themselves
     if "spatial_shapes" in takes:  # it takes patches with their grid (SigLIP 2), here all of one size
         patches = _patches(pixel_values, *pair_of(config.patch_size))
         grid = torch.tensor([patch_grid_of(config, size)] * len(patches))
@@ -87,8 +88,10 @@ class VLMVisionPair(PreTrainedModel):
         second: PreTrainedModel | None = None,
     ):
         super().__init__(config)
-        self.first = AutoModel.from_config(config.first_config) if first is None else first
-        self.second = AutoModel.from_config(config.second_config) if second is None else second
+        # Of the dtype that this is built in: the library sets that of the configs in `VLMConfig`, and none deeper.
+        dtype = torch.get_default_dtype()
+        self.first = AutoModel.from_config(config.first_config, dtype=dtype) if first is None else first
+        self.second = AutoModel.from_config(config.second_config, dtype=dtype) if second is None else second
         config.first_config, config.second_config = self.first.config, self.second.config
         self._takes = [forward_names(encoder) for encoder in self.encoders]
         self.post_init()
@@ -118,7 +121,7 @@ class VLMVisionPair(PreTrainedModel):
         outputs = [
             run_tower(encoder, takes, pixels, **kwargs)
             for encoder, takes, pixels in zip(
-                self.encoders, self._takes, (pixel_values, self._pixels_of_second(pixel_values, rows, columns))
+                self.encoders, self._takes, (pixel_values, self._pixels_of_second(pixel_values.float(), rows, columns))
             )
         ]
 
@@ -135,6 +138,8 @@ class VLMVisionPair(PreTrainedModel):
             first_mean, second_mean = pixel_values.new_tensor(self.config.image_mean)[..., None, None]
             first_std, second_std = pixel_values.new_tensor(self.config.image_std)[..., None, None]
             pixel_values = (pixel_values * first_std + first_mean - second_mean) / second_std
+        height, width = pair_of(self.first.config.patch_size)
+        pixel_values = pixel_values[..., : rows * height, : columns * width]  # all that the first has patches of
         height, width = pair_of(self.second.config.patch_size)
         size = (rows * height, columns * width)
         if size != tuple(pixel_values.shape[-2:]):
@@ -149,11 +154,11 @@ class _LeftOut(nn.Module):
         return states
 
 
-def blank_image(tower: PreTrainedModel, size: tuple[int, int]) -> torch.Tensor:
-    """One image of noise, `(1, channels, height, width)`, for an encoder to be tried on."""
+def blank_image(tower: PreTrainedModel, size: tuple[int, int], views: int = 1) -> torch.Tensor:
+    """Images of noise, `(views, channels, height, width)`, for an encoder to be tried on."""
     weight = next(tower.parameters())
     channels = getattr(getattr(tower, "first", tower).config, "num_channels", 3)
-    noise = torch.randn(1, channels, *size, generator=torch.Generator().manual_seed(0))
+    noise = torch.randn(views, channels, *size, generator=torch.Generator().manual_seed(0))
     return noise.to(weight.device, weight.dtype)
 
 

@@ -19,7 +19,6 @@ from PIL import Image
 from tokenizers import processors
 from transformers import (
     AddedToken,
-    AutoImageProcessor,
     AutoTokenizer,
     BatchFeature,
     GenerationConfig,
@@ -235,23 +234,23 @@ class VLMProcessor(ProcessorMixin):
             `pixel_values` `(views, channels, height, width)`, of each image the view of the whole and then its tiles
             row by row; and, where images are tiled, `image_grids` `(images, 2)`, the rows and columns of each.
         """
+        images = [to_rgb(image) if isinstance(image, Image.Image) else image for image in images]
         if self.image_mode is None and self.max_tiles == 1:
             return self.image_processor(images, return_tensors=return_tensors, **kwargs)
-        images = [image if isinstance(image, Image.Image) else to_pil_image(image) for image in images]
-        images = [to_rgb(image) for image in images]
+        if not all(isinstance(image, Image.Image) for image in images):
+            # Arrays whose values need no rescaling are shares of 255, which they become here.
+            shares = True if kwargs.pop("do_rescale", None) is False else None
+            images = [i if isinstance(i, Image.Image) else to_rgb(to_pil_image(i, shares)) for i in images]
         grids = [self.image_grid(image.height, image.width) for image in images]
         # What fits already is not to be scaled and cropped once more, as encoders' own processors do (256, then 224).
-        fitted = {**kwargs, "do_resize": False, "do_center_crop": False}
-        if self.image_mode is None:
-            wholes = self.image_processor(images, **kwargs)["pixel_values"]
-        else:
-            wholes = self.image_processor([self._fit(image, (1, 1)) for image in images], **fitted)["pixel_values"]
+        kwargs |= {"do_resize": False, "do_center_crop": False}
         views = []
-        for image, grid, whole in zip(images, grids, wholes):
-            views.append(whole)
+        for image, grid in zip(images, grids):
+            views.append(self._fit(image, (1, 1)))
             if grid != (1, 1):
-                views += self.image_processor(cut_tiles(self._fit(image, grid), grid), **fitted)["pixel_values"]
-        data = {"pixel_values": views, **({"image_grids": grids} if self.max_tiles > 1 else {})}
+                views += cut_tiles(self._fit(image, grid), grid)
+        pixels = self.image_processor(views, **kwargs)["pixel_values"]
+        data = {"pixel_values": pixels, **({"image_grids": grids} if self.max_tiles > 1 else {})}
         return BatchFeature(data, tensor_type=return_tensors)
 
     def _fit(self, image, grid):
@@ -493,14 +492,15 @@ def _load_image_processor(vision, model_config, options):
     settings, _ = transformers.ImageProcessingMixin.get_image_processor_dict(vision, **options)
     name = settings.get("image_processor_type") or settings.get("feature_extractor_type", "")
     name = re.sub("(Fast|Pil)$", "", name.replace("FeatureExtractor", "ImageProcessor")) + "Pil"
-    loader = getattr(transformers, name, AutoImageProcessor)
-    processor = loader.from_pretrained(vision, **options)
+    if hasattr(transformers, name):
+        processor = getattr(transformers, name).from_pretrained(vision, **options)
+    else:  # it has no Pillow form (DINOv3): one that does the same
+        kind = "CLIPImageProcessorPil" if settings.get("do_center_crop") else "ViTImageProcessorPil"
+        processor = _of_settings(kind, settings)
     if hasattr(processor, "max_num_patches"):  # it cuts patches itself (SigLIP 2), which is left to the model here
-        kept = ("do_normalize", "do_rescale", "image_mean", "image_std", "resample", "rescale_factor")
-        same = {name: getattr(processor, name) for name in kept if getattr(processor, name, None) is not None}
-        return transformers.ViTImageProcessorPil(size=size, **same)
+        return _of_settings("ViTImageProcessorPil", {**settings, "size": size})
     probe = Image.new("RGB", (width + 7, height + 3))
-    for change in ({}, {"size": size}, {"size": size, "crop_size": size}):
+    for change in ({}, _scaled(processor, height, width), {"size": size}, {"size": size, "crop_size": size}):
         for key, value in change.items():
             setattr(processor, key, value)
         pixels = processor(probe, return_tensors="pt")["pixel_values"]
@@ -510,6 +510,21 @@ def _load_image_processor(vision, model_config, options):
         f"the image processor of {str(vision)!r} does not give images of {height}x{width} pixels, the size that the "
         "vision encoder takes."
     )
+
+
+def _of_settings(kind, settings):
+    names = ("do_resize", "size", "resample", "do_center_crop", "crop_size", "do_rescale", "rescale_factor")
+    names += ("do_normalize", "image_mean", "image_std")
+    return getattr(transformers, kind)(**{n: settings[n] for n in names if settings.get(n) is not None})
+
+
+def _scaled(processor, height, width):
+    """What has a processor that scales the shorter side and crops the middle do so for another size."""
+    edge, crop = dict(processor.size or {}).get("shortest_edge"), dict(getattr(processor, "crop_size", None) or {})
+    if not edge or not getattr(processor, "do_center_crop", False) or not {"height", "width"} <= crop.keys():
+        return {}
+    scale = max(height / crop["height"], width / crop["width"])
+    return {"size": {"shortest_edge": round(edge * scale)}, "crop_size": {"height": height, "width": width}}
 
 
 def _open(part):

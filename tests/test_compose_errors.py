@@ -46,15 +46,15 @@ NO_ENCODERS = {
     "ResNet": ("ResNet", {}, "resnet) has no image_size"),
     "ConvNeXt": (
         "ConvNext", {"hidden_sizes": [8, 16, 32, 32], "depths": [1, 1, 1, 1], "image_size": 32},
-        "convnext) gives features of shape (1, 32, 1, 1) for 8x8 patches",
+        "convnext) gives features of shape (2, 32, 1, 1) for 2 images of 8x8 patches",
     ),
     "Swin": (
         "Swin", {"embed_dim": 8, "depths": [1, 1], "num_heads": [1, 2], "image_size": 32, "patch_size": 4,
                  "window_size": 4},
-        "swin) gives features of shape (1, 16, 16) for 8x8 patches",
+        "swin) gives features of shape (2, 16, 16) for 2 images of 8x8 patches",
     ),
     "VideoMAE": ("VideoMAE", IMAGES, "videomae) cannot take images of 32x32 pixels"),
-    "ViT-MAE": ("ViTMAE", IMAGES, "vit_mae) gives features of shape (1, 5, 32) for 4x4 patches"),
+    "ViT-MAE": ("ViTMAE", IMAGES, "vit_mae) gives features of shape (2, 5, 32) for 2 images of 4x4 patches"),
     "ViT-MAE that drops nothing": ("ViTMAE", {**IMAGES, "mask_ratio": 0.0}, "other features for the same image each"),
     "BLIP": ("BlipVision", IMAGES, "blip_vision_model) is none that AutoModel builds"),
 }  # fmt: skip

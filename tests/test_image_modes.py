@@ -1,12 +1,15 @@
 """An image is made to fit as it is asked: stretched, whole on the mean colour, its centre, or the encoder's own way."""
 
+import json
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 
 from processing import VLMDataCollator, VLMProcessor
-from processing.images_vlm import IMAGE_MODES, fit
+from processing.images_vlm import IMAGE_MODES, fit, to_rgb
 from tests import tiny
 
 
@@ -98,11 +101,65 @@ def test_what_fits_is_normalised_and_nothing_else(kind, view, mode, tmp_path, im
 @each_view
 def test_the_encoders_own_way_is_the_encoders_own(kind, view, tmp_path, image):
     pictures = [image(seed, size) for seed, size in enumerate(SIZES[3:])]
-    for max_tiles in (1, 4):  # of tiled images the view of the whole, which is all that small ones have
-        processor = tiny.processor_seeing(kind, tmp_path, view, max_tiles)
-        expected = processor.image_processor(pictures, return_tensors="pt")["pixel_values"]
-        wholes = [processor.process_images([picture])["pixel_values"][0] for picture in pictures]
-        assert expected.shape[2:] == view and torch.equal(torch.stack(wholes), expected)
+    processor = tiny.processor_seeing(kind, tmp_path, view)
+    expected = processor.image_processor(pictures, return_tensors="pt")["pixel_values"]
+    pixels = processor.process_images(pictures)["pixel_values"]
+    assert expected.shape[2:] == view and torch.equal(pixels, expected)
+
+
+@each_kind
+def test_a_tiled_image_is_shown_whole_where_nothing_else_is_asked_for(kind, tmp_path):
+    processor = tiny.processor_seeing(kind, tmp_path, (32, 32), max_tiles=4)
+    whole = seen(processor, [bands(128, 32, RED, WHITE, WHITE, WHITE)])[0]
+    assert (whole[:, :6] == RED).all() and (whole[:, 10:] == WHITE).all()
+
+
+@pytest.mark.parametrize("kind", ["clip", "dinov2"])
+def test_a_processor_that_crops_does_so_at_another_size_as_well(kind, tmp_path):
+    """The share of an upright image's width that is seen stays the same: its middle, nothing stretched."""
+    image = bands(800, 400, RED, GREEN, GREEN, RED)
+    for view in ((32, 32), (48, 48), (64, 48)):
+        processor = tiny.processor_seeing(kind, tmp_path, view, own_size=(32, 32))
+        (pixels,) = seen(processor, [image])
+        assert pixels.shape == (*view, 3) and (pixels[:, 2:-2] == GREEN).all()
+
+
+def test_an_image_processor_without_a_pillow_form_is_stood_in_for(tmp_path):
+    """DINOv3's is one; these are its settings."""
+    own = {"height": 24, "width": 24}
+    settings = {
+        "image_processor_type": "DINOv3ViTImageProcessorFast", "do_resize": True, "size": own, "resample": 2,
+        "do_rescale": True, "rescale_factor": 1 / 255, "do_normalize": True, "image_mean": [0.485, 0.456, 0.406],
+        "image_std": [0.229, 0.224, 0.225], "do_center_crop": None, "crop_size": None,
+    }  # fmt: skip
+    (tmp_path / "preprocessor_config.json").write_text(json.dumps(settings))
+    tokenizer = tiny.byte_level_tokenizer()
+    config = SimpleNamespace(image_size=(32, 32), image_token_id=len(tokenizer), image_seq_length=3, max_tiles=1)
+    processor = VLMProcessor.from_backbones(str(tmp_path), None, config, tokenizer=tokenizer)
+    (pixels,) = seen(processor, [bands(300, 20, RED, BLUE)])
+    assert pixels.shape == (32, 32, 3) and (pixels[:, :14] == RED).all() and (pixels[:, 18:] == BLUE).all()
+    assert list(processor.image_processor.image_mean) == settings["image_mean"]
+
+
+def test_the_plain_call_sees_what_training_sees(tmp_path):
+    processor = tiny.processor_seeing("vit", tmp_path)
+    picture = bands(20, 60, RED, BLUE)
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    picture.save(tmp_path / "lying.jpg", exif=exif)
+    lying = Image.open(tmp_path / "lying.jpg")
+    for image in (picture.convert("L"), picture.convert("RGBA"), picture.convert("P"), lying):
+        expected = processor.process_images([to_rgb(image)])["pixel_values"]
+        assert torch.equal(processor(images=image, text="<image>", return_tensors="pt")["pixel_values"], expected)
+
+
+@pytest.mark.parametrize("settings", [{"image_mode": "pad"}, {"max_tiles": 4}, {}], ids=str)
+def test_arrays_of_shares_are_the_images_that_they_are(settings, tmp_path):
+    processor = tiny.processor_seeing("vit", tmp_path, **settings)
+    array = np.moveaxis(np.asarray(bands(32, 32, RED, BLUE)), -1, 0).astype(np.float32) / 255
+    expected = processor.process_images([bands(32, 32, RED, BLUE)])["pixel_values"]
+    found = processor.process_images([array], do_rescale=False)["pixel_values"]
+    torch.testing.assert_close(found, expected, atol=1e-2, rtol=0)
 
 
 @each_kind

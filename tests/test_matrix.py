@@ -13,7 +13,7 @@ from transformers.image_transforms import to_pil_image
 from modeling_vlm import VLMConfig, VLMForConditionalGeneration
 from processing import VLMProcessor
 from tests import matrix
-from tests.matrix import ENCODERS, LANGUAGE_MODELS, LAYERS, SIZES
+from tests.matrix import ENCODERS, GROUPED, LANGUAGE_MODELS, LAYERS, SIZES, config_of, encoder_of
 
 
 @pytest.fixture(scope="module")
@@ -167,3 +167,25 @@ def features_of(name, half, pixels, **options):
     patches = processor([picture], return_tensors="pt")
     assert patches["spatial_shapes"].tolist() == [[rows, columns]]
     return half(**patches).last_hidden_state
+
+
+@pytest.mark.parametrize("name", ENCODERS)
+def test_an_encoder_in_half_precision_takes_the_pixels_that_the_processor_gives(name):
+    torch.manual_seed(0)
+    vision = encoder_of(name)
+    model = VLMForConditionalGeneration.from_backbones(vision, config_of("Llama", GROUPED), dtype=torch.bfloat16)
+    pixels = torch.randn(2, 3, *model.config.image_size)
+    features = model.get_image_features(pixels)
+    assert features.pooler_output.dtype == torch.bfloat16 and features.pooler_output.isfinite().all()
+    assert "pooler_output" in features.keys() and features.pooler_output.shape[0] == 2
+
+
+@pytest.mark.parametrize("saved, loaded", [("float32", "bfloat16"), ("bfloat16", "float32"), ("bfloat16", "auto")])
+def test_a_pair_is_of_the_dtype_that_it_is_loaded_in(saved, loaded, tmp_path):
+    dtype = getattr(torch, saved)
+    pair = encoder_of("DINOv2 + SigLIP")
+    VLMForConditionalGeneration.from_backbones(pair, config_of("Llama", GROUPED), dtype=dtype).save_pretrained(tmp_path)
+    model = VLMForConditionalGeneration.from_pretrained(tmp_path, dtype=loaded)
+    wanted = dtype if loaded == "auto" else getattr(torch, loaded)
+    assert {parameter.dtype for parameter in model.parameters()} == {wanted}
+    assert model.get_image_features(torch.randn(1, 3, *model.config.image_size)).pooler_output.dtype == wanted

@@ -331,9 +331,11 @@ IMAGE_PROCESSORS = {
 """Kind -> function that makes an encoder's own image processor for images of a height and width."""
 
 
-def processor_seeing(kind: str, folder: Path, image_size=(32, 32), max_tiles: int = 1, image_mode: str | None = None):
-    """A processor without a model, three positions a view, with an image processor of that kind."""
-    IMAGE_PROCESSORS[kind](*image_size).save_pretrained(folder)
+def processor_seeing(
+    kind: str, folder: Path, image_size=(32, 32), max_tiles: int = 1, image_mode: str | None = None, own_size=None
+):
+    """A processor without a model, three positions a view, its image processor of that kind and made for `own_size`."""
+    IMAGE_PROCESSORS[kind](*(own_size or image_size)).save_pretrained(folder)
     tokenizer = byte_level_tokenizer()
     config = SimpleNamespace(
         image_size=image_size, image_token_id=len(tokenizer), image_seq_length=3, max_tiles=max_tiles
