@@ -1,6 +1,6 @@
 """Tiles on and off, where detail decides: the built-in scenes drawn twice as large, with objects a third of their size.
 
-    python benchmarks/tiles.py OUT [--scenes 12000] [--steps 700 1300]
+    python benchmarks/tiles.py OUT [--scenes 12000] [--steps 700 1300 1500]
 
 Both runs see the same pictures of 128 pixels with an encoder for 64, both stages from scratch as in
 recipes/shapes.yaml. Without tiles a picture is seen reduced to a half; with `max_tiles` 4 in four tiles beside that.
@@ -11,7 +11,7 @@ import io
 from pathlib import Path
 
 import datasets
-from stages import recipe, train_both
+from stages import recipe, train, train_both
 
 from processing import shapes
 from processing.tokenizer import train_tokenizer
@@ -46,7 +46,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("out", type=Path)
     parser.add_argument("--scenes", type=int, default=12_000)
-    parser.add_argument("--steps", type=int, nargs=2, default=(700, 1300), help="of stage 1 and of stage 2")
+    parser.add_argument(
+        "--steps", type=int, nargs=3, default=(700, 1300, 1500), help="of stage 1 and of two rounds of stage 2"
+    )
     parser.add_argument("--tiles", type=int, nargs="+", default=(1, 4))
     args = parser.parse_args()
     args.out.mkdir(parents=True, exist_ok=True)
@@ -85,8 +87,13 @@ def main() -> None:
     }  # fmt: skip
     for tiles in args.tiles:
         settings["pretrain"]["max_tiles"] = tiles
-        shares = train_both(args.out / f"tiles-{tiles}", settings)
-        print(tiles, {name: round(share, 3) for name, share in shares.items()}, flush=True)
+        folder = args.out / f"tiles-{tiles}"
+        again = {"model": "sft", "output_dir": "sft-2", "max_steps": args.steps[2], "seed": 43}
+        for shares in (
+            train_both(folder, settings),
+            train(folder, "train_sft.py", {**settings, "sft": {**settings["sft"], **again}}),
+        ):
+            print(tiles, {name: round(share, 3) for name, share in shares.items()}, flush=True)
 
 
 if __name__ == "__main__":
