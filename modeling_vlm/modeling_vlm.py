@@ -754,8 +754,9 @@ class VLMForConditionalGeneration(VLMPreTrainedModel, GenerationMixin):
         loss = None
         if shift_labels is not None:
             targets = _keep_positions(shift_labels.unsqueeze(-1), logits_to_keep).squeeze(-1)
+            supervised = (targets != -100).sum()
             if num_items_in_batch is None:
-                num_items_in_batch = (targets != -100).sum()
+                num_items_in_batch = supervised
             # A batch without a supervised token has loss 0 with a graph, not 0/0.
             num_items_in_batch = torch.as_tensor(num_items_in_batch, device=logits.device).clamp(min=1)
             if loss_weights is None:
@@ -776,7 +777,8 @@ class VLMForConditionalGeneration(VLMPreTrainedModel, GenerationMixin):
         aux_loss = None
         if outputs.router_logits:
             aux_loss = balance_loss(outputs.router_logits, text_config, attention_mask)
-            loss = None if loss is None else loss + text_config.router_aux_loss_coef * aux_loss
+            if loss is not None:  # by this batch's share of the optimiser step, as the tokens are
+                loss = loss + text_config.router_aux_loss_coef * aux_loss * supervised / num_items_in_batch
         return VLMCausalLMOutputWithPast(
             loss=loss,
             logits=logits,

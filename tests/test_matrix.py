@@ -84,6 +84,9 @@ def test_the_router_loss_of_a_mixture_of_experts_is_kept(name):
         found = model.train(training)(input_ids=ids, attention_mask=mask, labels=labels)
         torch.testing.assert_close(found.aux_loss, expected.aux_loss)
         torch.testing.assert_close(found.loss, expected.loss)
+        number = (labels[:, 1:] != -100).sum()
+        half = model(input_ids=ids, attention_mask=mask, labels=labels, num_items_in_batch=2 * number)
+        torch.testing.assert_close(half.loss, expected.loss / 2)
         assert found.aux_loss > 0
     batch = matrix.batch_of(matrix.rows_of(model))
     model(**batch, labels=batch["input_ids"]).loss.backward()
