@@ -201,9 +201,11 @@ class VLMConfig(PreTrainedConfig):
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path, **kwargs):
-        # As the Auto classes do: beside a config lies the file of its projector.
-        kwargs.setdefault("name_or_path", str(pretrained_model_name_or_path))
-        return super().from_pretrained(pretrained_model_name_or_path, **kwargs)
+        loaded = super().from_pretrained(pretrained_model_name_or_path, **kwargs)
+        config = loaded[0] if isinstance(loaded, tuple) else loaded  # with what it did not use, where that is asked for
+        if is_own_projector(config.projector_type) and not config._name_or_path:
+            config._name_or_path = str(pretrained_model_name_or_path)  # the file of its projector lies beside it
+        return loaded
 
     def to_dict(self) -> dict:
         settings = super().to_dict()
