@@ -183,6 +183,8 @@ def test_both_of_a_pair_are_named_where_they_cannot_take_an_image():
 def test_more_image_tokens_than_learned_positions_are_refused():
     line = refusal(text=config_of("GPT2", GPT), image_size=96)  # 144 patches, 128 positions
     assert "an image takes 144 positions, and the language model (gpt2) has learned 128" in line
+    line = refusal(text=config_of("GPT2", GPT), max_tiles=8)  # 9 views of 16 positions and as many newlines
+    assert "an image takes up to 153 positions, and the language model (gpt2) has learned 128" in line
 
 
 @pytest.mark.parametrize("encoder", ["ViT", "DINOv2 + SigLIP"])

@@ -470,7 +470,7 @@ def inspect(
     if sees_images:
         tokens, tiles = f"{processor.grid_tokens(1, 1):,} of them", processor.max_tiles
         if tiles > 1:
-            most = max(processor.grid_tokens(rows, tiles // rows) for rows in range(1, tiles + 1))
+            most = processor.grid_tokens(tiles, 1)
             tokens += f", or up to {most:,} where it is cut into up to {tiles} tiles as well,"
         lines.append(f"An image takes {tokens} and is shown as the model gets it.")
     else:
