@@ -6,6 +6,7 @@ learned, what the head does), never looked up by a model's name. The file travel
 
 import contextlib
 import copy
+import dataclasses
 from typing import TypedDict
 
 import torch
@@ -22,6 +23,7 @@ from transformers import (
     PreTrainedConfig,
     PreTrainedModel,
 )
+from transformers.modeling_outputs import BaseModelOutputWithPast
 from transformers.utils import logging
 
 from .configuration_vlm import VLMVisionPairConfig, own_image_size
@@ -29,6 +31,9 @@ from .vision_vlm import blank_image, forward_names, run_tower, unused_parameters
 
 
 _CHOOSE = "choose a decoder such as Llama, Qwen3, Gemma or GPT-2."
+CACHE = ({f.name for f in dataclasses.fields(BaseModelOutputWithPast)} & {"cache", "past_key_values"}).pop()
+"""What the library calls the keys and values of earlier tokens, in what a model takes and gives: it was renamed."""
+
 _ANY_FAILURE = (RuntimeError, ValueError, TypeError, AttributeError, IndexError, KeyError, AssertionError)
 
 
@@ -301,8 +306,8 @@ def check_decoder(causal_lm: PreTrainedModel):
         embeds = causal_lm.base_model.get_input_embeddings()(ids)
         both = torch.cat([embeds, 0.9 * embeds])  # those of tokens, and of no tokens as image features are
         states = causal_lm.base_model(inputs_embeds=both, use_cache=True, return_dict=True)
-        for name in ("last_hidden_state", "past_key_values"):
-            if getattr(states, name, None) is None:
+        for name in ("last_hidden_state", CACHE):
+            if states.get(name) is None:
                 raise ValueError(f"its output has no {name}.")
         found = causal_lm(inputs_embeds=embeds).logits.float()
     except _ANY_FAILURE as error:  # whatever a model does that expects something else

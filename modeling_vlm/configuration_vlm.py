@@ -120,7 +120,7 @@ class VLMConfig(PreTrainedConfig):
     model_type = "duet_vlm"
     sub_configs = {"vision_config": AutoConfig, "text_config": AutoConfig}
     keys_to_ignore_at_inference = [
-        "past_key_values", "image_hidden_states", "hidden_states", "attentions", "aux_loss", "router_logits"
+        "cache", "past_key_values", "image_hidden_states", "hidden_states", "attentions", "aux_loss", "router_logits"
     ]  # fmt: skip
 
     vision_config: dict | PreTrainedConfig | None = None

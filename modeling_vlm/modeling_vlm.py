@@ -15,20 +15,25 @@ from torch import nn
 from transformers import (
     AutoModel,
     AutoModelForCausalLM,
-    Cache,
     GenerationMixin,
     PreTrainedConfig,
     PreTrainedModel,
 )
 from transformers import initialization as init
 from transformers.modeling_layers import GradientCheckpointingLayer
-from transformers.modeling_outputs import BaseModelOutputWithPast, BaseModelOutputWithPooling, ModelOutput
+from transformers.modeling_outputs import (
+    BaseModelOutputWithPast,
+    BaseModelOutputWithPooling,
+    CausalLMOutputWithPast,
+    ModelOutput,
+)
 from transformers.processing_utils import Unpack
 from transformers.quantizers import AutoQuantizationConfig
 from transformers.utils import TransformersKwargs, can_return_tuple, torch_compilable_check
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from .backbones_vlm import (
+    CACHE,
     BackboneKwargs,
     balance_loss,
     check_causal,
@@ -73,7 +78,7 @@ class VLMModelOutputWithPast(BaseModelOutputWithPast):
 
 
 @dataclass
-class VLMCausalLMOutputWithPast(ModelOutput):
+class VLMCausalLMOutputWithPast(CausalLMOutputWithPast):
     """
     Output of `VLMForConditionalGeneration`.
 
@@ -82,7 +87,7 @@ class VLMCausalLMOutputWithPast(ModelOutput):
             Next-token loss, the mean over the supervised tokens.
         logits (`torch.Tensor` of shape `(batch, tokens, vocab)`, or `(kept, vocab)` for a mask in `logits_to_keep`):
             Scores of every vocabulary entry before the softmax.
-        past_key_values (`Cache`, *optional*): keys and values of the language model.
+        cache (`Cache`, *optional*): keys and values of the language model; `past_key_values` in transformers before 5.24.
         hidden_states (`tuple(torch.Tensor)`, *optional*): the language model's, each `(batch, tokens, hidden)`.
         attentions (`tuple(torch.Tensor)`, *optional*): the language model's.
         image_hidden_states (`torch.Tensor` of shape `(image tokens, hidden)`, *optional*):
@@ -91,11 +96,6 @@ class VLMCausalLMOutputWithPast(ModelOutput):
         router_logits (`tuple(torch.Tensor)`, *optional*): those of each layer of a mixture of experts.
     """
 
-    loss: torch.Tensor | None = None
-    logits: torch.Tensor | None = None
-    past_key_values: Cache | None = None
-    hidden_states: tuple[torch.Tensor, ...] | None = None
-    attentions: tuple[torch.Tensor, ...] | None = None
     image_hidden_states: torch.Tensor | None = None
     aux_loss: torch.Tensor | None = None
     router_logits: tuple[torch.Tensor, ...] | None = None
@@ -108,7 +108,7 @@ class VLMPreTrainedModel(PreTrainedModel):
     base_model_prefix = "model"
     input_modalities = ("image", "text")
     supports_gradient_checkpointing = True
-    _skip_keys_device_placement = ["past_key_values"]
+    _skip_keys_device_placement = [CACHE]
     _supports_flash_attn = True
     _supports_sdpa = True
     _supports_flex_attn = True
@@ -403,7 +403,6 @@ class VLMModel(VLMPreTrainedModel):
         pixel_values: torch.Tensor | None = None,
         attention_mask: torch.Tensor | None = None,
         position_ids: torch.LongTensor | None = None,
-        past_key_values: Cache | None = None,
         inputs_embeds: torch.Tensor | None = None,
         image_grids: torch.LongTensor | None = None,
         mm_encoder_outputs: dict[str, BaseModelOutputWithPooling] | None = None,
@@ -416,10 +415,11 @@ class VLMModel(VLMPreTrainedModel):
                 the order of their tokens; see `get_image_features` for tiled ones.
             attention_mask (`torch.Tensor` of shape `(batch, past + tokens)`): 0 on padding.
             position_ids (`torch.LongTensor` of shape `(batch, tokens)`): positions in the language model.
-            past_key_values (`Cache`): keys and values of the tokens before these.
             inputs_embeds (`torch.Tensor` of shape `(batch, tokens, hidden)`): instead of `input_ids`.
             image_grids (`torch.LongTensor` of shape `(images, 2)`): rows and columns of each image's tiles.
             mm_encoder_outputs (`dict`): output of `get_image_features` under `"image"`, instead of `pixel_values`.
+            **kwargs: for the language model, the cache of the tokens before these among them, under the name that the
+                library has for it (`cache`, before transformers 5.24 `past_key_values`).
 
         Raises:
             `ValueError`: image tokens and features disagree (in training also where no image is given at all), or the
@@ -433,7 +433,7 @@ class VLMModel(VLMPreTrainedModel):
         if inputs_embeds is None:
             inputs_embeds = self.get_input_embeddings()(input_ids)
         if self.max_positions is not None:
-            self._check_positions(inputs_embeds.shape[1], position_ids, past_key_values)
+            self._check_positions(inputs_embeds.shape[1], position_ids, kwargs.get(CACHE))
 
         image_outputs = (mm_encoder_outputs or {}).get("image")
         if pixel_values is not None:
@@ -451,21 +451,20 @@ class VLMModel(VLMPreTrainedModel):
             inputs_embeds=inputs_embeds,
             attention_mask=attention_mask,
             position_ids=position_ids,
-            past_key_values=past_key_values,
             return_dict=True,
             **kwargs,
         )
         return VLMModelOutputWithPast(
             last_hidden_state=outputs.last_hidden_state,
-            past_key_values=outputs.past_key_values,
-            hidden_states=outputs.hidden_states,
-            attentions=outputs.attentions,
+            hidden_states=outputs.get("hidden_states"),
+            attentions=outputs.get("attentions"),
             image_hidden_states=image_features,
             router_logits=getattr(outputs, "router_logits", None),
+            **{CACHE: outputs.get(CACHE)},
         )
 
-    def _check_positions(self, tokens, position_ids, past_key_values):
-        past = past_key_values.get_seq_length() if past_key_values is not None else 0
+    def _check_positions(self, tokens, position_ids, cache):
+        past = cache.get_seq_length() if cache is not None else 0
         if not isinstance(past, int) or past + tokens <= self.max_positions:
             return
         # Padding on the left takes no position: only the positions themselves tell then.
@@ -662,7 +661,7 @@ class VLMForConditionalGeneration(VLMPreTrainedModel, GenerationMixin):
         if encoded is not None and expand_size > 1:  # the library would drop features that no prompt has a place for
             ids = input_ids if embeds is None else None
             self.model.get_placeholder_mask(ids, embeds, _in_one_row(encoded.pooler_output))
-        elif encoded is None and pixel_values is None and embeds is None and kwargs.get("past_key_values") is None:
+        elif encoded is None and pixel_values is None and embeds is None and kwargs.get(CACHE) is None:
             self.model.get_placeholder_mask(input_ids, None, input_ids.new_empty(0))  # a prompt without its images
         images_of, views_in = None, None
         if pixel_values is not None and (input_ids is not None or embeds is not None):
@@ -700,7 +699,6 @@ class VLMForConditionalGeneration(VLMPreTrainedModel, GenerationMixin):
         pixel_values: torch.Tensor | None = None,
         attention_mask: torch.Tensor | None = None,
         position_ids: torch.LongTensor | None = None,
-        past_key_values: Cache | None = None,
         inputs_embeds: torch.Tensor | None = None,
         labels: torch.LongTensor | None = None,
         loss_weights: torch.Tensor | None = None,
@@ -740,7 +738,6 @@ class VLMForConditionalGeneration(VLMPreTrainedModel, GenerationMixin):
             pixel_values=pixel_values,
             attention_mask=attention_mask,
             position_ids=position_ids,
-            past_key_values=past_key_values,
             inputs_embeds=inputs_embeds,
             use_cache=use_cache,
             image_grids=image_grids,
@@ -782,12 +779,12 @@ class VLMForConditionalGeneration(VLMPreTrainedModel, GenerationMixin):
         return VLMCausalLMOutputWithPast(
             loss=loss,
             logits=logits,
-            past_key_values=outputs.past_key_values,
-            hidden_states=outputs.hidden_states,
-            attentions=outputs.attentions,
+            hidden_states=outputs.get("hidden_states"),
+            attentions=outputs.get("attentions"),
             image_hidden_states=outputs.image_hidden_states,
             aux_loss=aux_loss,
             router_logits=outputs.router_logits,
+            **{CACHE: outputs.get(CACHE)},
         )
 
 

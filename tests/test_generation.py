@@ -4,6 +4,7 @@ import pytest
 import torch
 from transformers import pipeline
 
+from modeling_vlm.backbones_vlm import CACHE
 from tests import tiny
 from training_vlm.tuning import apply_tuning
 
@@ -144,7 +145,7 @@ def test_a_turn_goes_on_from_the_last_one(lively, image):
     turn = model.generate(**inputs, do_sample=False, max_new_tokens=6, return_dict_in_generate=True)
     ids = torch.cat([turn.sequences, torch.tensor([[5, 6, 7]])], 1)
     fresh = model.generate(input_ids=ids, pixel_values=inputs["pixel_values"], do_sample=False, max_new_tokens=6)
-    again = model.generate(input_ids=ids, past_key_values=turn.past_key_values, do_sample=False, max_new_tokens=6)
+    again = model.generate(input_ids=ids, do_sample=False, max_new_tokens=6, **{CACHE: turn[CACHE]})
     assert torch.equal(again, fresh)
 
 

@@ -4,6 +4,7 @@ import pytest
 import torch
 from transformers import CompileConfig
 
+from modeling_vlm.backbones_vlm import CACHE
 from tests import test_generation
 from tests.test_generation import encode, prompts
 
@@ -60,7 +61,7 @@ def test_what_is_asked_for_comes_back_for_every_step(lively, image, mode, use_ca
     rows = batch * beams if beams > 1 else returned
     assert found.sequences.shape == (returned, length + 6)
     assert torch.equal(found.sequences[:, :length], inputs["input_ids"].repeat_interleave(returned // batch, 0))
-    assert (found.past_key_values is not None) is use_cache
+    assert (found.get(CACHE) is not None) is use_cache
     if beams > 1:
         assert found.sequences_scores.shape == (returned,) and found.beam_indices.shape[0] == returned
     for name in ("scores", "logits", "hidden_states", "attentions"):
@@ -117,7 +118,7 @@ def test_generation_goes_on_from_a_cache(lively, image):
     inputs = encode(processor, prompts(image))
     whole, first = write(model, inputs), write(model, inputs, tokens=3)
     mask = torch.nn.functional.pad(inputs["attention_mask"], (0, 3), value=1)
-    rest = {"input_ids": first.sequences, "attention_mask": mask, "past_key_values": first.past_key_values}
+    rest = {"input_ids": first.sequences, "attention_mask": mask, CACHE: first[CACHE]}
     second = write(model, rest, tokens=3)
     assert torch.equal(second.sequences, whole.sequences)
     for one, other in zip((*first.scores, *second.scores), whole.scores, strict=True):

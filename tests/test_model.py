@@ -20,6 +20,7 @@ from transformers import (
 )
 
 from modeling_vlm import VLMConfig, VLMForConditionalGeneration, VLMModel
+from modeling_vlm.backbones_vlm import CACHE
 from tests import tiny
 from training_vlm.tuning import apply_tuning
 
@@ -600,9 +601,9 @@ def test_logits_are_computed_where_they_are_kept(composed, image):
 def test_a_cache_is_kept_in_generation_and_not_in_training(composed):
     model, _ = composed
     inputs = some_inputs(model, images=1)
-    assert model(**inputs).past_key_values is not None
-    assert model(**inputs, labels=inputs["input_ids"]).past_key_values is None
-    assert model.train()(**inputs).past_key_values is None
+    assert model(**inputs)[CACHE] is not None
+    assert model(**inputs, labels=inputs["input_ids"]).get(CACHE) is None
+    assert model.train()(**inputs).get(CACHE) is None
 
 
 def test_outputs_come_as_a_tuple_when_asked(composed):
