@@ -27,8 +27,8 @@ from transformers import PreTrainedTokenizerFast, ViTConfig
 
 from modeling_vlm import VLMConfig
 from processing import VLMDataCollator, VLMProcessor
-from processing.dataset import ConversationDataset, Reading, StreamedDataset
-from processing.encoding import encode_caption
+from processing.batching.dataset import ConversationDataset, Reading, StreamedDataset
+from processing.batching.encoding import encode_caption
 
 
 WORDS = "a small red cat sits on the mat beside two large green birds under an old tree near some water".split()

@@ -11,7 +11,7 @@ import sys
 from transformers import AutoModelForImageTextToText, AutoProcessor, TextStreamer
 from transformers.utils import logging
 
-from processing.images import load_image
+from processing.image_files_vlm import load_image
 
 
 class _Answer(TextStreamer):

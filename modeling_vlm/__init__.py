@@ -9,6 +9,7 @@ from transformers import (
 )
 
 from .configuration_vlm import VLMConfig, VLMVisionPairConfig
+from .model_error_vlm import DuetError
 from .modeling_vlm import VLMForConditionalGeneration, VLMModel, VLMPreTrainedModel
 from .vision_vlm import VLMVisionPair
 
@@ -24,6 +25,7 @@ VLMModel.register_for_auto_class("AutoModel")
 VLMForConditionalGeneration.register_for_auto_class("AutoModelForImageTextToText")
 
 __all__ = [
+    "DuetError",
     "VLMConfig",
     "VLMForConditionalGeneration",
     "VLMModel",

@@ -27,6 +27,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPast
 from transformers.utils import logging
 
 from .configuration_vlm import VLMVisionPairConfig, own_image_size
+from .model_error_vlm import DuetError
 from .vision_vlm import blank_image, forward_names, run_tower, unused_parameters
 
 
@@ -51,7 +52,7 @@ def _from_pretrained(what: str, name: str, loader, **kwargs):
         return loader.from_pretrained(name, **kwargs)
     except (OSError, ValueError, KeyError) as error:
         reason = " ".join(str(error).split())[:300]
-        raise ValueError(
+        raise DuetError(
             f"the {what} {str(name)!r} could not be loaded: expected a folder with a config.json or a name on the "
             f"Hugging Face Hub (which needs the network, and a token where the repository is private). {reason}"
         ) from error
@@ -83,7 +84,7 @@ def load_vision_tower(
         `ValueError`: it cannot be loaded, or weights that its features depend on are missing.
     """
     if type(config) not in MODEL_MAPPING:
-        raise ValueError(
+        raise DuetError(
             f"the vision encoder{_named(config)} ({config.model_type}) is none that AutoModel builds by itself; choose "
             "one such as ViT, CLIP, SigLIP or DINOv2."
         )
@@ -111,7 +112,7 @@ def check_causal(config: PreTrainedConfig):
     """
     known = type(config) in MODEL_FOR_CAUSAL_LM_MAPPING
     if not known or hasattr(config, "vision_config") or getattr(config, "is_encoder_decoder", False):
-        raise ValueError(
+        raise DuetError(
             f"the language model{_named(config)} ({config.model_type}) is no causal language model of texts alone; "
             f"{_CHOOSE}"
         )
@@ -149,7 +150,7 @@ def _load_quietly(what, name, auto_class, config, dtype, kwargs):
 def _refuse_own_code(what, name, loaded):
     # A saved folder carries Duet's files only, so it could not be loaded again.
     if type(loaded).__module__.startswith("transformers_modules."):
-        raise ValueError(
+        raise DuetError(
             f"the {what} {str(name)!r} needs code of its own ({type(loaded).__name__}), which a composed checkpoint "
             "cannot carry; choose a model that transformers itself has, or leave out trust_remote_code where it has it."
         )
@@ -157,7 +158,7 @@ def _refuse_own_code(what, name, loaded):
 
 def _refuse_missing(what, name, missing):
     if missing:
-        raise ValueError(
+        raise DuetError(
             f"the {what} {str(name)!r} lacks {len(missing)} of its weights ({', '.join(sorted(missing)[:3])} ...); "
             "expected a complete checkpoint of this architecture, under the names that the library gives it."
         )
@@ -200,11 +201,11 @@ def _normalisation(vision: str | PreTrainedConfig, kwargs: BackboneKwargs) -> tu
             settings, _ = ImageProcessingMixin.get_image_processor_dict(vision, **_without_attention(kwargs))
         except (OSError, ValueError) as error:
             reason = " ".join(str(error).split())[:300]
-            raise ValueError(f"the vision encoder {str(vision)!r} has no image processor: {reason}") from error
+            raise DuetError(f"the vision encoder {str(vision)!r} has no image processor: {reason}") from error
     if settings.get("do_normalize") is False:
         return [0.0] * 3, [1.0] * 3
     if not {"image_mean", "image_std"} <= settings.keys():
-        raise ValueError(
+        raise DuetError(
             f"the image processor of {str(vision)!r} does not say how pixels are normalised; expected image_mean and "
             "image_std in its preprocessor_config.json, to give each of two encoders its own."
         )
@@ -298,7 +299,7 @@ def check_decoder(causal_lm: PreTrainedModel):
     causal_lm.eval()
     expected, before = (causal_lm(tokens).logits.float() for tokens in (ids, other))
     if not _difference(expected[:, :-1], before[:, :-1]) <= tolerance:
-        raise ValueError(
+        raise DuetError(
             f"the language model ({kind}) is not causal: what it says after a token depends on the tokens behind it; "
             f"{_CHOOSE}"
         )
@@ -308,17 +309,17 @@ def check_decoder(causal_lm: PreTrainedModel):
         states = causal_lm.base_model(inputs_embeds=both, use_cache=True, return_dict=True)
         for name in ("last_hidden_state", CACHE):
             if states.get(name) is None:
-                raise ValueError(f"its output has no {name}.")
+                raise DuetError(f"its output has no {name}.")
         found = causal_lm(inputs_embeds=embeds).logits.float()
     except _ANY_FAILURE as error:  # whatever a model does that expects something else
         reason = " ".join(str(error).split())[:200]
-        raise ValueError(
+        raise DuetError(
             f"the language model ({kind}) does not turn embeddings into states and a cache, as a decoder does: "
             f"{reason} Please {_CHOOSE}"
         ) from error
     causal_lm.train(training)
     if not _difference(expected, found) <= tolerance:
-        raise ValueError(
+        raise DuetError(
             f"the language model ({kind}) reads more of a token than its embedding, and image features are embeddings "
             f"only: logits of the same text differ by {_difference(expected, found):.1e} (relative); {_CHOOSE}"
         )
@@ -343,7 +344,7 @@ def check_logits(model: PreTrainedModel, causal_lm: PreTrainedModel):
         found, reason = None, " ".join(str(error).split())[:200]
     causal_lm.train(training[0]), model.train(training[1])
     if found is None or not _difference(expected, found) <= 1e-3:
-        raise ValueError(
+        raise DuetError(
             f"the language model ({kind}) does more after its head, or before it, than Duet reproduces: {reason}; "
             "choose another language model."
         )

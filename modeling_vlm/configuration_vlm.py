@@ -12,6 +12,8 @@ from pathlib import Path
 
 from transformers import CONFIG_MAPPING, AutoConfig, PreTrainedConfig, dynamic_module_utils
 
+from .model_error_vlm import DuetError
+
 
 PROJECTOR_SETTINGS = {
     "linear": {},
@@ -150,19 +152,19 @@ class VLMConfig(PreTrainedConfig):
         if self.vision_feature_select_strategy == "default":  # LLaVA's name for it
             self.vision_feature_select_strategy = "patch"
         if self.vision_feature_select_strategy not in SELECT_STRATEGIES:
-            raise ValueError(
+            raise DuetError(
                 f"vision_feature_select_strategy={self.vision_feature_select_strategy!r} is not known; "
                 f"choose one of {', '.join(SELECT_STRATEGIES)}."
             )
         if not isinstance(self.max_tiles, int) or self.max_tiles < 1:
-            raise ValueError(f"max_tiles={self.max_tiles!r}: expected 1 (no tiles) or more.")
+            raise DuetError(f"max_tiles={self.max_tiles!r}: expected 1 (no tiles) or more.")
         if self.vision_feature_layer is not None and self.vision_num_hidden_layers is None:
             self._cut_vision_tower()
         if self.image_size is None:
             self.image_size = own_image_size(_first_encoder(self.vision_config))
         size = self.image_size = list(pair_of(self.image_size))
         if len(size) != 2 or not all(isinstance(side, int) and side > 0 for side in size):
-            raise ValueError(f"image_size={size}: expected a whole number of pixels, or height and width.")
+            raise DuetError(f"image_size={size}: expected a whole number of pixels, or height and width.")
         if self.image_token_id is None:
             self.image_token_id = self.text_config.vocab_size - 1
         # The model reads the field of this config, inference engines read the language model's: keep them equal.
@@ -176,21 +178,21 @@ class VLMConfig(PreTrainedConfig):
     def _check_projector(self):
         kind, given = self.projector_type, {} if self.projector_settings is None else self.projector_settings
         if not isinstance(given, dict):
-            raise ValueError(f"projector_settings={given!r}: expected names and values, such as {{'scale': 2}}.")
+            raise DuetError(f"projector_settings={given!r}: expected names and values, such as {{'scale': 2}}.")
         known = PROJECTOR_SETTINGS.get(kind) if isinstance(kind, str) else None
         if known is None and not is_own_projector(kind):
-            raise ValueError(
+            raise DuetError(
                 f"projector_type={kind!r} is not known; choose one of {', '.join(PROJECTOR_SETTINGS)}, or give "
                 "`from_backbones` a class of your own as FILE.py:CLASS."
             )
         for name, value in given.items() if known is not None else ():  # a class of one's own knows its settings itself
             if name not in known:
-                raise ValueError(
+                raise DuetError(
                     f"projector_settings has {name!r}, which {kind} does not take; it takes "
                     f"{', '.join(known) or 'none'}."
                 )
             if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-                raise ValueError(f"projector_settings has {name}={value!r}; expected a whole number from 1.")
+                raise DuetError(f"projector_settings has {name}={value!r}; expected a whole number from 1.")
         self.projector_settings = {**(known or {}), **given}
 
     def _cut_vision_tower(self):
@@ -279,7 +281,7 @@ def patch_grid_of(config: PreTrainedConfig, image_size: int | list | tuple) -> t
     patch = pair_of(_field(config, "patch_size"))
     grid = tuple(pixels // side for pixels, side in zip(pair_of(image_size), patch))
     if 0 in grid:
-        raise ValueError(
+        raise DuetError(
             f"image_size={list(pair_of(image_size))} is smaller than a patch of the vision encoder "
             f"({config.model_type}, {patch[0]}x{patch[1]} pixels); choose a larger image_size."
         )
@@ -299,7 +301,7 @@ def _field(config, name):
     value = getattr(config, name, None)
     if value is None:
         where = f" {config._name_or_path!r}" if config._name_or_path else ""
-        raise ValueError(
+        raise DuetError(
             f"the vision encoder{where} ({config.model_type}) has no {name} in its config; Duet needs an encoder that "
             "cuts images into patches, such as ViT, CLIP, SigLIP or DINOv2."
         )
@@ -310,7 +312,7 @@ def _cut(config, layer):
     """Leave the layers above `hidden_states[layer]` out of an encoder's config; gives its depth before."""
     depth = config.num_hidden_layers
     if not isinstance(layer, int) or not -depth <= layer < 0:
-        raise ValueError(
+        raise DuetError(
             f"vision_feature_layer={layer!r} does not fit a vision encoder of {depth} layers; choose null (its final "
             f"output) or a number from -{depth} (after the first layer) to -1 (after the last)."
         )
@@ -330,7 +332,7 @@ def _sub_config(config, name, default):
         if model_type == VLMVisionPairConfig.model_type:
             return VLMVisionPairConfig(**settings)
         if model_type not in CONFIG_MAPPING:
-            raise ValueError(
+            raise DuetError(
                 f"{name} has model_type={model_type!r}, which this transformers does not know; expected the "
                 "`model_type` of a model that the Auto classes load, for example 'vit' or 'llama'."
             )

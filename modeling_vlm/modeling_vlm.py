@@ -49,6 +49,7 @@ from .backbones_vlm import (
     vision_config_of,
 )
 from .configuration_vlm import VLMConfig, kind_of
+from .model_error_vlm import DuetError
 from .own_projector_vlm import find_own_projector, trusting
 from .projector_vlm import Resampler, build_projector, select_features
 from .vision_vlm import (
@@ -87,7 +88,7 @@ class VLMCausalLMOutputWithPast(CausalLMOutputWithPast):
             Next-token loss, the mean over the supervised tokens.
         logits (`torch.Tensor` of shape `(batch, tokens, vocab)`, or `(kept, vocab)` for a mask in `logits_to_keep`):
             Scores of every vocabulary entry before the softmax.
-        cache (`Cache`, *optional*): keys and values of the language model; `past_key_values` in transformers before 5.24.
+        cache (`Cache`, *optional*): keys and values of the language model (before transformers 5.24 `past_key_values`).
         hidden_states (`tuple(torch.Tensor)`, *optional*): the language model's, each `(batch, tokens, hidden)`.
         attentions (`tuple(torch.Tensor)`, *optional*): the language model's.
         image_hidden_states (`torch.Tensor` of shape `(image tokens, hidden)`, *optional*):
@@ -207,7 +208,7 @@ class VLMModel(VLMPreTrainedModel):
             self._count_visual_tokens()
         most = config.image_tokens(config.max_tiles, 1)
         if self.max_positions is not None and most >= self.max_positions:
-            raise ValueError(
+            raise DuetError(
                 f"an image takes {'up to ' if config.max_tiles > 1 else ''}{most} positions, and the language model "
                 f"({config.text_config.model_type}) has learned {self.max_positions}: no text would fit. Choose fewer "
                 'visual tokens: a smaller image_size, projector_type="resampler", fewer max_tiles, or '
@@ -227,25 +228,25 @@ class VLMModel(VLMPreTrainedModel):
             states = self.vision_hidden_states(image)[1]
         except (RuntimeError, ValueError, TypeError, AttributeError, IndexError, AssertionError) as error:
             reason = " ".join(str(error).split())[:200]
-            raise ValueError(
+            raise DuetError(
                 f"the vision encoder ({kind}) cannot take images of {height}x{width} pixels: {reason} Expected an "
                 "encoder of images such as ViT, CLIP, SigLIP or DINOv2, and an image_size that it can take."
             ) from error
         shape = tuple(states.shape) if isinstance(states, torch.Tensor) else ()
         if len(shape) != 3 or shape[0] != len(image) or shape[1] < rows * columns:
-            raise ValueError(
+            raise DuetError(
                 f"the vision encoder ({kind}) gives features of shape {shape or type(states).__name__} for "
                 f"{len(image)} images of {rows}x{columns} patches; Duet needs one token per patch after the encoder's "
                 "prefix tokens."
             )
         if not (states.is_meta or torch.equal(states, self.vision_hidden_states(image)[1])):
-            raise ValueError(
+            raise DuetError(
                 f"the vision encoder ({kind}) gives other features for the same image each time, as one that leaves "
                 "out or shuffles patches at random does; choose one such as ViT, CLIP, SigLIP or DINOv2."
             )
         config.num_prefix_tokens = states.shape[1] - rows * columns
         if config.vision_feature_select_strategy == "cls" and config.num_prefix_tokens == 0:
-            raise ValueError(
+            raise DuetError(
                 f'vision_feature_select_strategy="cls" needs a CLS token, and this vision encoder ({kind}) has none; '
                 'choose "patch".'
             )
@@ -265,18 +266,18 @@ class VLMModel(VLMPreTrainedModel):
             projected = self.multi_modal_projector(features)
         except Exception as error:  # whatever a class of the user's own raises
             reason = " ".join(str(error).split())[:200]
-            raise ValueError(
+            raise DuetError(
                 f"the projector {config.projector_type} does not take features of shape {tuple(features.shape)} "
                 f"(views, tokens, hidden): {reason}"
             ) from error
         if not isinstance(projected, torch.Tensor) or projected.ndim != 3 or projected.shape[::2] != (2, width):
             found = tuple(projected.shape) if isinstance(projected, torch.Tensor) else type(projected).__name__
-            raise ValueError(
+            raise DuetError(
                 f"the projector {config.projector_type} gives {found} for features of shape {tuple(features.shape)}; "
                 f"expected (views, tokens, {width}), {width} being the width of the language model's embeddings."
             )
         if config.image_seq_length not in (None, projected.shape[1]):
-            raise ValueError(
+            raise DuetError(
                 f"the config has image_seq_length={config.image_seq_length}, and this vision encoder "
                 f"({config.vision_config.model_type}) gives {projected.shape[1]} visual tokens; leave it out, it is "
                 "found."
@@ -356,7 +357,7 @@ class VLMModel(VLMPreTrainedModel):
         grids = [(1, 1)] * len(views) if image_grids is None else image_grids.tolist()
         counts = views_of(grids)
         if sum(counts) != len(views):
-            raise ValueError(
+            raise DuetError(
                 f"image_grids name {sum(counts)} views of {len(grids)} images, and pixel_values hold {len(views)}; "
                 "pass both as the processor gives them."
             )
@@ -426,9 +427,9 @@ class VLMModel(VLMPreTrainedModel):
                 sequence is longer than learned positions reach.
         """
         if (input_ids is None) == (inputs_embeds is None):
-            raise ValueError("You must specify exactly one of input_ids or inputs_embeds")
+            raise DuetError("You must specify exactly one of input_ids or inputs_embeds")
         if pixel_values is not None and mm_encoder_outputs is not None:
-            raise ValueError("You cannot specify both pixel_values and mm_encoder_outputs at the same time")
+            raise DuetError("You cannot specify both pixel_values and mm_encoder_outputs at the same time")
 
         if inputs_embeds is None:
             inputs_embeds = self.get_input_embeddings()(input_ids)
@@ -470,7 +471,7 @@ class VLMModel(VLMPreTrainedModel):
         # Padding on the left takes no position: only the positions themselves tell then.
         positions = past + tokens if position_ids is None else int(position_ids.max()) + 1
         if positions > self.max_positions:
-            raise ValueError(
+            raise DuetError(
                 f"the sequence has {positions} positions (image tokens included) and the language model "
                 f"({self.config.text_config.model_type}) has learned {self.max_positions}; shorten the text, or set a "
                 "smaller max_length in training and max_new_tokens in generation."
@@ -506,7 +507,7 @@ class VLMForConditionalGeneration(VLMPreTrainedModel, GenerationMixin):
         self.model = VLMModel(config, vision_tower, causal_lm.base_model)
         self.lm_head = causal_lm.get_output_embeddings()
         if not isinstance(self.lm_head, nn.Linear):
-            raise ValueError(
+            raise DuetError(
                 f"the language model ({config.text_config.model_type}) ends in {type(self.lm_head).__name__}; Duet "
                 "needs one whose head is a single linear layer over the vocabulary."
             )
@@ -557,12 +558,12 @@ class VLMForConditionalGeneration(VLMPreTrainedModel, GenerationMixin):
         """
         vision_kwargs, text_kwargs = dict(vision_kwargs or {}), dict(text_kwargs or {})
         if "quantization_config" in vision_kwargs | text_kwargs:
-            raise ValueError(
+            raise DuetError(
                 "backbones are composed whole; save the composed model and load it with quantization_config."
             )
         encoders = tuple(vision) if isinstance(vision, (list, tuple)) else (vision,)
         if len(encoders) not in (1, 2):
-            raise ValueError(f"{len(encoders)} vision encoders were given; expected one, or two side by side.")
+            raise DuetError(f"{len(encoders)} vision encoders were given; expected one, or two side by side.")
         vision_config = vision_config_of(encoders, vision_kwargs)
         text_config = load_backbone_config("language model", text, text_kwargs)
         check_causal(text_config)
@@ -614,7 +615,7 @@ class VLMForConditionalGeneration(VLMPreTrainedModel, GenerationMixin):
         ids[0, -1] = 0
         logits = self(input_ids=ids, pixel_values=image).logits
         if not logits.isfinite().all():
-            raise ValueError("the composed model gives infinite or undefined logits for an image; use another dtype.")
+            raise DuetError("the composed model gives infinite or undefined logits for an image; use another dtype.")
 
         def part(module):
             dtypes = {str(parameter.dtype).removeprefix("torch.") for parameter in module.parameters()}

@@ -16,6 +16,7 @@ from transformers import PreTrainedConfig
 from transformers.dynamic_module_utils import get_class_from_dynamic_module, get_imports
 
 from .configuration_vlm import relative_files
+from .model_error_vlm import DuetError
 
 
 def find_own_projector(projector: str | type[nn.Module]) -> tuple[str, str | None]:
@@ -38,22 +39,22 @@ def find_own_projector(projector: str | type[nn.Module]) -> tuple[str, str | Non
     elif isinstance(projector, type):
         file, name = _file_of(projector), projector.__name__
     else:
-        raise ValueError(f"projector_type={projector!r}: expected a name, a class, or FILE.py:CLASS.")
+        raise DuetError(f"projector_type={projector!r}: expected a name, a class, or FILE.py:CLASS.")
     file = Path(file).expanduser().resolve()
     if not file.is_file() or file.suffix != ".py" or not name.isidentifier():
-        raise ValueError(f"projector_type={projector!r}: expected FILE.py:CLASS, and there is no such {file}.")
+        raise DuetError(f"projector_type={projector!r}: expected FILE.py:CLASS, and there is no such {file}.")
     with _in_one_line(f"the projector's file {file.name} cannot be read"):
         files = relative_files(file)
         imports = {(path.name, module) for path in files for module in get_imports(path)}
     for path in files:
         if not path.stem.isidentifier() or path.stem == "__init__" or path.stem.endswith("_vlm"):
-            raise ValueError(
+            raise DuetError(
                 f"the projector's file {path.name} cannot be copied beside Duet's own, which end in _vlm.py; give it a "
                 "name that is a Python name and ends otherwise."
             )
     for importing, module in sorted(imports):
         if module == __name__.partition(".")[0] or _lies_in(module, file.parent):
-            raise ValueError(
+            raise DuetError(
                 f"the projector's file {importing} imports {module}, which a checkpoint would not take along; put what "
                 f"it needs into a file beside it, and write `from .FILE import NAME`."
             )
@@ -63,7 +64,7 @@ def find_own_projector(projector: str | type[nn.Module]) -> tuple[str, str | Non
 def _file_of(projector):
     name = projector.__qualname__
     if projector.__module__ == "__main__" or "." in name:
-        raise ValueError(
+        raise DuetError(
             f"the projector {name} is defined in a notebook, a script or a function, from where a checkpoint cannot "
             "take its code along; move the class into a file of its own and name it as FILE.py:CLASS."
         )
@@ -121,7 +122,7 @@ def _load_own_class(config):
     if config._projector_file is not None:
         folder, source = Path(config._projector_file).parent, {}
     elif not config._name_or_path:
-        raise ValueError(
+        raise DuetError(
             f"projector_type={config.projector_type!r} names no file; give the class to `from_backbones` as "
             "FILE.py:CLASS."
         )
@@ -129,7 +130,7 @@ def _load_own_class(config):
     elif trusted or __name__.startswith("transformers_modules."):
         folder = config._name_or_path
     else:
-        raise ValueError(
+        raise DuetError(
             f"the projector {config.projector_type} is code that comes with the checkpoint {config._name_or_path!r}; "
             "read its file, and pass trust_remote_code=True (--trust_remote_code) to have it run."
         )
@@ -137,7 +138,7 @@ def _load_own_class(config):
         own_class = get_class_from_dynamic_module(config.projector_type, folder, **source)
     file, is_module = config.projector_type.partition(".")[0], isinstance(own_class, type)
     if not is_module or not issubclass(own_class, nn.Module) or own_class.__module__.rpartition(".")[2] != file:
-        raise ValueError(
+        raise DuetError(
             f"the projector {config.projector_type} is no torch.nn.Module that {file}.py itself defines; name a file "
             "and a class in it."
         )
@@ -149,7 +150,7 @@ def _refuse_lost_tensors(config, projector):
     for path, module in projector.named_modules():
         tensors = {name for name, value in vars(module).items() if isinstance(value, torch.Tensor)}
         for name in sorted(tensors | module._non_persistent_buffers_set):
-            raise ValueError(
+            raise DuetError(
                 f"the projector {config.projector_type} keeps a tensor {f'{path}.{name}'.lstrip('.')} that is not "
                 "saved, so a loaded checkpoint would lack it; make it a parameter, or "
                 "`register_buffer(name, tensor)` it."
@@ -163,7 +164,7 @@ def _in_one_line(what):
         yield
     except Exception as error:
         reason = " ".join(f"{type(error).__name__}: {error}".split())[:300]
-        raise ValueError(f"{what}: {reason}") from error
+        raise DuetError(f"{what}: {reason}") from error
 
 
 __all__ = ["build_own_projector", "find_own_projector", "trusting"]

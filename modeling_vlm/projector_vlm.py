@@ -12,6 +12,7 @@ from torch import nn
 from transformers import PreTrainedConfig
 
 from .configuration_vlm import is_own_projector
+from .model_error_vlm import DuetError
 from .own_projector_vlm import build_own_projector
 
 
@@ -45,7 +46,7 @@ class Identity(nn.Identity):
     def __init__(self, config: PreTrainedConfig, vision_size: int, text_size: int):
         super().__init__()
         if vision_size != text_size:
-            raise ValueError(
+            raise DuetError(
                 f"projector_type=identity needs features as wide as the language model's embeddings; the vision "
                 f"encoder's are {vision_size} wide, the embeddings {text_size}. Choose linear or mlp."
             )
@@ -57,13 +58,13 @@ class _OnGrid(nn.Module):
     def __init__(self, config: PreTrainedConfig, vision_size: int, text_size: int):
         super().__init__()
         if config.vision_feature_select_strategy != "patch":
-            raise ValueError(
+            raise DuetError(
                 f"projector_type={config.projector_type} reads patches at their places; it needs "
                 f'vision_feature_select_strategy="patch", not {config.vision_feature_select_strategy!r}.'
             )
         self.grid, self.scale = config.patch_grid, config.projector_settings["scale"]
         if any(side % self.scale for side in self.grid):
-            raise ValueError(
+            raise DuetError(
                 f"projector_type={config.projector_type} with scale={self.scale} does not fit the encoder's grid of "
                 f"{self.grid[0]}x{self.grid[1]} patches; choose a scale that divides both, or another image_size."
             )

@@ -15,6 +15,8 @@ from typing import NamedTuple
 
 from tokenizers import Tokenizer
 
+from .data_error_vlm import DuetError
+
 
 # Marks for the rendering: characters of a private use area and a blank that every `trim` removes and none writes.
 MARK = "\ue000{}\ue001"
@@ -57,7 +59,7 @@ class TextEncoder:
 
     def __init__(self, tokenizer):
         if not tokenizer.is_fast:
-            raise ValueError(
+            raise DuetError(
                 f"{type(tokenizer).__name__} is a slow tokenizer; Duet needs one with a `tokenizers` backend "
                 "(a folder with tokenizer.json)."
             )
@@ -193,7 +195,7 @@ class MessageEncoder:
         self._encode_pieces(pieces, texts, literals, slots, answers, open_end=continue_final_message)
         images = sum(part["type"] == "image" for part in all_parts(messages))
         if pieces.ids.count(self.image_token_id) != images:
-            raise ValueError(
+            raise DuetError(
                 f"the chat template writes {pieces.ids.count(self.image_token_id)} image tokens for {images} images; "
                 f"expected one {self.image_token} for each image part."
             )
@@ -222,7 +224,7 @@ class MessageEncoder:
         except Exception as error:  # a template may raise whatever it likes
             roles = ", ".join(str(message.get("role")) for message in messages)
             reason = " ".join(str(error).split())
-            raise ValueError(f"the chat template refuses these messages (roles: {roles}): {reason}") from error
+            raise DuetError(f"the chat template refuses these messages (roles: {roles}): {reason}") from error
 
     def _layout(self, messages, template, add_generation_prompt, kwargs, empty):
         """
@@ -252,7 +254,7 @@ class MessageEncoder:
         trimmed = _MARK_PATTERN.split(render(_BLANK + MARK + _BLANK))
         literals = tuple(pieces[0::4])
         if tuple(trimmed[0::4]) != literals:
-            raise ValueError("the chat template changes with the text of the messages; choose another template.")
+            raise DuetError("the chat template changes with the text of the messages; choose another template.")
         slots = tuple(
             _Slot(int(index), lstrip=not left, rstrip=not right)
             for left, index, right in zip(trimmed[1::4], trimmed[2::4], trimmed[3::4])
@@ -274,7 +276,7 @@ class MessageEncoder:
             filled = [*_fill(literals, slots, texts), ""]
             if "".join(a + b for a, b in zip(literals, filled)) == rendered:
                 return list(literals), list(slots), empty
-        raise ValueError(
+        raise DuetError(
             "the chat template rewrites the text of a message, so its tokens cannot be told apart; expected a template "
             "that writes texts as they are, or trimmed."
         )
@@ -408,7 +410,7 @@ def with_parts(messages: list[dict]) -> list[dict]:
             if kind == "image_url":
                 part = {"type": "image", "url": part["image_url"]["url"]}
             elif kind not in ("image", "text") or (kind == "text" and not isinstance(part.get("text"), str)):
-                raise ValueError(
+                raise DuetError(
                     f'a content part of type {kind!r} was found; expected {{"type": "text", "text": ...}} or '
                     '{"type": "image"}.'
                 )

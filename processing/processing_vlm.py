@@ -29,6 +29,7 @@ from transformers.image_transforms import to_pil_image
 from transformers.image_utils import make_flat_list_of_images
 from transformers.processing_utils import MultiModalData
 
+from .data_error_vlm import DuetError
 from .images_vlm import IMAGE_MODES, choose_grid, cut_tiles, fit, to_rgb
 from .messages_vlm import MARK, MessageEncoder, all_parts, with_parts
 
@@ -85,9 +86,9 @@ class VLMProcessor(ProcessorMixin):
         max_tiles=1,
     ):
         if image_mode not in (None, *IMAGE_MODES):
-            raise ValueError(f"image_mode={image_mode!r} is not known; choose one of {', '.join(IMAGE_MODES)}.")
+            raise DuetError(f"image_mode={image_mode!r} is not known; choose one of {', '.join(IMAGE_MODES)}.")
         if not isinstance(max_tiles, int) or max_tiles < 1:
-            raise ValueError(f"max_tiles={max_tiles!r}: expected 1 (no tiles) or more.")
+            raise DuetError(f"max_tiles={max_tiles!r}: expected 1 (no tiles) or more.")
         self.image_mode = image_mode
         self.max_tiles = max_tiles
         self.image_token = image_token
@@ -139,7 +140,7 @@ class VLMProcessor(ProcessorMixin):
         _prepare_tokenizer(tokenizer, image_token)
         image_token_id = tokenizer.convert_tokens_to_ids(image_token)
         if image_token_id != model_config.image_token_id:
-            raise ValueError(
+            raise DuetError(
                 f"the tokenizer gives {image_token} the id {image_token_id}, the model's config has "
                 f"{model_config.image_token_id}; compose model and processor from the same tokenizer."
             )
@@ -171,7 +172,7 @@ class VLMProcessor(ProcessorMixin):
             file = file if file.is_file() else Path(template)
             if not file.is_file():
                 known = ", ".join(sorted(path.stem for path in TEMPLATES.glob("*.jinja")))
-                raise ValueError(f"chat template {template!r} is neither a file nor one of Duet's templates ({known}).")
+                raise DuetError(f"chat template {template!r} is neither a file nor one of Duet's templates ({known}).")
             template = file.read_text(encoding="utf-8")
             if file.parent == TEMPLATES and self.encoder.text.prefix_ids:
                 template = "{{- bos_token -}}\n" + template  # what this tokenizer starts every text with
@@ -180,7 +181,7 @@ class VLMProcessor(ProcessorMixin):
                 # On both, so that `AutoTokenizer` renders what the processor renders.
                 self.chat_template = self.tokenizer.chat_template = candidate
                 return
-        raise ValueError(
+        raise DuetError(
             "the chat template loses the text or the image of a user message; expected a jinja template that writes "
             "`message['content']`, given as a string or as a list of parts."
         )
@@ -327,7 +328,7 @@ class VLMProcessor(ProcessorMixin):
             prompts = [self.encoder.render(messages, template, **rendering) for messages in conversations]
             return prompts if batched else prompts[0]
         if options.get("truncation"):
-            raise ValueError("truncation could cut an image's tokens; shorten the messages instead.")
+            raise DuetError("truncation could cut an image's tokens; shorten the messages instead.")
 
         encoded = [self.encode_messages(m, chat_template=template, **rendering) for m in conversations]
         opened = [[_open(part) for part in all_parts(m) if part["type"] == "image"] for m in conversations]
@@ -393,7 +394,7 @@ class VLMProcessor(ProcessorMixin):
         """
         template = chat_template or self.chat_template
         if template is None:
-            raise ValueError("this processor has no chat template; set one with `set_chat_template`.")
+            raise DuetError("this processor has no chat template; set one with `set_chat_template`.")
         return self.encoder.encode_messages(
             messages,
             template,
@@ -461,13 +462,13 @@ def _prepare_tokenizer(tokenizer, image_token):
     known = tokenizer.get_vocab().get(image_token)
     token = tokenizer.added_tokens_decoder.get(known)
     if known is not None and not (token is not None and token.special):
-        raise ValueError(
+        raise DuetError(
             f"the tokenizer already uses {image_token!r} (id {known}) for something that is no special token; choose "
             "another image_token."
         )
     tokenizer.add_tokens(AddedToken(image_token, special=True, normalized=False), special_tokens=True)
     if tokenizer.eos_token_id is None:
-        raise ValueError(f"{type(tokenizer).__name__} has no eos token, so a model could not learn to stop; add one.")
+        raise DuetError(f"{type(tokenizer).__name__} has no eos token, so a model could not learn to stop; add one.")
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token  # padding is known from lengths, so the two may share an id
     plain = tokenizer("a", add_special_tokens=False)["input_ids"]
@@ -506,7 +507,7 @@ def _load_image_processor(vision, model_config, options):
         pixels = processor(probe, return_tensors="pt")["pixel_values"]
         if tuple(pixels.shape[-2:]) == (height, width):
             return processor
-    raise ValueError(
+    raise DuetError(
         f"the image processor of {str(vision)!r} does not give images of {height}x{width} pixels, the size that the "
         "vision encoder takes."
     )
@@ -532,7 +533,7 @@ def _open(part):
     if isinstance(found, Image.Image):
         return to_rgb(found)
     if not isinstance(found, (str, Path)):
-        raise ValueError("an image part names no image; expected a PIL image, a path or a URL under 'image'.")
+        raise DuetError("an image part names no image; expected a PIL image, a path or a URL under 'image'.")
     try:
         if os.path.isfile(found):
             source = found
@@ -546,7 +547,7 @@ def _open(part):
             return to_rgb(image)
     except Exception as error:  # Pillow's decoders raise nearly anything on a broken file
         reason = " ".join(str(error).split())[:200]
-        raise ValueError(
+        raise DuetError(
             f"{str(found)[:80]}: no readable image file, URL or base64 data was found there ({reason})."
         ) from error
 

@@ -26,6 +26,8 @@ from random import Random
 
 from PIL import Image, ImageDraw
 
+from .data_error_vlm import DuetError
+
 
 COLOURS: dict[str, tuple[int, int, int]] = {
     "red": (225, 30, 35),
@@ -176,7 +178,7 @@ def scene(split: str, index: int, seed: int = 0) -> Scene:
         ValueError: if there is no such split.
     """
     if split not in SPLITS:
-        raise ValueError(f"the built-in dataset has no split {split!r}; it has {', '.join(SPLITS)}")
+        raise DuetError(f"the built-in dataset has no split {split!r}; it has {', '.join(SPLITS)}")
     rng = Random(f"{split} {seed} {index}")
     unseen = split == "test" and rng.random() < _UNSEEN_SHARE
     while True:

@@ -5,6 +5,8 @@ from collections.abc import Iterable
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
+from .data_error_vlm import DuetError
+
 
 def train_tokenizer(texts: Iterable[str], vocab_size: int, max_length: int) -> PreTrainedTokenizerFast:
     """
@@ -21,7 +23,7 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int, max_length: int) -> P
     alphabet = pre_tokenizers.ByteLevel.alphabet()
     special = ["<pad>", "</s>"]
     if vocab_size < len(alphabet) + len(special):
-        raise ValueError(
+        raise DuetError(
             f"a vocabulary of {vocab_size} has no room for the {len(alphabet)} bytes and {len(special)} special "
             "tokens; set a larger vocab_size in text_model."
         )

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from processing.images import MISSING, TOO_LARGE, UNREADABLE
+from processing.image_files_vlm import MISSING, TOO_LARGE, UNREADABLE
 
 
 LYING = 6

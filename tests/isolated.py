@@ -9,7 +9,7 @@ from pathlib import Path
 WITHOUT_PACKAGE = '''
 import importlib.abc, sys
 
-OURS = {"modeling_vlm", "processing", "training_vlm", "inference_vlm", "tests"}
+OURS = {"modeling_vlm", "processing", "training_vlm", "inference_vlm", "evaluation_vlm", "tests"}
 
 
 class Absent(importlib.abc.MetaPathFinder):

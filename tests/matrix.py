@@ -21,7 +21,7 @@ from modeling_vlm import VLMForConditionalGeneration
 from modeling_vlm.configuration_vlm import kind_of
 from tests import tiny
 from tests.isolated import run_without_package
-from training_vlm.tuning import apply_tuning
+from training_vlm.learning.tuning import apply_tuning
 
 
 PAGE = Path(__file__).parents[1] / "docs" / "backbones.md"

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from processing.account import CUT_REASONS, DROP_REASONS, Account, Record
+from processing.batching.account import CUT_REASONS, DROP_REASONS, Account, Record
 
 
 records = st.builds(

@@ -12,9 +12,9 @@ from datasets.fingerprint import Hasher
 from PIL import Image
 
 from processing import VLMDataCollator
-from processing.account import DROP_REASONS
-from processing.dataset import ConversationDataset, Reading, _RowEncoder
-from processing.encoding import IGNORE, SampleDropped, encode_caption, encode_dialogue
+from processing.batching.account import DROP_REASONS
+from processing.batching.dataset import ConversationDataset, Reading, _RowEncoder
+from processing.batching.encoding import IGNORE, SampleDropped, encode_caption, encode_dialogue
 from tests import tiny
 
 

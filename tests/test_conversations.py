@@ -12,7 +12,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from processing.conversations import (
+from processing.reading.conversations import (
     IMAGE_COLUMNS,
     LAYOUTS,
     MalformedRow,

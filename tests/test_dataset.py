@@ -13,8 +13,8 @@ from PIL import Image
 from torch.utils.data import DataLoader
 
 from processing import VLMDataCollator
-from processing.account import Account
-from processing.dataset import (
+from processing.batching.account import Account
+from processing.batching.dataset import (
     ConversationDataset,
     MixedDataset,
     Reading,
@@ -22,7 +22,7 @@ from processing.dataset import (
     _RowEncoder,
     without_image_bytes,
 )
-from processing.encoding import encode_caption, encode_dialogue
+from processing.batching.encoding import encode_caption, encode_dialogue
 from tests import tiny
 
 
@@ -383,7 +383,7 @@ def test_another_version_of_the_code_that_labels_is_another_cache(processor, fol
 
     before = name()
     assert name() == before
-    monkeypatch.setattr("processing.dataset._CODE", "another")
+    monkeypatch.setattr("processing.batching.dataset._CODE", "another")
     assert name() != before
 
 

@@ -9,9 +9,9 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 import pytest
 from PIL import Image
 
-from processing.download import download_coco
-from processing.images import load_image
-from processing.sources import open_source
+from processing.image_files_vlm import load_image
+from processing.reading.download import download_coco
+from processing.reading.sources import open_source
 
 
 class Server:

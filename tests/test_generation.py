@@ -6,7 +6,7 @@ from transformers import pipeline
 
 from modeling_vlm.backbones_vlm import CACHE
 from tests import tiny
-from training_vlm.tuning import apply_tuning
+from training_vlm.learning.tuning import apply_tuning
 
 
 def prompts(image):

@@ -13,9 +13,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from processing import images
-from processing.account import DROP_REASONS
-from processing.images import BadImage, MissingImage, check_image, load_image, resolve_reference
+from processing import image_files_vlm as images
+from processing.batching.account import DROP_REASONS
+from processing.image_files_vlm import BadImage, MissingImage, check_image, load_image, resolve_reference
 from tests.broken_media import LYING, bomb, make_corpus, photograph
 
 

@@ -11,12 +11,12 @@ import pytest
 from PIL import Image, ImageColor
 
 from processing import VLMDataCollator
-from processing.account import Record
-from processing.encoding import IGNORE
+from processing.batching.account import Record
+from processing.batching.encoding import IGNORE
 from tests import tiny
 from training_vlm.arguments import parse_arguments
 from training_vlm.data import SFT, encode_data, load_data
-from training_vlm.inspect_data import KINDS, Piece, Sample, _pieces, main, write_page, write_terminal
+from training_vlm.inspect_data.__main__ import KINDS, Piece, Sample, _pieces, main, write_page, write_terminal
 
 
 NASTY = "<script>alert('x')</script> \"quoted\" & 'so' </div>"

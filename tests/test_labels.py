@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer, pre_tokenizers
 
 from processing import VLMDataCollator
-from processing.encoding import DROP_REASONS, IGNORE, SampleDropped, encode_caption, encode_dialogue
+from processing.batching.encoding import DROP_REASONS, IGNORE, SampleDropped, encode_caption, encode_dialogue
 from tests import tiny
 
 

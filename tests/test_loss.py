@@ -12,11 +12,11 @@ from torch.nn.functional import log_softmax
 
 from modeling_vlm.backbones_vlm import CACHE
 from processing import VLMDataCollator
-from processing.encoding import encode_caption
+from processing.batching.encoding import encode_caption
 from tests import tiny
 from training_vlm.arguments import VLMTrainingArguments
-from training_vlm.trainer import VLMTrainer, supervised_positions
-from training_vlm.tuning import apply_tuning
+from training_vlm.learning.trainer import VLMTrainer, supervised_positions
+from training_vlm.learning.tuning import apply_tuning
 
 
 def captions(image):

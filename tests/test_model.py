@@ -22,7 +22,7 @@ from transformers import (
 from modeling_vlm import VLMConfig, VLMForConditionalGeneration, VLMModel
 from modeling_vlm.backbones_vlm import CACHE
 from tests import tiny
-from training_vlm.tuning import apply_tuning
+from training_vlm.learning.tuning import apply_tuning
 
 
 SIZES = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 24}

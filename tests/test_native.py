@@ -22,7 +22,7 @@ from transformers.utils import is_bitsandbytes_available, is_flash_attn_2_availa
 
 from modeling_vlm import VLMConfig, VLMForConditionalGeneration, VLMModel
 from tests import tiny
-from training_vlm.tuning import apply_tuning, find_blocks
+from training_vlm.learning.tuning import apply_tuning, find_blocks
 
 
 SMALL_IMAGES = {"image_size": 16, "patch_size": 8}

@@ -8,7 +8,7 @@ import datasets
 import pytest
 
 import train_pretrain
-from processing.sources import open_source
+from processing.reading.sources import open_source
 
 
 NAMES = ["airplane", "car", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck"]

@@ -284,7 +284,7 @@ def test_an_image_is_a_pil_image_a_path_a_url_or_data(image, url, tmp_path):
 
 def test_an_image_looks_the_same_wherever_it_comes_from(tmp_path):
     """Alpha on white, upright, 16 bits scaled: in a prompt as in training."""
-    from processing.images import load_image
+    from processing.image_files_vlm import load_image
 
     processor = processor_of("byte-level", "chatml")
     clear, white = Image.new("RGBA", (4, 4), (255, 0, 0, 0)), Image.new("RGB", (4, 4), "white")

@@ -36,9 +36,9 @@ from tests.test_generation import answers, encode, prompts
 from tests.test_scripts import QUICK, data, refused, source  # noqa: F401  (fixtures)
 from training_vlm import run
 from training_vlm.arguments import VLMTrainingArguments, parse_arguments
-from training_vlm.inspect_data import main as inspect_data
-from training_vlm.trainer import VLMTrainer
-from training_vlm.tuning import apply_tuning
+from training_vlm.inspect_data.__main__ import main as inspect_data
+from training_vlm.learning.trainer import VLMTrainer
+from training_vlm.learning.tuning import apply_tuning
 
 
 ROOT = Path(__file__).parents[1]

@@ -17,15 +17,15 @@ from processing import VLMDataCollator, VLMProcessor
 from tests import tiny
 from tests.isolated import run_without_package
 from training_vlm.arguments import VLMTrainingArguments
-from training_vlm.trainer import VLMTrainer
-from training_vlm.tuning import apply_tuning
+from training_vlm.learning.trainer import VLMTrainer
+from training_vlm.learning.tuning import apply_tuning
 
 
 ROOT = Path(__file__).parents[1]
 SHIPPED = [
-    "backbones_vlm.py", "configuration_vlm.py", "modeling_vlm.py", "own_projector_vlm.py", "projector_vlm.py",
-    "vision_vlm.py",
-    "images_vlm.py", "messages_vlm.py", "processing_vlm.py",
+    "backbones_vlm.py", "configuration_vlm.py", "model_error_vlm.py", "modeling_vlm.py", "own_projector_vlm.py",
+    "projector_vlm.py", "vision_vlm.py",
+    "data_error_vlm.py", "images_vlm.py", "messages_vlm.py", "processing_vlm.py",
 ]  # fmt: skip
 # What belongs to a run that can be resumed, not to the model.
 OF_TRAINING = {

@@ -19,9 +19,9 @@ import pytest
 import torch
 from PIL import Image
 
-from processing.conversations import ROW, conversations_from_row
-from processing.images import load_image
-from processing.sources import hold_out, open_source, split_names
+from processing.image_files_vlm import load_image
+from processing.reading.conversations import ROW, conversations_from_row
+from processing.reading.sources import hold_out, open_source, split_names
 from tests import fake_hub
 
 
@@ -543,7 +543,7 @@ def test_a_row_keeps_the_number_it_is_stored_under(tmp_path):
 @pytest.mark.parametrize("kind", ["jsonl", "csv", "webdataset folder", "save_to_disk", "coco", "shapes"])
 @pytest.mark.parametrize("streaming", [False, True])
 def test_rows_of_every_kind_have_their_number(tmp_path, monkeypatch, kind, streaming):
-    monkeypatch.setattr("processing.sources.DRAWN_ROWS", {"train": 5})
+    monkeypatch.setattr("processing.reading.sources.DRAWN_ROWS", {"train": 5})
     rows = load_rows({**KINDS, "coco": lambda place: write_coco(place)}[kind](tmp_path), streaming=streaming)
     assert rows.features is None or rows.features[ROW] == datasets.Value("int64")
     numbers = [row[ROW] for row in rows]
@@ -645,9 +645,9 @@ def test_what_is_held_out_of_a_stream_is_never_learned(tmp_path, kind):
 READ_FROM_HUB = """
 import json, os
 from pathlib import Path
-from processing.images import load_image
-from processing.conversations import conversations_from_row
-from processing.sources import open_source
+from processing.image_files_vlm import load_image
+from processing.reading.conversations import conversations_from_row
+from processing.reading.sources import open_source
 from torch.utils.data import DataLoader
 
 def streamed(*arguments, **options):
@@ -740,7 +740,7 @@ def test_flickr30k_is_read_from_the_hub_as_it_is_there(tmp_path, monkeypatch):
     found = json.loads(ran.stdout.splitlines()[-1])
 
     for key in ("script", "script again"):
-        assert found[key].startswith("ValueError: nlphuji/flickr30k: a script repository"), found[key]
+        assert found[key].startswith("DuetError: nlphuji/flickr30k: a script repository"), found[key]
         assert "--dataset_revision refs/convert/parquet" in found[key] and "\n" not in found[key]
     assert "me/private: neither a file or folder here nor a dataset on the Hub" in found["unreachable"]
     assert (found["converted"], found["configuration"], found["part"]) == (count, count, count // 2)

@@ -19,24 +19,24 @@ from transformers.image_processing_utils import select_best_resolution
 
 import train_pretrain
 import train_sft
+from evaluation_vlm.questions import Question, find_questions, generate_answers
 from processing import VLMDataCollator, VLMProcessor
-from processing.account import Account
-from processing.dataset import ConversationDataset, Reading, StreamedDataset
-from processing.encoding import IGNORE, TRUNCATIONS, encode_caption, encode_dialogue
-from processing.images import image_size, load_image
+from processing.batching.account import Account
+from processing.batching.dataset import ConversationDataset, Reading, StreamedDataset
+from processing.batching.encoding import IGNORE, TRUNCATIONS, encode_caption, encode_dialogue
+from processing.image_files_vlm import image_size, load_image
 from processing.images_vlm import IMAGE_MODES, choose_grid
-from processing.sources import open_source
+from processing.reading.sources import open_source
 from tests import tiny
 from tests.isolated import run_without_package
 from tests.test_labels import KNOWS_NO_SYSTEM, Bare, expected, trained
 from tests.test_remote_code import CHILD
-from training_vlm import inspect_data
 from training_vlm.arguments import VLMTrainingArguments, parse_arguments
 from training_vlm.data import SFT, encode_data, load_data
-from training_vlm.evaluation import Question, find_questions, generate_answers
+from training_vlm.inspect_data import __main__ as inspect_data
+from training_vlm.learning.trainer import VLMTrainer
+from training_vlm.learning.tuning import apply_tuning
 from training_vlm.run import check_fit
-from training_vlm.trainer import VLMTrainer
-from training_vlm.tuning import apply_tuning
 
 
 EXIF_ORIENTATION = 0x0112
@@ -623,7 +623,7 @@ def test_an_image_that_is_a_url_is_fetched_once_and_never_ahead(processor, tmp_p
         fetched.append(url)
         return (tmp_path / "a.png").read_bytes()
 
-    monkeypatch.setattr("processing.images._fetch", fetch)
+    monkeypatch.setattr("processing.image_files_vlm._fetch", fetch)
     said = [{"role": "user", "content": "what?"}, {"role": "assistant", "content": "a"}]
     rows = [{"image": f"https://example.org/{number}.png", "messages": said} for number in range(4)]
     rows.append({"image": str(tmp_path / "a.png"), "messages": said})

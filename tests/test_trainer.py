@@ -10,11 +10,11 @@ from transformers import Trainer, TrainerControl, TrainerState, TrainingArgument
 
 from modeling_vlm import VLMForConditionalGeneration
 from processing import VLMDataCollator, VLMProcessor
-from processing.account import Account, Record
+from processing.batching.account import Account, Record
 from tests import tiny
 from training_vlm.arguments import VLMTrainingArguments
-from training_vlm.trainer import VLMTrainer
-from training_vlm.tuning import apply_tuning
+from training_vlm.learning.trainer import VLMTrainer
+from training_vlm.learning.tuning import apply_tuning
 
 
 SETTINGS = dict(

@@ -7,7 +7,7 @@ import torch
 
 from modeling_vlm import VLMForConditionalGeneration
 from tests import tiny
-from training_vlm.tuning import apply_tuning, describe_parts, find_blocks
+from training_vlm.learning.tuning import apply_tuning, describe_parts, find_blocks
 
 
 CHOICES = ["frozen", "last:1", "last:2", "full"]

@@ -17,9 +17,10 @@ import yaml
 from transformers import CONFIG_MAPPING, HfArgumentParser, PreTrainedConfig, TrainingArguments
 
 from modeling_vlm.configuration_vlm import PROJECTOR_SETTINGS
-from processing.collator import ON_BAD_SAMPLE
-from processing.conversations import CAPTION_CHOICES
-from processing.encoding import SUPERVISE, TRUNCATIONS
+from processing.batching.collator import ON_BAD_SAMPLE
+from processing.batching.encoding import SUPERVISE, TRUNCATIONS
+from processing.data_error_vlm import DuetError, NotFound
+from processing.reading.conversations import CAPTION_CHOICES
 
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -129,7 +130,7 @@ class ModelArguments:
             given = self.projector_settings
             pairs = [pair.partition("=") for pair in given.split(",")]
             if not all(value.strip().isdecimal() for _, _, value in pairs):
-                raise ValueError(f"projector_settings={given!r}: expected whole numbers, such as scale=2,depth=3.")
+                raise DuetError(f"projector_settings={given!r}: expected whole numbers, such as scale=2,depth=3.")
             self.projector_settings = {name.strip(): int(value) for name, _, value in pairs}
 
     def vision_models(self) -> Any:
@@ -158,7 +159,7 @@ def backbone_of(option: str, value: str | dict | PreTrainedConfig | None) -> str
         return value
     model_type = value.get("model_type")
     if model_type not in CONFIG_MAPPING:
-        raise ValueError(f"{option} has model_type {model_type!r}; expected one that transformers knows, such as vit.")
+        raise DuetError(f"{option} has model_type {model_type!r}; expected one that transformers knows, such as vit.")
     return CONFIG_MAPPING[model_type](**{key: setting for key, setting in value.items() if key != "model_type"})
 
 
@@ -270,11 +271,11 @@ class DataArguments:
             ("on_bad_sample", ON_BAD_SAMPLE),
         ):
             if (value := getattr(self, name)) not in choices:
-                raise ValueError(f"{name}={value!r}: expected one of {', '.join(choices)}.")
+                raise DuetError(f"{name}={value!r}: expected one of {', '.join(choices)}.")
         if self.eval_share is None:
             self.eval_share = 0.0 if self.streaming else 0.01
         if not 0 <= self.eval_share < 1:
-            raise ValueError(f"eval_share={self.eval_share}: expected a share from 0 to below 1.")
+            raise DuetError(f"eval_share={self.eval_share}: expected a share from 0 to below 1.")
 
     def sources(self) -> list["SourceArguments"]:
         """
@@ -285,7 +286,7 @@ class DataArguments:
         """
         if self.datasets is None:
             if self.dataset is None:
-                raise ValueError("no data set is named; add --dataset NAME (a Hub name, a folder, a file, or shapes).")
+                raise DuetError("no data set is named; add --dataset NAME (a Hub name, a folder, a file, or shapes).")
             return [
                 SourceArguments(
                     self.dataset, self.dataset_name, self.train_split, self.eval_split, self.dataset_revision,
@@ -295,13 +296,13 @@ class DataArguments:
         single = ("dataset", "dataset_name", "dataset_revision", "train_split", "eval_split", "test_split")
         if given := [name for name in single if getattr(self, name) is not None]:
             where = "test_dataset" if given[0] == "test_split" else "the entries of datasets"
-            raise ValueError(f"datasets and {given[0]} are both given; say it in {where}.")
+            raise DuetError(f"datasets and {given[0]} are both given; say it in {where}.")
         if not isinstance(self.datasets, list) or not self.datasets:
-            raise ValueError("datasets: expected a list in a yaml file, as in `datasets: [{path: DATA, weight: 0.7}]`.")
+            raise DuetError("datasets: expected a list in a yaml file, as in `datasets: [{path: DATA, weight: 0.7}]`.")
         sources = [self._source(entry, f"datasets[{number}]") for number, entry in enumerate(self.datasets)]
         weights = [source.weight for source in sources]
         if any(w is not None for w in weights) and not all(isinstance(w, (int, float)) and w > 0 for w in weights):
-            raise ValueError(f"datasets have the weights {weights}; expected a positive one for each, or none.")
+            raise DuetError(f"datasets have the weights {weights}; expected a positive one for each, or none.")
         return sources
 
     def test_source(self) -> "SourceArguments | None":
@@ -321,15 +322,15 @@ class DataArguments:
     def _source(self, entry: Any, place: str) -> "SourceArguments":
         known = [f.name for f in fields(SourceArguments)]
         if not isinstance(entry, dict) or "path" not in entry:
-            raise ValueError(f"{place} is {entry!r}; expected {{path: DATA, ...}} in a yaml file.")
+            raise DuetError(f"{place} is {entry!r}; expected {{path: DATA, ...}} in a yaml file.")
         if unknown := [key for key in entry if key not in known]:
-            raise ValueError(f"{place} has an unknown key {unknown[0]!r}{_suggest(unknown[0], known)}.")
+            raise DuetError(f"{place} has an unknown key {unknown[0]!r}{_suggest(unknown[0], known)}.")
         entry = {"image_dir": self.image_dir, "columns": self.columns, "max_samples": self.max_samples, **entry}
         for key, value in entry.items():
             kinds = {"columns": (str, dict), "max_samples": (int,), "weight": (int, float)}.get(key, (str,))
             if value is not None and (not isinstance(value, kinds) or isinstance(value, bool)):
                 wanted = " or ".join(kind.__name__ for kind in kinds)
-                raise ValueError(f"{place} has {key}: {value!r}; expected {wanted}.")
+                raise DuetError(f"{place} has {key}: {value!r}; expected {wanted}.")
         return SourceArguments(**{**entry, "columns": _parse_columns(entry["columns"])})
 
     def encoding_kwargs(self, asks: bool) -> dict[str, Any]:
@@ -344,7 +345,7 @@ class DataArguments:
                 "truncation": self.truncation, "supervise": self.supervise, "supervise_prompt": self.supervise_prompt
             }  # fmt: skip
         if self.supervise != "all" or self.supervise_prompt:
-            raise ValueError("supervise and supervise_prompt are about dialogues; stage 1 learns captions alone.")
+            raise DuetError("supervise and supervise_prompt are about dialogues; stage 1 learns captions alone.")
         return {"truncation": self.truncation}
 
 
@@ -364,7 +365,7 @@ class SourceArguments:
 
     def __post_init__(self):
         if self.max_samples is not None and self.max_samples < 1:
-            raise ValueError(f"max_samples={self.max_samples}: expected 1 or more.")
+            raise DuetError(f"max_samples={self.max_samples}: expected 1 or more.")
 
 
 def _parse_columns(columns: Any) -> dict[str, str] | None:
@@ -374,7 +375,7 @@ def _parse_columns(columns: Any) -> dict[str, str] | None:
     if isinstance(columns, str):
         columns = dict((pair.split("=", 1) + [None])[:2] for pair in columns.split(","))
     if not isinstance(columns, dict) or not columns or not all(isinstance(v, str) for v in columns.values()):
-        raise ValueError(f"columns={given!r}: expected what each is called, such as image=photo,caption=text.")
+        raise DuetError(f"columns={given!r}: expected what each is called, such as image=photo,caption=text.")
     return {str(name).strip(): column.strip() for name, column in columns.items()}
 
 
@@ -431,12 +432,12 @@ class VLMTrainingArguments(TrainingArguments):
             processes = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
             self.dataloader_num_workers = min(8, cores // processes) if accelerator else min(2, cores // processes // 2)
         if self.remove_unused_columns:
-            raise ValueError("remove_unused_columns must stay false: the collator reads images and text from the data.")
+            raise DuetError("remove_unused_columns must stay false: the collator reads images and text from the data.")
         super().__post_init__()
         # `pixel_values` runs over images, not conversations, so batches are made whole in every process.
         self.accelerator_config.dispatch_batches = False
         if self.accelerator_config.split_batches:
-            raise ValueError("split_batches does not fit: a batch with several images a row cannot be cut by row.")
+            raise DuetError("split_batches does not fit: a batch with several images a row cannot be cut by row.")
 
 
 def _cpu_has_bf16() -> bool:
@@ -478,7 +479,7 @@ def parse_arguments(stage: str, argv: list[str] | None = None) -> Arguments:
     )
     if unknown:
         options = [option for action in parser._actions for option in action.option_strings]
-        raise ValueError(f"unknown argument {unknown[0]!r}{_suggest(unknown[0], options)}; --help lists all.")
+        raise DuetError(f"unknown argument {unknown[0]!r}{_suggest(unknown[0], options)}; --help lists all.")
     return tuple(arguments)
 
 
@@ -489,7 +490,7 @@ def _split_config(argv):
         argument = argv[position]
         if argument == "--config":
             if position + 1 == len(argv):
-                raise ValueError("--config needs the name of a yaml file.")
+                raise DuetError("--config needs the name of a yaml file.")
             config, position = Path(argv[position + 1]), position + 1
         elif argument.startswith("--config="):
             config = Path(argument.removeprefix("--config="))
@@ -513,20 +514,20 @@ def read_config(file: Path, stage: str, known: list[str]) -> dict[str, Any]:
         file = recipe
     if not file.is_file():
         recipes = ", ".join(sorted(path.stem for path in recipe.parent.glob("*.yaml")))
-        raise FileNotFoundError(f"config {str(file)!r} is neither a file nor a recipe ({recipes}).")
+        raise NotFound(f"config {str(file)!r} is neither a file nor a recipe ({recipes}).")
     try:
         settings = yaml.safe_load(file.read_text(encoding="utf-8")) or {}
     except yaml.YAMLError as error:
-        raise ValueError(f"config {file} is no yaml: {' '.join(str(error).split())}") from error
+        raise DuetError(f"config {file} is no yaml: {' '.join(str(error).split())}") from error
     if not isinstance(settings, dict):
-        raise ValueError(f"config {file} holds a {type(settings).__name__}; expected `setting: value` lines.")
+        raise DuetError(f"config {file} holds a {type(settings).__name__}; expected `setting: value` lines.")
     sections = {name: settings.pop(name, None) or {} for name in STAGES}
     for place, values in (("", settings), *((f" under {name}:", values) for name, values in sections.items())):
         if not isinstance(values, dict):
-            raise ValueError(f"config {file} has a {type(values).__name__}{place}; expected `setting: value` lines.")
+            raise DuetError(f"config {file} has a {type(values).__name__}{place}; expected `setting: value` lines.")
         for key in values:
             if key not in known:
-                raise ValueError(f"config {file} has an unknown setting {key!r}{place}{_suggest(key, known)}.")
+                raise DuetError(f"config {file} has an unknown setting {key!r}{place}{_suggest(key, known)}.")
     return {**settings, **sections[stage]}
 
 

@@ -15,12 +15,13 @@ from typing import Any, NamedTuple
 import datasets
 
 from processing import VLMProcessor
-from processing.account import Account
-from processing.dataset import ConversationDataset, MixedDataset, Reading, StreamedDataset, encode_item
-from processing.download import download_coco
-from processing.encoding import Encode, encode_caption, encode_dialogue
-from processing.images import check_image, is_url
-from processing.sources import HELD_OUT_ROWS, hold_out, open_source, split_names
+from processing.batching.account import Account
+from processing.batching.dataset import ConversationDataset, MixedDataset, Reading, StreamedDataset, encode_item
+from processing.batching.encoding import Encode, encode_caption, encode_dialogue
+from processing.data_error_vlm import DuetError
+from processing.image_files_vlm import check_image, is_url
+from processing.reading.download import download_coco
+from processing.reading.sources import HELD_OUT_ROWS, hold_out, open_source, split_names
 
 from .arguments import DataArguments, SourceArguments, VLMTrainingArguments
 
@@ -74,9 +75,9 @@ def load_data(stage: Stage, data_args: DataArguments, training_args: VLMTraining
     """
     sources = data_args.sources()
     if data_args.streaming and training_args.max_steps <= 0:
-        raise ValueError("a streamed data set has no end that is known; say how far to train with --max_steps.")
+        raise DuetError("a streamed data set has no end that is known; say how far to train with --max_steps.")
     if data_args.streaming and (data_args.encode_ahead or _groups_by_length(training_args)):
-        raise ValueError(
+        raise DuetError(
             "a streamed data set is not encoded ahead, so it cannot be grouped by length either; leave out "
             "--streaming, or --encode_ahead and --train_sampling_strategy group_by_length."
         )
@@ -187,7 +188,7 @@ def encode_data(
         small = sum(len(rows) for rows, _ in data.train) <= ENCODED_AHEAD
         ahead = _groups_by_length(training_args) or (small and not sizes_are_fetched)
     if ahead and sizes_are_fetched:
-        raise ValueError(
+        raise DuetError(
             "with --max_tiles the length of a sample follows from the sizes of its images, and with --allow_urls these "
             "are known when a batch is made; leave out --encode_ahead and --train_sampling_strategy group_by_length, "
             "or fetch the images and name their folder with --image_dir."
@@ -282,13 +283,13 @@ def _check_account(stage: Stage, account: Account, data_args: DataArguments) -> 
         found = "; ".join(f"{key.removeprefix('dropped: ')} ({counts[key]:,} samples)" for key in reasons)
         details = (detail for (place, _), (_, detail) in account.named.items() if place == source and detail)
         example = next(details, "")
-        raise ValueError(
+        raise DuetError(
             f"{source}: there is nothing to learn from: {found}" + (f", such as {example}" if example else "")
         )
     # Of every sequence the first token has nothing before it to be predicted from.
     everything = total["tokens"] - total["image_tokens"] - total["learned from"]
     if stage.asks and not data_args.supervise_prompt and 0 < everything <= total["supervised"]:
-        raise ValueError(
+        raise DuetError(
             f"{', '.join(account.sources)}: every token of every sample would be learned, so nothing is asked; "
             "expected dialogues with a user message. If that is meant, add --supervise_prompt."
         )

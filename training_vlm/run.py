@@ -9,7 +9,6 @@ import itertools
 import os
 import shutil
 import sys
-import traceback
 from pathlib import Path
 
 import datasets
@@ -17,10 +16,12 @@ import torch
 from transformers import PreTrainedConfig, PreTrainedTokenizerBase, TrainerState, set_seed
 from transformers.utils import logging
 
+from evaluation_vlm.questions import draw_samples, exact_match, find_questions, format_exact_match, generate_answers
 from modeling_vlm import VLMConfig, VLMForConditionalGeneration
 from processing import VLMDataCollator, VLMProcessor
-from processing.dataset import encode_item
-from processing.images import BadImage, load_image
+from processing.batching.dataset import encode_item
+from processing.data_error_vlm import DuetError
+from processing.image_files_vlm import BadImage, load_image
 from processing.tokenizer import train_tokenizer
 
 from .arguments import Arguments, DataArguments, ModelArguments, VLMTrainingArguments, backbone_of
@@ -37,10 +38,9 @@ from .data import (
     training_texts,
     write_data_report,
 )
-from .evaluation import draw_samples, exact_match, find_questions, format_exact_match, generate_answers
+from .learning.trainer import VLMTrainer
+from .learning.tuning import apply_tuning, describe_parts
 from .model_card import read_base_models, write_model_card
-from .trainer import VLMTrainer
-from .tuning import apply_tuning, describe_parts
 
 
 SAMPLES_SHOWN = 8
@@ -53,9 +53,9 @@ def one_line_errors(main):
     def wrapped(*args, **kwargs):
         try:
             return main(*args, **kwargs)
-        except (ValueError, OSError) as error:
-            if os.environ.get("DUET_TRACEBACK"):
-                traceback.print_exc()
+        except Exception as error:
+            if not getattr(error, "is_duet_error", False) or os.environ.get("DUET_TRACEBACK"):
+                raise  # what is our own mistake keeps its stack trace
             # An error from a worker process carries that process's traceback; its last line is the message.
             lines = [line for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
             worker = "in DataLoader worker process" in lines[0]
@@ -74,26 +74,26 @@ def prepare(training_args: VLMTrainingArguments) -> None:
         ValueError: the folder holds something, there is nothing to resume, or several devices without a launcher.
     """
     if training_args.n_gpu > 1:
-        raise ValueError(
+        raise DuetError(
             f"{training_args.n_gpu} GPUs are visible to one process; run `accelerate launch {Path(sys.argv[0]).name} "
             "...` to use them, or set CUDA_VISIBLE_DEVICES to one."
         )
     if training_args.output_dir == "trainer_output":
-        raise ValueError("no output folder is named; add --output_dir FOLDER.")
+        raise DuetError("no output folder is named; add --output_dir FOLDER.")
     folder = Path(training_args.output_dir)
     resume = training_args.resume_from_checkpoint
     if resume is not None:
         if str(resume).lower() in ("last", "true"):
             resume = _last_checkpoint(folder)
         if resume is None or not _is_complete(Path(resume)):
-            raise ValueError(
+            raise DuetError(
                 f"there is no checkpoint to resume from at {resume or folder}; expected a folder such as "
                 f"{folder / 'checkpoint-500'}; leave out --resume_from_checkpoint to start anew."
             )
         training_args.resume_from_checkpoint = str(resume)
     elif folder.is_dir() and any(folder.iterdir()):
         if not training_args.overwrite_output_dir:
-            raise ValueError(
+            raise DuetError(
                 f"the output folder {folder} holds something already; name another, or add --overwrite_output_dir, or "
                 "--resume_from_checkpoint last to go on with it."
             )
@@ -131,7 +131,7 @@ def load_model(
     """
     dtype = getattr(torch, model_args.dtype, None)
     if dtype not in (torch.float32, torch.bfloat16, torch.float16):
-        raise ValueError(f"dtype={model_args.dtype!r}: expected float32, bfloat16 or float16.")
+        raise DuetError(f"dtype={model_args.dtype!r}: expected float32, bfloat16 or float16.")
     if model_args.model is not None:
         check_composed(model_args)
         model, processor = _load_composed(model_args, dtype)
@@ -141,7 +141,7 @@ def load_model(
         scratch = {side: isinstance(getattr(model_args, f"{side}_model"), dict) for side in ("vision", "text")}
         starts = {side: "full" if scratch[side] else "frozen" for side in scratch}
     else:
-        raise ValueError(
+        raise DuetError(
             "no model is named; add --model FOLDER (a composed model) or --vision_model NAME and --text_model NAME."
         )
     check_fit(model, processor)
@@ -159,7 +159,7 @@ def load_model(
         model_args.freeze_embeddings,
     )
     if not any(parameter.requires_grad for parameter in model.parameters()):
-        raise ValueError(
+        raise DuetError(
             f"nothing would learn: both backbones are frozen, and the projector {model.config.projector_type} has "
             "no parameters; add --tune_text or --tune_vision, or choose another projector_type."
         )
@@ -175,20 +175,20 @@ def check_composed(model_args: ModelArguments) -> None:
     """
     name = model_args.model
     if others := model_args.composing_settings():
-        raise ValueError(
+        raise DuetError(
             f"model and {others[0]} are both given, and {name} is composed already; leave out one of them."
         )
     if not Path(name).exists() and (Path(name).is_absolute() or name.count("/") != 1):
-        raise ValueError(
+        raise DuetError(
             f"there is no model in {name}; expected the output folder of stage 1: run "
             f"`python train_pretrain.py --output_dir {name} ...` first."
         )
     try:
         settings, _ = PreTrainedConfig.get_config_dict(name, revision=model_args.model_revision)
     except (OSError, ValueError) as error:
-        raise ValueError(f"the model {name!r} could not be loaded: {' '.join(str(error).split())[:300]}") from error
+        raise DuetError(f"the model {name!r} could not be loaded: {' '.join(str(error).split())[:300]}") from error
     if settings.get("model_type") != VLMConfig.model_type:
-        raise ValueError(
+        raise DuetError(
             f"{name} is a {settings.get('model_type')} checkpoint; expected a model composed by Duet (the output "
             "folder of train_pretrain.py). Backbones go into --vision_model and --text_model."
         )
@@ -260,12 +260,12 @@ def check_fit(model: VLMForConditionalGeneration, processor: VLMProcessor) -> No
         ("image_size", tuple(config.image_size), processor.view_size),
     ):
         if ours != theirs:
-            raise ValueError(
+            raise DuetError(
                 f"processor and model do not belong together: {what} is {theirs} in the processor and {ours} in the "
                 "model; use the processor that was saved with the model."
             )
     if len(processor.tokenizer) > model.get_input_embeddings().num_embeddings:
-        raise ValueError(
+        raise DuetError(
             f"processor and model do not belong together: the tokenizer has {len(processor.tokenizer)} entries, the "
             f"language model {model.get_input_embeddings().num_embeddings} embeddings; use the processor saved with it."
         )
@@ -281,13 +281,13 @@ def choose_max_length(model: VLMForConditionalGeneration, asked: int | None) -> 
     learned = model.model.max_positions
     limit = learned or getattr(model.config.text_config, "max_position_embeddings", None) or 1 << 20
     if asked is not None and learned is not None and asked > learned:
-        raise ValueError(
+        raise DuetError(
             f"max_length={asked} is more than the {learned} positions that the language model "
             f"({model.config.text_config.model_type}) has learned; set max_length to {learned} or less."
         )
     chosen = limit if asked is None else asked
     if chosen <= model.config.image_tokens():
-        raise ValueError(
+        raise DuetError(
             f"max_length={chosen} leaves no room for text beside an image of {model.config.image_tokens()} tokens; set "
             "a larger max_length, or choose fewer visual tokens (projector_type: resampler, or "
             "vision_feature_select_strategy: cls)."

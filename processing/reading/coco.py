@@ -9,7 +9,8 @@ from typing import Any
 import datasets
 from datasets.fingerprint import Hasher
 
-from .images import inside
+from ..data_error_vlm import DuetError, NotFound
+from ..image_files_vlm import inside
 
 
 def coco_files(path: Path) -> dict[str, Path]:
@@ -42,11 +43,11 @@ def coco_rows(file: Path, split: str, image_dir: str | os.PathLike | None = None
     try:
         content = json.loads(file.read_text(encoding="utf-8"))
     except ValueError as error:
-        raise ValueError(f"{file}: not valid JSON ({error}); was it copied or fetched to its end?") from None
+        raise DuetError(f"{file}: not valid JSON ({error}); was it copied or fetched to its end?") from None
     images, annotations = (_list(content, key, file) for key in ("images", "annotations"))
     folder = Path(image_dir) if image_dir else coco_root(file) / split
     if not folder.is_dir():
-        raise FileNotFoundError(
+        raise NotFound(
             f"{file}: its images are not in {folder}; give their folder with --image_dir, or fetch COCO with --download"
         )
     captions = {}
@@ -56,19 +57,19 @@ def coco_rows(file: Path, split: str, image_dir: str | os.PathLike | None = None
         try:
             inside(folder, image["file_name"])
         except ValueError as error:
-            raise ValueError(f"{place}: {error}") from None
+            raise DuetError(f"{place}: {error}") from None
         path = image["file_name"] if image_dir else os.path.join(split, image["file_name"])
         captions[image["id"]] = (path, [])
     for number, annotation in enumerate(annotations):
         _check(annotation, {"image_id": int, "caption": str}, f"{file}: annotations[{number}]")
         if annotation["image_id"] not in captions:
-            raise ValueError(
+            raise DuetError(
                 f"{file}: annotations[{number}] has image_id {annotation['image_id']}; expected the id of an image"
             )
         captions[annotation["image_id"]][1].append(annotation["caption"])
     rows = [{"image": path, "caption": texts, "image_id": key} for key, (path, texts) in captions.items() if texts]
     if not rows:
-        raise ValueError(f"{file}: no captions; expected at least one in annotations")
+        raise DuetError(f"{file}: no captions; expected at least one in annotations")
     features = datasets.Features(
         image=datasets.Value("string"),
         caption=datasets.List(datasets.Value("string")),
@@ -96,7 +97,7 @@ def _is_one_object(path: Path) -> bool:
 
 def _list(content: dict[str, Any], key: str, file: Path) -> list[Any]:
     if not isinstance(content.get(key), list):
-        raise ValueError(
+        raise DuetError(
             f"{file}: one JSON object with the keys {', '.join(content)}; "
             "expected COCO captions (lists under images and annotations), a list of rows, or a row in each line"
         )
@@ -107,4 +108,4 @@ def _check(entry: Any, expected: dict[str, type], place: str) -> None:
     if not isinstance(entry, dict) or not all(isinstance(entry.get(key), kind) for key, kind in expected.items()):
         found = f"the keys {', '.join(entry)}" if isinstance(entry, dict) else repr(entry)[:80]
         wanted = " and ".join(f"{key} ({kind.__name__})" for key, kind in expected.items())
-        raise ValueError(f"{place} has {found}; expected {wanted}, as in COCO's captions_train2017.json")
+        raise DuetError(f"{place} has {found}; expected {wanted}, as in COCO's captions_train2017.json")

@@ -11,6 +11,8 @@ from typing import NamedTuple
 from torch import nn
 from transformers import PreTrainedModel
 
+from processing.data_error_vlm import DuetError
+
 
 def apply_tuning(model: PreTrainedModel, vision: str, text: str, freeze_embeddings: bool = False) -> None:
     """
@@ -56,7 +58,7 @@ def _chosen(option: str, choice: str, backbone: PreTrainedModel) -> list[nn.Para
     match = re.fullmatch(r"last:(\d+)", choice)
     blocks = find_blocks(backbone)
     if match is None or not 1 <= int(match[1]) <= len(blocks):
-        raise ValueError(
+        raise DuetError(
             f"{option}={choice!r}: expected frozen, full, or last:N with N from 1 to {len(blocks)}, the number of "
             f"blocks of the {backbone.config.model_type}."
         )
@@ -68,7 +70,7 @@ def find_blocks(backbone: PreTrainedModel) -> nn.ModuleList:
     depth = backbone.config.num_hidden_layers
     lists = [module for module in backbone.modules() if isinstance(module, nn.ModuleList) and len(module) == depth]
     if not lists:
-        raise ValueError(f"the {backbone.config.model_type} has no list of {depth} blocks; use frozen or full.")
+        raise DuetError(f"the {backbone.config.model_type} has no list of {depth} blocks; use frozen or full.")
     return lists[0]
 
 

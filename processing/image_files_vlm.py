@@ -24,6 +24,7 @@ from huggingface_hub.errors import OfflineModeIsEnabled
 from huggingface_hub.utils import httpx
 from PIL import Image
 
+from .data_error_vlm import DuetError
 from .images_vlm import to_rgb
 
 
@@ -42,7 +43,7 @@ _LYING = (5, 6, 7, 8)
 """The EXIF orientations that exchange width and height."""
 
 
-class BadImage(ValueError):
+class BadImage(DuetError):
     """An image that cannot be had. Its message is one line that names the image; `reason` is its kind, a constant."""
 
     # The default is for `DataLoader`, which raises what a worker raised anew, from its message alone.
@@ -88,9 +89,9 @@ def resolve_reference(
     if scheme := re.match(r"([a-z][a-z0-9+.-]*)://|data:", path, re.IGNORECASE):
         if (scheme[1] or "").lower() not in ("http", "https"):
             expected = "a path, an http or https URL, or data:image/...;base64,..."
-            raise ValueError(f"the image {_short(path)} is of an unknown scheme; expected {expected}")
+            raise DuetError(f"the image {_short(path)} is of an unknown scheme; expected {expected}")
         if not allow_urls:
-            raise ValueError(
+            raise DuetError(
                 f"the image {_short(path)} is a URL; add --allow_urls, or fetch the images and name their folder with "
                 "--image_dir"
             )
@@ -98,7 +99,7 @@ def resolve_reference(
     if image_dir is None:
         if os.path.isabs(path):
             return path
-        raise ValueError(f"the image is the path {_short(path)}; name the folder it is relative to with --image_dir")
+        raise DuetError(f"the image is the path {_short(path)}; name the folder it is relative to with --image_dir")
     return inside(image_dir, path)
 
 
@@ -112,7 +113,7 @@ def inside(folder: str | os.PathLike, path: str) -> str:
     full = os.path.normpath(os.path.join(base, path))
     # Where the folder is a link, a path may also name what is behind it.
     if not any(os.path.commonpath([at(base), at(full)]) == at(base) for at in (str, os.path.realpath)):
-        raise ValueError(
+        raise DuetError(
             f"the image {_short(path)} lies outside {base}; give a folder that holds all of them as --image_dir"
         )
     return full

@@ -8,11 +8,12 @@ from typing import Any
 
 import torch
 
+from ..data_error_vlm import DuetError
+from ..image_files_vlm import BadImage, load_image
+from ..processing_vlm import VLMProcessor
 from .account import BAD_SAMPLE_REASONS, DROP_REASONS, BatchAccount, Record
 from .dataset import encode_item
 from .encoding import IGNORE, Encode, encode_dialogue, place
-from .images import BadImage, load_image
-from .processing_vlm import VLMProcessor
 
 
 ON_BAD_SAMPLE = ("skip", "error")
@@ -53,7 +54,7 @@ class VLMDataCollator:
         account: bool = False,
     ):
         if on_bad_sample not in ON_BAD_SAMPLE:
-            raise ValueError(f"on_bad_sample={on_bad_sample!r}: expected one of {', '.join(ON_BAD_SAMPLE)}.")
+            raise DuetError(f"on_bad_sample={on_bad_sample!r}: expected one of {', '.join(ON_BAD_SAMPLE)}.")
         self.processor = processor
         self.max_length = max_length
         self.encode = encode
@@ -113,7 +114,7 @@ class VLMDataCollator:
                 raise type(error)(line, error.reason) from error
             return None, Record(conversation.get("source") or "", conversation.get("row"), error.reason, line)
         if item is None and self.on_bad_sample == "error" and record.dropped in BAD_SAMPLE_REASONS:
-            raise ValueError(record.detail)
+            raise DuetError(record.detail)
         return item, record
 
     def _with_pixels(self, item):

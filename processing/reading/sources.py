@@ -30,7 +30,8 @@ from huggingface_hub.errors import HFValidationError, RepositoryNotFoundError, R
 from huggingface_hub.utils import httpx
 from PIL import Image
 
-from . import shapes
+from .. import shapes
+from ..data_error_vlm import DuetError, NotFound, NotReached
 from .coco import coco_files, coco_root, coco_rows
 from .conversations import ROW
 
@@ -107,7 +108,7 @@ def open_source(
     folder = Path(image_dir).expanduser() if image_dir else None
     where = _where(path)
     if folder is not None and not folder.is_dir():
-        raise FileNotFoundError(f"{where}: no image folder {folder}; check --image_dir")
+        raise NotFound(f"{where}: no image folder {folder}; check --image_dir")
     if where == "shapes":
         splits = _drawn_splits(name)
     elif files := _named_files(path):
@@ -125,7 +126,7 @@ def open_source(
             splits = _folder_splits(local, name, streaming)
             folder = folder or local
         elif local.is_absolute() or where.startswith((".", "~")) or where.count("/") > 1 or _format(local):
-            raise FileNotFoundError(
+            raise NotFound(
                 f"{where}: no such file or folder (from {Path.cwd()}); check the path (COCO comes with --download)"
             )
         else:
@@ -133,7 +134,7 @@ def open_source(
     rows = _take(splits, split, where)
     if isinstance(rows, datasets.Dataset):
         if not len(rows):
-            raise ValueError(f"{where}: no rows in split {split or 'train'!r}; expected at least one")
+            raise DuetError(f"{where}: no rows in split {split or 'train'!r}; expected at least one")
         if streaming:
             rows = rows.to_iterable_dataset(num_shards=min(len(rows), STREAM_SHARDS))
     if where == "shapes":
@@ -147,7 +148,7 @@ def _where(path: str | os.PathLike | Sequence[str | os.PathLike]) -> str:
     if isinstance(path, (str, os.PathLike)):
         return str(path)
     if not path:
-        raise ValueError("an empty list names no data set; expected paths of files in it")
+        raise DuetError("an empty list names no data set; expected paths of files in it")
     return str(path[0]) if len(path) == 1 else f"{path[0]} and {len(path) - 1} more"
 
 
@@ -176,7 +177,7 @@ def hold_out(rows: Rows, share: float, seed: int = 0) -> tuple[Rows, Rows | None
         ValueError: `share` is none.
     """
     if not 0 <= share < 1:
-        raise ValueError(f"the share of rows to hold out is {share}; expected a number from 0 to below 1, e.g. 0.05")
+        raise DuetError(f"the share of rows to hold out is {share}; expected a number from 0 to below 1, e.g. 0.05")
     if isinstance(rows, datasets.IterableDataset):
         if not share:
             return rows, None
@@ -224,15 +225,15 @@ def _take(splits: Splits, split: str | None, where: str) -> Rows:
     if split is None:
         candidates = list(splits) if len(splits) == 1 else [part for part in splits if part.startswith("train")]
         if len(candidates) != 1 and "train" not in candidates:
-            raise ValueError(f"{where}: found the splits {', '.join(splits)}; choose one with --train_split")
+            raise DuetError(f"{where}: found the splits {', '.join(splits)}; choose one with --train_split")
         split = "train" if "train" in candidates else candidates[0]
     unknown = [part for part in split_names(split) if part not in splits]
     if unknown:
-        raise ValueError(f"{where}: no split {unknown[0]!r}; expected one of {', '.join(splits)}")
+        raise DuetError(f"{where}: no split {unknown[0]!r}; expected one of {', '.join(splits)}")
     opened = {part: _numbered(_undecoded(splits[part]())) for part in split_names(split)}
     if any(isinstance(rows, datasets.IterableDataset) for rows in opened.values()):
         if "[" in split:
-            raise ValueError(
+            raise DuetError(
                 f"{where}: {split!r} is a part of a split, and how long that is nobody knows while it is streamed; "
                 "name whole splits, or do not stream it"
             )
@@ -241,7 +242,7 @@ def _take(splits: Splits, split: str | None, where: str) -> Rows:
         lengths = {part: len(rows) for part, rows in opened.items()}
         pieces = datasets.ReadInstruction.from_spec(split).to_absolute(lengths)
     except (ValueError, AssertionError) as error:
-        raise ValueError(f"{where}: no split {split!r} ({_reason(error)}); expected e.g. train[:90%]") from None
+        raise DuetError(f"{where}: no split {split!r} ({_reason(error)}); expected e.g. train[:90%]") from None
     return _joined([opened[piece.splitname].select(range(piece.from_, piece.to)) for piece in pieces])
 
 
@@ -275,7 +276,7 @@ def _drawn_splits(name: str | None) -> Splits:
     """The built-in data set: `captions` of scenes, or `dialogues` about them (in the test split single questions)."""
     read = {"captions": _drawn_captions, "dialogues": _drawn_dialogues}.get(name or "captions")
     if read is None:
-        raise ValueError(f"shapes: no configuration {name!r}; expected captions or dialogues in --dataset_name")
+        raise DuetError(f"shapes: no configuration {name!r}; expected captions or dialogues in --dataset_name")
     return {split: partial(read, split, count) for split, count in DRAWN_ROWS.items()}
 
 
@@ -339,11 +340,11 @@ def _named_files(path: str | os.PathLike | Sequence[str | os.PathLike]) -> list[
             return []
         files = sorted(Path(file) for file in glob.glob(where, recursive=True) if os.path.isfile(file))
         if not files:
-            raise FileNotFoundError(f"{path}: no file has a name like this (from {Path.cwd()}); check the pattern")
+            raise NotFound(f"{path}: no file has a name like this (from {Path.cwd()}); check the pattern")
         return files
     files = [file for each in path for file in _named_files(each) or [Path(each).expanduser()]]
     if missing := [file for file in files if not file.is_file()]:
-        raise FileNotFoundError(f"{missing[0]}: no such file (from {Path.cwd()}); check the path")
+        raise NotFound(f"{missing[0]}: no such file (from {Path.cwd()}); check the path")
     return files
 
 
@@ -356,12 +357,12 @@ def _file_splits(where: str, files: list[Path], streaming: bool) -> Splits:
     """The only split of some files of one kind."""
     for file in files:
         if _format(file) is None:
-            raise ValueError(f"{file}: a file of unknown kind; expected one of {', '.join(FILE_FORMATS)}, or a folder")
+            raise DuetError(f"{file}: a file of unknown kind; expected one of {', '.join(FILE_FORMATS)}, or a folder")
         if not file.stat().st_size:
-            raise ValueError(f"{file}: an empty file; expected rows")
+            raise DuetError(f"{file}: an empty file; expected rows")
     formats = sorted({_format(file) for file in files})
     if len(formats) > 1:
-        raise ValueError(f"{where}: files of several kinds ({', '.join(formats)}); name those of one kind")
+        raise DuetError(f"{where}: files of several kinds ({', '.join(formats)}); name those of one kind")
     build = partial(datasets.load_dataset_builder, formats[0], data_files=[glob.escape(str(file)) for file in files])
     return _built_splits(where, build, streaming)
 
@@ -453,12 +454,12 @@ def _reading(where: str | Path, read: Callable[[], Any]) -> Any:
     try:
         return read()
     except (ConnectionError, httpx.TransportError) as error:
-        raise ConnectionError(
+        raise NotReached(
             f"{where}: no such file or folder here, and the Hub cannot be reached ({_reason(error)}); "
             "check the path, or the network and HF_HUB_OFFLINE"
         ) from error
     except Exception as error:  # the formats' readers raise their own kinds, down to StopIteration for an empty file
-        kind = FileNotFoundError if isinstance(error, FileNotFoundError) else ValueError
+        kind = NotFound if isinstance(error, FileNotFoundError) else DuetError
         raise kind(f"{where}: not readable as a data set ({_reason(error)}); check its format and name") from error
 
 
@@ -472,16 +473,16 @@ def _hub_splits(repo: str, name: str | None, revision: str | None, token: str | 
         # Asked first because `datasets`, when anything is wrong, takes whatever older copy it finds in its cache.
         files = [file.rfilename for file in huggingface_hub.dataset_info(repo, revision=revision, token=token).siblings]
     except RevisionNotFoundError:
-        raise FileNotFoundError(f"{at}: the Hub has no such revision; check --dataset_revision") from None
+        raise NotFound(f"{at}: the Hub has no such revision; check --dataset_revision") from None
     except (RepositoryNotFoundError, HFValidationError):
-        raise FileNotFoundError(
+        raise NotFound(
             f"{repo}: neither a file or folder here nor a dataset on the Hub; check the name, "
             "and for a private or gated one log in with `hf auth login`"
         ) from None
     except (OSError, httpx.HTTPError):
         files = []  # no network: what follows reads the cache, or says that there is none
     if f"{repo.split('/')[-1]}.py" in files:
-        raise ValueError(
+        raise DuetError(
             f"{at}: a script repository, which the datasets library no longer runs; "
             f"read the Hub's parquet copy of it with --dataset_revision {CONVERTED}"
         )

@@ -21,10 +21,11 @@ import pyarrow.compute as pc
 import torch
 from datasets.fingerprint import Hasher
 
+from ..data_error_vlm import DuetError
+from ..processing_vlm import VLMProcessor
+from ..reading.conversations import ROW, MalformedRow, caption_column, conversations_from_row
 from .account import BAD_SAMPLE_REASONS, Account, Record
-from .conversations import ROW, MalformedRow, caption_column, conversations_from_row
 from .encoding import IGNORE, Encode, SampleDropped
-from .processing_vlm import VLMProcessor
 
 
 SHUFFLE_BUFFER = 1_000
@@ -191,7 +192,7 @@ def encode_item(
     ids, labels = item["input_ids"], item["labels"]
     shown = ids.count(processor.image_token_id)
     if shown != len(images):
-        raise ValueError(
+        raise DuetError(
             f"a conversation with {shown} image parts and {len(images)} images was found; expected one image for "
             "each part, in the order of the parts."
         )
@@ -238,15 +239,8 @@ _COLUMNS = datasets.Features(
 )
 
 
-_CODE = Hasher.hash(
-    [
-        (Path(__file__).parent / name).read_text(encoding="utf-8")
-        for name in (
-            "conversations.py", "dataset.py", "encoding.py", "images.py", "images_vlm.py", "messages_vlm.py",
-            "processing_vlm.py",
-        )  # fmt: skip
-    ]
-)
+# All that could change what a row becomes.
+_CODE = Hasher.hash([file.read_text(encoding="utf-8") for file in sorted(Path(__file__).parents[1].rglob("*.py"))])
 
 
 class _RowEncoder:
@@ -266,7 +260,7 @@ class _RowEncoder:
             for number, item in enumerate(self.reading.items(row, position)):
                 encoding, record = encode_item(item, self.processor, self.encode, self.max_length)
                 if self.on_bad_sample == "error" and record.dropped in BAD_SAMPLE_REASONS:
-                    raise ValueError(record.detail)
+                    raise DuetError(record.detail)
                 if encoding is None:
                     encoding = {"input_ids": [], "labels": [], "weights": [], "length": 0, "images": []}
                 references = [image if isinstance(image, str) else None for image in encoding["images"]]

@@ -13,8 +13,8 @@ import torch
 from PIL import Image, ImageDraw, ImageFont
 from transformers import PreTrainedModel
 
-from processing.encoding import IGNORE
-from processing.images import load_image
+from processing.batching.encoding import IGNORE
+from processing.image_files_vlm import load_image
 from processing.processing_vlm import VLMProcessor
 
 

@@ -33,7 +33,8 @@ from typing import Any, NamedTuple
 
 from PIL import Image
 
-from .images import resolve_reference
+from ..data_error_vlm import DuetError
+from ..image_files_vlm import resolve_reference
 
 
 ROLES = ("system", "user", "assistant")
@@ -62,7 +63,7 @@ _SPEAKERS = {
 _PLACEHOLDER = re.compile(r"\n?<image>\n?")
 
 
-class MalformedRow(ValueError):
+class MalformedRow(DuetError):
     """A row that no conversation can be read from; one line: where it is, what was found, what was expected."""
 
 
@@ -95,7 +96,7 @@ def conversations_from_row(
         ValueError: `caption_choice` or a name in `columns` is none that is known.
     """
     if caption_choice not in CAPTION_CHOICES:
-        raise ValueError(f"caption_choice is {caption_choice!r}; expected one of {', '.join(CAPTION_CHOICES)}")
+        raise DuetError(f"caption_choice is {caption_choice!r}; expected one of {', '.join(CAPTION_CHOICES)}")
     columns = columns or {}
     try:
         named = _renamed(_with_json(row), columns)
@@ -327,7 +328,7 @@ def _renamed(row: dict[str, Any], columns: dict[str, str]) -> dict[str, Any]:
     Columns that begin with two underscores are none of its content (`__key__` in a WebDataset, `ROW`).
     """
     if unknown := [name for name in columns if name not in _NAMES]:
-        raise ValueError(f"columns has {unknown[0]!r}; expected one of {', '.join(sorted(_NAMES))}")
+        raise DuetError(f"columns has {unknown[0]!r}; expected one of {', '.join(sorted(_NAMES))}")
     if missing := [column for column in columns.values() if column not in row]:
         names = ", ".join(str(name) for name in row if not str(name).startswith("__")) or "(none)"
         raise _malformed(f"columns {_cut(names, 300)}", f"the column {missing[0]!r} that was given")

@@ -9,9 +9,10 @@ import itertools
 from collections.abc import Callable
 from typing import Any
 
+from ..data_error_vlm import DuetError
+from ..image_files_vlm import BadImage, image_size
+from ..processing_vlm import VLMProcessor
 from .account import CUT_REASONS, DROP_REASONS
-from .images import BadImage, image_size
-from .processing_vlm import VLMProcessor
 
 
 IGNORE = -100
@@ -21,7 +22,7 @@ SUPERVISE = ("all", "last")
 Encode = Callable[[VLMProcessor, dict, int | None], dict[str, Any]]
 
 
-class SampleDropped(ValueError):
+class SampleDropped(DuetError):
     """A conversation from which nothing can be learned: its reason, one of `DROP_REASONS`, and what was found."""
 
     def __init__(self, reason: str, detail: str = ""):

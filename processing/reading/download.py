@@ -18,6 +18,8 @@ from huggingface_hub.file_download import http_get
 from huggingface_hub.utils import get_session, httpx
 from tqdm.auto import tqdm
 
+from ..data_error_vlm import DuetError, NotReached
+
 
 COCO_URL = "http://images.cocodataset.org"
 
@@ -32,7 +34,7 @@ def download_coco(root: str | os.PathLike, splits: Iterable[str] = ("train2017",
     root = Path(root).expanduser()
     for split in splits:
         if not (year := re.fullmatch(r"(?:train|val)(2014|2017)", split)):
-            raise ValueError(f"COCO has no captions for {split!r}; expected train2017, val2017, train2014 or val2014")
+            raise DuetError(f"COCO has no captions for {split!r}; expected train2017, val2017, train2014 or val2014")
         captions = f"annotations/captions_{split}.json"
         if not (root / captions).is_file():
             _fetch_and_unpack(f"{base_url}/annotations/annotations_trainval{year[1]}.zip", root, captions)
@@ -58,7 +60,7 @@ def _fetch_and_unpack(url: str, root: Path, wanted: str) -> None:
     except zipfile.BadZipFile as error:
         archive.unlink()
         shutil.rmtree(unpacking, ignore_errors=True)
-        raise ValueError(f"{url}: not the archive that was expected ({error}); it is deleted, try again") from None
+        raise DuetError(f"{url}: not the archive that was expected ({error}); it is deleted, try again") from None
     (root / wanted).parent.mkdir(parents=True, exist_ok=True)
     os.replace(unpacking / wanted, root / wanted)
     shutil.rmtree(unpacking)
@@ -78,7 +80,7 @@ def _fetch(url: str, target: Path) -> None:
             http_get(str(head.url), file, resume_size=file.tell(), expected_size=size, displayed_filename=target.name)
     except (httpx.HTTPError, OSError, KeyError) as error:
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise ConnectionError(
+        raise NotReached(
             f"{url}: cannot be fetched ({reason}); run the same command again to continue, or put {target.name} "
             f"unpacked into {target.parent} yourself"
         ) from error

@@ -23,7 +23,8 @@ from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainerState
 from transformers.trainer_pt_utils import get_length_grouped_indices
 from transformers.trainer_utils import EvalLoopOutput, get_last_checkpoint
 
-from processing.account import Account
+from processing.batching.account import Account
+from processing.data_error_vlm import DuetError
 
 
 class VLMTrainer(Trainer):
@@ -47,7 +48,7 @@ class VLMTrainer(Trainer):
             self.account.add_batch(account)
         labels, loss_weights = inputs.get("labels"), inputs.get("loss_weights")
         if loss_weights is not None and self.compute_loss_func is not None:
-            raise ValueError("weights of messages cannot be combined with label_smoothing_factor or another loss.")
+            raise DuetError("weights of messages cannot be combined with label_smoothing_factor or another loss.")
         if labels is not None and self.compute_loss_func is None and (model.training or self._only_loss):
             inputs = {**inputs, "logits_to_keep": supervised_positions(labels)}
         loss, outputs = super().compute_loss(model, inputs, True, num_items_in_batch)

@@ -32,13 +32,14 @@ from modeling_vlm import VLMConfig, VLMForConditionalGeneration
 from modeling_vlm.backbones_vlm import find_image_token_id, load_backbone_config, vision_config_of
 from modeling_vlm.own_projector_vlm import find_own_projector, trusting
 from processing import VLMDataCollator, VLMProcessor
-from processing.account import Record
-from processing.encoding import IGNORE
-from processing.images import load_image
+from processing.batching.account import Record
+from processing.batching.encoding import IGNORE
+from processing.data_error_vlm import DuetError
+from processing.image_files_vlm import load_image
 
-from .arguments import DataArguments, ModelArguments, VLMTrainingArguments, backbone_of, parse_arguments
-from .data import PRETRAIN, SFT, Data, Stage, encode_data, joined, load_data, report_data, some_items
-from .run import check_composed, check_fit, choose_max_length, one_line_errors, tokenizer_from_scratch
+from ..arguments import DataArguments, ModelArguments, VLMTrainingArguments, backbone_of, parse_arguments
+from ..data import PRETRAIN, SFT, Data, Stage, encode_data, joined, load_data, report_data, some_items
+from ..run import check_composed, check_fit, choose_max_length, one_line_errors, tokenizer_from_scratch
 
 
 STAGES = {"pretrain": PRETRAIN, "sft": SFT}
@@ -153,7 +154,7 @@ def load_processor(
     elif model_args.text_model is not None:
         model, processor = _compose(stage, model_args, data_args, data)
     else:
-        raise ValueError(
+        raise DuetError(
             "no model is named; add --model FOLDER (a composed model), or --text_model NAME, and --vision_model NAME "
             "where images are to be shown as the model sees them."
         )
@@ -518,7 +519,7 @@ def main(argv: list[str] | None = None) -> None:
         argv.insert(0, "--dataset")
     options, others = parser.parse_known_args(argv)
     if options.n < 1:
-        raise ValueError(f"--n {options.n}: expected 1 or more samples.")
+        raise DuetError(f"--n {options.n}: expected 1 or more samples.")
     if hasattr(sys.stdout, "reconfigure"):
         sys.stdout.reconfigure(errors="replace")  # a text may hold what the terminal cannot show
     logging.disable_progress_bar()

@@ -1,0 +1,15 @@
+"""What a person did wrong with a model: one line that says what was found, where, what was expected, how to mend it.
+
+Told from other errors by `is_duet_error`, because the processor has a class of its own for what is wrong with data, and
+because a checkpoint's copy of this file is another class. Whatever has no such mark is a mistake of the program and
+keeps its stack trace. The file travels with every checkpoint.
+"""
+
+
+class DuetError(ValueError):
+    """A mistake of a person's, in one line."""
+
+    is_duet_error = True
+
+
+__all__ = ["DuetError"]

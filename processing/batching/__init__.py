@@ -1,0 +1,1 @@
+"""Conversations become batches, and every sample is accounted for."""

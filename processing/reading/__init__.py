@@ -1,0 +1,1 @@
+"""A name becomes rows, and rows become conversations."""

@@ -1,0 +1,1 @@
+"""See the data as the model will."""
