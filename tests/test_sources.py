@@ -750,7 +750,7 @@ def test_flickr30k_is_read_from_the_hub_as_it_is_there(tmp_path, monkeypatch):
     assert found["stored"] == [] and found["stored later"] == 1
     assert found["streamed images"] == [[[255, 0, 0], "A red wall."], [[0, 0, 255], "A blue wall."]]
     assert "'test[:50%]' is a part of a split" in found["part of a stream"]
-    assert found["no such revision"].startswith("FileNotFoundError: nlphuji/flickr30k at revision nope: the Hub has no")
+    assert found["no such revision"].startswith("NotFound: nlphuji/flickr30k at revision nope: the Hub has no")
     assert found["columns"] == [ROW, "caption", "filename", "image", "img_id", "sentids", "split"]
     assert found["conversations"] == 5 and found["size"] == [3, 2]
     assert found["first"][0]["content"] == [{"type": "image"}, {"type": "text", "text": "What?"}]
