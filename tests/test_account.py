@@ -19,6 +19,7 @@ records = st.builds(
     tokens=st.integers(1, 40),
     image_tokens=st.integers(0, 9),
     supervised=st.integers(1, 40),
+    notes=st.lists(st.sampled_from(["<image> stands as text", "the column b is not read"]), max_size=3).map(tuple),
 )
 
 
@@ -55,6 +56,22 @@ def test_length_percentiles_are_those_of_the_lengths(lengths):
         below = sum(length < found for length in lengths) / len(lengths)
         assert share * 100 >= percent > below * 100
     assert account.percentiles()[100] == max(lengths)
+
+
+@given(st.lists(records, min_size=1))
+def test_notes_are_counted_by_the_samples_that_have_them_whether_learned_from_or_dropped(batch):
+    account = Account()
+    account.add(batch)
+    for source, counts in account.report()["sources"].items():
+        own = [record for record in batch if record.source == source]
+        assert counts["notes"] == {
+            note: sum(note in record.notes for record in own) for record in own for note in record.notes
+        }
+    for note, number in account.report()["total"]["notes"].items():
+        assert account.table().count(note) == 1 and f"{number:,} noted: {note}" in account.table()
+    lost = [record for record in batch if record.dropped is not None]
+    expected = {note: sum(note in record.notes for record in lost) for record in lost for note in record.notes}
+    assert account.dropped_only().report()["total"]["notes"] == expected
 
 
 def test_only_what_was_dropped_can_be_kept():

@@ -42,7 +42,8 @@ class Record(NamedTuple):
     What became of one sample.
 
     Lengths are positions of the expanded sequence, image tokens included; `supervised` counts tokens that are
-    predicted. A dropped sample has none of them, but a reason, and a detail that names what was wrong.
+    predicted. A dropped sample has none of them, but a reason, and a detail that names what was wrong. `notes` say what
+    else a person should know of a sample, dropped or not, in sentences that many samples share.
     """
 
     source: str
@@ -54,6 +55,7 @@ class Record(NamedTuple):
     tokens: int = 0
     image_tokens: int = 0
     supervised: int = 0
+    notes: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -87,6 +89,9 @@ class Account:
         for record in records:
             counts = self.sources.setdefault(record.source, Counter())
             counts["samples"] += 1
+            state = "learned" if record.dropped is None else "dropped"
+            for note in dict.fromkeys(record.notes):
+                counts[f"{state} with note: {note}"] += 1
             if record.dropped is not None:
                 counts[f"dropped: {record.dropped}"] += 1
                 if len(self.named) < NAMED_AT_MOST:
@@ -130,8 +135,8 @@ class Account:
         """The samples that were dropped, without those that were learned from."""
         account = Account()
         for source, counts in self.sources.items():
-            dropped = Counter({key: count for key, count in counts.items() if key.startswith("dropped: ")})
-            account.sources[source] = dropped + Counter(samples=dropped.total())
+            dropped = Counter({key: count for key, count in counts.items() if key.startswith("dropped")})
+            account.sources[source] = dropped + Counter(samples=counts["samples"] - counts["learned from"])
         account.named = dict(self.named)
         return account
 
@@ -188,6 +193,8 @@ class Account:
             )
         for key in sorted(key for key in total if key.startswith(("dropped: ", "cut: "))):
             lines.append(f"{total[key]:,} {key}{self._example(key)}")
+        for note, number in _notes(total).items():
+            lines.append(f"{number:,} noted: {note}")
         return "\n".join(lines)
 
     def _example(self, key: str) -> str:
@@ -209,4 +216,14 @@ def _counts(counts: Counter) -> dict[str, Any]:
     for kind in ("dropped", "cut"):
         prefix = f"{kind}: "
         found[kind] = {key.removeprefix(prefix): n for key, n in sorted(counts.items()) if key.startswith(prefix)}
-    return found
+    return {**found, "notes": _notes(counts)}
+
+
+def _notes(counts: Counter) -> dict[str, int]:
+    """How many samples have each note; which of them were dropped, `dropped_only` has to know."""
+    found: Counter[str] = Counter()
+    for key, number in counts.items():
+        state, is_note, note = key.partition(" with note: ")
+        if is_note and state in ("learned", "dropped"):
+            found[note] += number
+    return dict(sorted(found.items()))
