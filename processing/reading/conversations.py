@@ -29,7 +29,7 @@ import sys
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, NotRequired, Required, TypedDict
 
 from PIL import Image
 
@@ -61,6 +61,30 @@ _SPEAKERS = {
 
 # LLaVA sets a line end between the image and the text; it belongs to neither.
 _PLACEHOLDER = re.compile(r"\n?<image>\n?")
+
+
+class Conversation(TypedDict, total=False):
+    """A training item: what is said, the images in it, and what evaluation and accounts have to know of it."""
+
+    images: Required[list[Any]]
+    messages: Required[list[dict[str, Any]]]
+    group: int | str
+    source: str
+    row: int | str | None
+    answers: list[str]
+    kind: str
+    subset: str
+    id: str
+    notes: list[str]
+
+
+class Dropped(TypedDict):
+    """An item in the place of a row, or of a part of one, that no conversation can be made of: why, and the detail."""
+
+    source: str
+    row: int | str | None
+    dropped: tuple[str, str]
+    notes: NotRequired[list[str]]
 
 
 class MalformedRow(DuetError):
