@@ -10,30 +10,24 @@ Every option of `TrainingArguments` works; `--help` lists them with Duet's own.
 """
 
 from training_vlm.arguments import parse_arguments
-from training_vlm.run import (
-    PRETRAIN,
-    build_trainer,
-    choose_max_length,
-    encode_data,
-    finish,
-    load_data,
-    load_model,
-    one_line_errors,
-    prepare,
-    report,
-    train,
-)
+from training_vlm.data import encode_data, load_data
+from training_vlm.finish import finish
+from training_vlm.load import choose_max_length, load_model
+from training_vlm.run import build_trainer, one_line_errors, prepare, report, train
+from training_vlm.stages import PRETRAIN
+from training_vlm.survey import survey_data
 
 
 @one_line_errors
 def main(argv: list[str] | None = None) -> None:
-    arguments = model_args, data_args, _, training_args = parse_arguments("pretrain", argv)
+    arguments = model_args, data_args, _, training_args = parse_arguments(PRETRAIN, argv)
     prepare(training_args)
 
     data = load_data(PRETRAIN, data_args, training_args)
     model, processor = load_model(PRETRAIN, model_args, data_args, data)
     max_length = choose_max_length(model, data_args.max_length)
-    train_set, eval_set, surveys = encode_data(PRETRAIN, data, processor, data_args, training_args, max_length)
+    train_set, eval_set = encode_data(PRETRAIN, data, processor, data_args, training_args, max_length)
+    surveys = survey_data(PRETRAIN, train_set, eval_set, processor, data_args, training_args, max_length)
 
     trainer = build_trainer(PRETRAIN, arguments, model, processor, train_set, eval_set)
     report(PRETRAIN, trainer, surveys)

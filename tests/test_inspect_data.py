@@ -15,8 +15,9 @@ from processing.batching.account import Record
 from processing.batching.encoding import IGNORE
 from tests import tiny
 from training_vlm.arguments import parse_arguments
-from training_vlm.data import SFT, encode_data, load_data
+from training_vlm.data import encode_data, load_data
 from training_vlm.inspect_data.__main__ import KINDS, Piece, Sample, _pieces, main, write_page, write_terminal
+from training_vlm.stages import SFT
 
 
 NASTY = "<script>alert('x')</script> \"quoted\" & 'so' </div>"
@@ -107,9 +108,9 @@ def dialogues(data):
 
 def trained_batch(data, folders):
     """What the Trainer's collator makes of the same rows, with the processor of the model itself."""
-    _, data_args, _, training_args = parse_arguments("sft", ["--dataset", *dialogues(data), "--use_cpu"])
+    _, data_args, _, training_args = parse_arguments(SFT, ["--dataset", *dialogues(data), "--use_cpu"])
     _, processor = tiny.compose(*folders("vit-gpt2"))
-    train, _, _ = encode_data(SFT, load_data(SFT, data_args, training_args), processor, data_args, training_args, 128)
+    train, _ = encode_data(SFT, load_data(SFT, data_args, training_args), processor, data_args, training_args, 128)
     return VLMDataCollator(processor, 128)([train[index] for index in range(len(train))]), processor
 
 

@@ -39,6 +39,7 @@ from training_vlm.arguments import VLMTrainingArguments, parse_arguments
 from training_vlm.inspect_data.__main__ import main as inspect_data
 from training_vlm.learning.trainer import VLMTrainer
 from training_vlm.learning.tuning import apply_tuning
+from training_vlm.stages import PRETRAIN
 
 
 ROOT = Path(__file__).parents[1]
@@ -419,7 +420,7 @@ def test_a_projector_that_does_not_fit_is_refused_in_one_line(kind, options, say
 
 
 def parsed(*arguments):
-    model_args, *_ = parse_arguments("pretrain", [*arguments, "--output_dir", "somewhere", "--use_cpu"])
+    model_args, *_ = parse_arguments(PRETRAIN, [*arguments, "--output_dir", "somewhere", "--use_cpu"])
     return model_args
 
 

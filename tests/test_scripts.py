@@ -17,6 +17,7 @@ import train_pretrain
 import train_sft
 from tests import tiny
 from training_vlm.arguments import DEFAULT_RECIPE, ROOT, parse_arguments
+from training_vlm.stages import PRETRAIN, SFT
 
 
 QUICK = [
@@ -194,14 +195,14 @@ def test_the_seeds_stage_2_recipe_runs_on_a_stand_in(folders, tmp_path, image):
 
 
 def test_the_seeds_recipes_say_what_the_seed_does():
-    model, data, _, training = parse_arguments("pretrain", ["--config", "coco_vit_gpt2", "--use_cpu"])
+    model, data, _, training = parse_arguments(PRETRAIN, ["--config", "coco_vit_gpt2", "--use_cpu"])
     assert (model.vision_model, model.projector_type) == ("google/vit-base-patch16-224-in21k", "gelu_norm")
     assert (model.tune_vision, model.tune_text, data.max_length) == ("frozen", "last:2", 65)
     assert (training.learning_rate, training.lr_scheduler_type, training.max_grad_norm) == (1e-4, "cosine", 1.0)
     assert (training.num_train_epochs, training.per_device_train_batch_size) == (2, 8)
     assert (training.save_strategy, training.weight_decay) == ("epoch", 0.01)
 
-    model, data, generation, training = parse_arguments("sft", ["--config", "flickr30k_vit_distilgpt2", "--use_cpu"])
+    model, data, generation, training = parse_arguments(SFT, ["--config", "flickr30k_vit_distilgpt2", "--use_cpu"])
     assert (model.projector_type, model.vision_feature_select_strategy) == ("linear", "cls")
     assert model.freeze_embeddings and model.tune_vision == "frozen" and model.tune_text == "full"
     assert (data.max_samples, data.sample_seed, data.caption_choice, data.max_length) == (100, 42, "first", 128)
@@ -212,7 +213,7 @@ def test_the_seeds_recipes_say_what_the_seed_does():
 
 def test_every_recipe_holds_only_known_settings():
     for recipe in (ROOT / "recipes").glob("*.yaml"):
-        for stage in ("pretrain", "sft"):
+        for stage in (PRETRAIN, SFT):
             parse_arguments(stage, ["--config", str(recipe), "--output_dir", "somewhere", "--use_cpu"])
 
 
@@ -222,9 +223,9 @@ def test_the_command_line_wins_over_the_section_over_the_top_level(tmp_path):
         "learning_rate": 1e-3, "weight_decay": 0.1, "seed": 7, "output_dir": "a", "use_cpu": True,
         "sft": {"learning_rate": 2e-3, "weight_decay": 0.2},
     }))  # fmt: skip
-    *_, pretrain = parse_arguments("pretrain", ["--config", str(config)])
+    *_, pretrain = parse_arguments(PRETRAIN, ["--config", str(config)])
     assert (pretrain.learning_rate, pretrain.weight_decay, pretrain.seed) == (1e-3, 0.1, 7)
-    *_, sft = parse_arguments("sft", [f"--config={config}", "--weight_decay", "0.3"])
+    *_, sft = parse_arguments(SFT, [f"--config={config}", "--weight_decay", "0.3"])
     assert (sft.learning_rate, sft.weight_decay, sft.seed) == (2e-3, 0.3, 7)
 
 

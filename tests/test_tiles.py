@@ -32,11 +32,13 @@ from tests.isolated import run_without_package
 from tests.test_labels import KNOWS_NO_SYSTEM, Bare, expected, trained
 from tests.test_remote_code import CHILD
 from training_vlm.arguments import VLMTrainingArguments, parse_arguments
-from training_vlm.data import SFT, encode_data, load_data
+from training_vlm.data import encode_data, load_data
 from training_vlm.inspect_data import __main__ as inspect_data
 from training_vlm.learning.trainer import VLMTrainer
 from training_vlm.learning.tuning import apply_tuning
-from training_vlm.run import check_fit
+from training_vlm.load import check_fit
+from training_vlm.stages import SFT
+from training_vlm.survey import survey_data
 
 
 EXIF_ORIENTATION = 0x0112
@@ -631,10 +633,12 @@ def test_an_image_that_is_a_url_is_fetched_once_and_never_ahead(processor, tmp_p
     argv = ["--dataset", str(tmp_path / "rows.jsonl"), "--image_dir", str(tmp_path), "--allow_urls"]
 
     def encoded(*more):
-        _, data_args, _, training_args = parse_arguments("sft", [*argv, "--eval_share", "0", "--use_cpu", *more])
-        return encode_data(SFT, load_data(SFT, data_args, training_args), processor, data_args, training_args, 500)
+        _, data_args, _, training_args = parse_arguments(SFT, [*argv, "--eval_share", "0", "--use_cpu", *more])
+        settings = processor, data_args, training_args, 500
+        sets = encode_data(SFT, load_data(SFT, data_args, training_args), *settings)
+        return sets[0], survey_data(SFT, *sets, *settings)
 
-    train, _, surveys = encoded()
+    train, surveys = encoded()
     assert fetched == [] and not train.is_encoded and surveys["training"].account.total["samples"] == 1
     batch = VLMDataCollator(processor)([train[index] for index in range(5)])
     assert sorted(fetched) == [row["image"] for row in rows[:4]]

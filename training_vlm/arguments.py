@@ -22,10 +22,11 @@ from processing.batching.encoding import SUPERVISE, TRUNCATIONS
 from processing.data_error_vlm import DuetError, NotFound
 from processing.reading.conversations import CAPTION_CHOICES
 
+from .stages import STAGES, Stage
+
 
 ROOT = Path(__file__).resolve().parent.parent
 DEFAULT_RECIPE = ROOT / "recipes" / "shapes.yaml"
-STAGES = ("pretrain", "sft")
 
 
 @dataclass
@@ -449,12 +450,12 @@ def _cpu_has_bf16() -> bool:
 Arguments = tuple[ModelArguments, DataArguments, GenerationArguments, VLMTrainingArguments]
 
 
-def parse_arguments(stage: str, argv: list[str] | None = None) -> Arguments:
+def parse_arguments(stage: Stage, argv: list[str] | None = None) -> Arguments:
     """
     The settings of one stage from the command line and `--config FILE`.
 
     Args:
-        stage: `"pretrain"` or `"sft"`.
+        stage: whose section of a yaml is read.
         argv: the command line, `sys.argv[1:]` if not given.
 
     Raises:
@@ -464,7 +465,7 @@ def parse_arguments(stage: str, argv: list[str] | None = None) -> Arguments:
     argv = list(sys.argv[1:] if argv is None else argv)
     parser = HfArgumentParser(
         (ModelArguments, DataArguments, GenerationArguments, VLMTrainingArguments),
-        description=f"Stage {STAGES.index(stage) + 1} of 2. Every setting can stand in a yaml file: --config FILE.",
+        description=f"Stage {stage.number} of {len(STAGES)}. Every setting can stand in a yaml file: --config FILE.",
         allow_abbrev=False,
     )
     parser.add_argument("--config", type=Path, default=None, help="yaml with settings of both stages; see recipes/.")
@@ -500,13 +501,13 @@ def _split_config(argv):
     return config, others
 
 
-def read_config(file: Path, stage: str, known: list[str]) -> dict[str, Any]:
+def read_config(file: Path, stage: Stage, known: list[str]) -> dict[str, Any]:
     """
     The settings that a yaml file has for a stage: its section over its top level.
 
     Args:
         file: a path, or the name of a recipe (`shapes`, `coco_vit_gpt2`).
-        stage: `"pretrain"` or `"sft"`.
+        stage: whose section is read.
         known: names of all settings.
     """
     recipe = ROOT / "recipes" / f"{file.name.removesuffix('.yaml')}.yaml"
@@ -528,7 +529,7 @@ def read_config(file: Path, stage: str, known: list[str]) -> dict[str, Any]:
         for key in values:
             if key not in known:
                 raise DuetError(f"config {file} has an unknown setting {key!r}{place}{_suggest(key, known)}.")
-    return {**settings, **sections[stage]}
+    return {**settings, **sections[stage.section]}
 
 
 def _suggest(name, known):

@@ -6,6 +6,8 @@ from typing import Any
 from huggingface_hub import ModelCard, ModelCardData
 from huggingface_hub.errors import EntryNotFoundError, RepositoryNotFoundError
 
+from .stages import Stage
+
 
 _CARD = """---
 {metadata}
@@ -41,20 +43,11 @@ Stage {stage}. {trained}
 {samples}
 """
 
-_ASK = {
-    1: """inputs = processor(images=Image.open("photo.jpg"), text="<image>", return_tensors="pt")""",
-    2: """messages = [{"role": "user", "content": [
-    {"type": "image", "image": Image.open("photo.jpg")}, {"type": "text", "text": "What is in the picture?"}]}]
-inputs = processor.apply_chat_template(
-    messages, add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt")""",
-}
-
-
 def write_model_card(
     folder: Path,
     *,
     name: str,
-    stage: int,
+    stage: Stage,
     config,
     base_models: list[str],
     dataset: str | None,
@@ -69,7 +62,7 @@ def write_model_card(
 
     Args:
         name: how the model will be loaded (Hub name or folder).
-        stage: 1 or 2; which way of asking the card shows.
+        stage: the last one, whose way of asking the card shows.
         parts: lines of the tuning table, see `tuning.describe_parts`.
         exact: the exact-match table, where there is one.
         samples: question, expected and generated answer.
@@ -79,7 +72,7 @@ def write_model_card(
         pipeline_tag="image-text-to-text",
         base_model=base_models or None,
         datasets=[dataset] if dataset and dataset.count("/") == 1 and not Path(dataset).exists() else None,
-        tags=["duet", "vision-language", f"stage-{stage}"],
+        tags=["duet", "vision-language", f"stage-{stage.number}"],
     )
     learned = [f"{part.name} ({part.trained:,} of {part.parameters:,} parameters)" for part in parts if part.trained]
     results = "".join(f"- {key}: {value:.4g}\n" for key, value in metrics.items())
@@ -94,8 +87,8 @@ def write_model_card(
         text=config.text_config.model_type,
         projector=config.projector_type,
         image_tokens=config.image_seq_length,
-        ask=_ASK[stage],
-        stage=stage,
+        ask=stage.ask,
+        stage=stage.number,
         trained=f"Learned: {', '.join(learned)}.",
         settings="\n".join(f"| {key} | {value} |" for key, value in settings.items()),
         results=f"## Results\n\n{results}" if results else "",

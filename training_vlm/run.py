@@ -1,49 +1,28 @@
-"""What both training scripts share: check, load, report, train, save.
+"""The story of a run, which both training scripts tell: prepare, build, report, train.
 
 Everything that can be known to fail is checked before the first step, and each failure is one line that says how to
-mend it. The scripts read as the order of these functions.
+mend it.
 """
 
 import functools
-import itertools
 import os
 import shutil
 import sys
 from pathlib import Path
 
 import datasets
-import torch
-from transformers import PreTrainedConfig, PreTrainedTokenizerBase, TrainerState, set_seed
+from transformers import TrainerState, set_seed
 from transformers.utils import logging
 
-from evaluation_vlm.questions import draw_samples, exact_match, find_questions, format_exact_match, generate_answers
-from modeling_vlm import VLMConfig, VLMForConditionalGeneration
 from processing import VLMDataCollator, VLMProcessor
-from processing.batching.dataset import encode_item
 from processing.data_error_vlm import DuetError
-from processing.image_files_vlm import BadImage, load_image
-from processing.tokenizer import train_tokenizer
 
-from .arguments import Arguments, DataArguments, ModelArguments, VLMTrainingArguments, backbone_of
-from .data import (
-    PRETRAIN,
-    SFT,
-    Data,
-    Stage,
-    Survey,
-    encode_data,
-    encode_test,
-    load_data,
-    report_data,
-    training_texts,
-    write_data_report,
-)
+from .arguments import Arguments, VLMTrainingArguments
 from .learning.trainer import VLMTrainer
-from .learning.tuning import apply_tuning, describe_parts
-from .model_card import read_base_models, write_model_card
-
-
-SAMPLES_SHOWN = 8
+from .learning.tuning import describe_parts
+from .load import choose_max_length
+from .stages import Stage
+from .survey import Survey, report_data
 
 
 def one_line_errors(main):
@@ -120,181 +99,6 @@ def _is_complete(checkpoint: Path) -> bool:
     return True
 
 
-def load_model(
-    stage: Stage, model_args: ModelArguments, data_args: DataArguments, data: Data
-) -> tuple[VLMForConditionalGeneration, VLMProcessor]:
-    """
-    The model and its processor: an earlier stage's folder, or two backbones composed.
-
-    Raises:
-        ValueError: neither or both are named, a checkpoint of another kind, or parts that do not fit together.
-    """
-    dtype = getattr(torch, model_args.dtype, None)
-    if dtype not in (torch.float32, torch.bfloat16, torch.float16):
-        raise DuetError(f"dtype={model_args.dtype!r}: expected float32, bfloat16 or float16.")
-    if model_args.model is not None:
-        check_composed(model_args)
-        model, processor = _load_composed(model_args, dtype)
-        starts = {"vision": "frozen", "text": "frozen"}
-    elif model_args.vision_model is not None and model_args.text_model is not None:
-        model, processor = _compose(stage, model_args, data_args, data, dtype)
-        scratch = {side: isinstance(getattr(model_args, f"{side}_model"), dict) for side in ("vision", "text")}
-        starts = {side: "full" if scratch[side] else "frozen" for side in scratch}
-    else:
-        raise DuetError(
-            "no model is named; add --model FOLDER (a composed model) or --vision_model NAME and --text_model NAME."
-        )
-    check_fit(model, processor)
-    processor.update_generation_config(model.generation_config)
-    for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
-        # What the Trainer would do, with a warning: say in the config what the tokenizer says.
-        if (value := getattr(processor.tokenizer, name)) is not None:
-            setattr(model.config.text_config, name, value)
-            if name == "bos_token_id":
-                model.generation_config.bos_token_id = value
-    apply_tuning(
-        model,
-        model_args.tune_vision or starts["vision"],
-        model_args.tune_text or starts["text"],
-        model_args.freeze_embeddings,
-    )
-    if not any(parameter.requires_grad for parameter in model.parameters()):
-        raise DuetError(
-            f"nothing would learn: both backbones are frozen, and the projector {model.config.projector_type} has "
-            "no parameters; add --tune_text or --tune_vision, or choose another projector_type."
-        )
-    return model, processor
-
-
-def check_composed(model_args: ModelArguments) -> None:
-    """
-    Refuse a `model` that is not there, or is none of Duet's, before anything large is read.
-
-    Raises:
-        ValueError: what it is, or that there is none.
-    """
-    name = model_args.model
-    if others := model_args.composing_settings():
-        raise DuetError(
-            f"model and {others[0]} are both given, and {name} is composed already; leave out one of them."
-        )
-    if not Path(name).exists() and (Path(name).is_absolute() or name.count("/") != 1):
-        raise DuetError(
-            f"there is no model in {name}; expected the output folder of stage 1: run "
-            f"`python train_pretrain.py --output_dir {name} ...` first."
-        )
-    try:
-        settings, _ = PreTrainedConfig.get_config_dict(name, revision=model_args.model_revision)
-    except (OSError, ValueError) as error:
-        raise DuetError(f"the model {name!r} could not be loaded: {' '.join(str(error).split())[:300]}") from error
-    if settings.get("model_type") != VLMConfig.model_type:
-        raise DuetError(
-            f"{name} is a {settings.get('model_type')} checkpoint; expected a model composed by Duet (the output "
-            "folder of train_pretrain.py). Backbones go into --vision_model and --text_model."
-        )
-
-
-def _load_composed(model_args, dtype):
-    name = model_args.model
-    attention = {f"{side}_config": getattr(model_args, f"{side}_attn_implementation") for side in ("vision", "text")}
-    model = VLMForConditionalGeneration.from_pretrained(
-        name,
-        revision=model_args.model_revision,
-        dtype=dtype,
-        attn_implementation=attention,
-        trust_remote_code=Path(name).is_dir() or model_args.trust_remote_code,
-    )
-    processor = VLMProcessor.from_pretrained(name, revision=model_args.model_revision)
-    if model_args.chat_template is not None:
-        processor.set_chat_template(model_args.chat_template)
-    return model, processor
-
-
-def _compose(stage, model_args, data_args, data, dtype):
-    vision, text = model_args.vision_models(), backbone_of("text_model", model_args.text_model)
-    tokenizer = model_args.tokenizer
-    if tokenizer is None and isinstance(text, PreTrainedConfig):
-        tokenizer = tokenizer_from_scratch(stage, data_args, data, text)
-        text.pad_token_id, text.bos_token_id = tokenizer.pad_token_id, None
-        text.eos_token_id = tokenizer.eos_token_id
-    shared = {
-        "tokenizer": tokenizer,
-        "image_token": model_args.image_token,
-        "vision_kwargs": model_args.backbone_kwargs("vision"),
-        "text_kwargs": model_args.backbone_kwargs("text"),
-    }
-    model = VLMForConditionalGeneration.from_backbones(
-        vision, text, dtype=dtype, **model_args.composition(), **shared
-    )
-    processor = VLMProcessor.from_backbones(
-        vision,
-        text,
-        model.config,
-        chat_template=model_args.chat_template,
-        image_mode=model_args.image_mode,
-        **shared,
-    )
-    return model, processor
-
-
-def tokenizer_from_scratch(
-    stage: Stage, data_args: DataArguments, data: Data, text_config: PreTrainedConfig
-) -> PreTrainedTokenizerBase:
-    """The tokenizer of a language model from scratch, trained on the texts; one entry is left for the image token."""
-    limit = getattr(text_config, "max_position_embeddings", None) or int(1e30)
-    return train_tokenizer(training_texts(stage, data_args, data), text_config.vocab_size - 1, limit)
-
-
-def check_fit(model: VLMForConditionalGeneration, processor: VLMProcessor) -> None:
-    """
-    Refuse a processor that does not belong to the model.
-
-    Raises:
-        ValueError: what differs, on both sides.
-    """
-    config = model.config
-    for what, ours, theirs in (
-        ("image_token_id", config.image_token_id, processor.image_token_id),
-        ("image_seq_length", config.image_seq_length, processor.image_seq_length),
-        ("max_tiles", config.max_tiles, processor.max_tiles),
-        ("image_size", tuple(config.image_size), processor.view_size),
-    ):
-        if ours != theirs:
-            raise DuetError(
-                f"processor and model do not belong together: {what} is {theirs} in the processor and {ours} in the "
-                "model; use the processor that was saved with the model."
-            )
-    if len(processor.tokenizer) > model.get_input_embeddings().num_embeddings:
-        raise DuetError(
-            f"processor and model do not belong together: the tokenizer has {len(processor.tokenizer)} entries, the "
-            f"language model {model.get_input_embeddings().num_embeddings} embeddings; use the processor saved with it."
-        )
-
-
-def choose_max_length(model: VLMForConditionalGeneration, asked: int | None) -> int:
-    """
-    Positions a training sequence may have: those asked for, else all that the language model has.
-
-    Raises:
-        ValueError: more than were learned, or not even room for an image and a token.
-    """
-    learned = model.model.max_positions
-    limit = learned or getattr(model.config.text_config, "max_position_embeddings", None) or 1 << 20
-    if asked is not None and learned is not None and asked > learned:
-        raise DuetError(
-            f"max_length={asked} is more than the {learned} positions that the language model "
-            f"({model.config.text_config.model_type}) has learned; set max_length to {learned} or less."
-        )
-    chosen = limit if asked is None else asked
-    if chosen <= model.config.image_tokens():
-        raise DuetError(
-            f"max_length={chosen} leaves no room for text beside an image of {model.config.image_tokens()} tokens; set "
-            "a larger max_length, or choose fewer visual tokens (projector_type: resampler, or "
-            "vision_feature_select_strategy: cls)."
-        )
-    return chosen
-
-
 def build_trainer(stage: Stage, arguments: Arguments, model, processor: VLMProcessor, train, evaluation) -> VLMTrainer:
     """The Trainer of a stage; its collator and its data agree on how a conversation is encoded."""
     _, data_args, _, training_args = arguments
@@ -352,138 +156,4 @@ def train(trainer: VLMTrainer) -> dict[str, float]:
     return losses
 
 
-def finish(stage: Stage, arguments: Arguments, trainer: VLMTrainer, data: Data, losses: dict[str, float]) -> None:
-    """
-    Leave a folder that needs nothing else: model, processor, card, samples; and say how to go on.
-
-    The test questions are answered by greedy decoding; the samples as `GenerationArguments` say.
-    """
-    model_args, data_args, generation_args, args = arguments
-    processor, folder = trainer.processing_class, Path(args.output_dir)
-    model = trainer.accelerator.unwrap_model(trainer.model)
-    for key, value in generation_args.to_generate().items():
-        setattr(model.generation_config, key, value)
-    trainer.save_model()
-    account = trainer.gathered_account()
-    if trainer.is_world_process_zero():
-        print(f"\nconsumed\n{write_data_report(folder, account, trainer.train_dataset).table()}")
-        shown, exact = _answer(stage, trainer, model, processor, data, data_args, generation_args)
-        answers = generate_answers(
-            model, processor, shown, args.per_device_eval_batch_size, **generation_args.to_generate()
-        )
-        draw_samples(processor, shown, answers, folder / "samples.png")
-        asked = [processor.tokenizer.decode([i for i in q.ids if i != processor.image_token_id]) for q in shown]
-        dataset = ", ".join(part.reading.source for part in data.train)
-        trainer.card = functools.partial(
-            write_model_card,
-            folder,
-            name=args.hub_model_id or args.output_dir,
-            stage=stage.number,
-            config=model.config,
-            base_models=_base_models(model_args),
-            dataset=dataset,
-            parts=describe_parts(model),
-            settings=_settings(dataset, args),
-            metrics=losses,
-            exact=exact,
-            samples=[(a, q.expected, g) for a, q, g in zip(asked, shown, answers)],
-        )
-        trainer.card()
-        _say_goodbye(stage, args.output_dir)
-    if args.push_to_hub:
-        trainer.push_to_hub()
-    # A process that exits with its process group open may be aborted, and the launcher then calls the run failed.
-    trainer.accelerator.wait_for_everyone()
-    trainer.accelerator.end_training()
-
-
-def _answer(stage, trainer, model, processor, data, data_args, generation_args):
-    """Questions to show, and the exact-match table of the test split where there is one."""
-    if data.test is None:
-        dataset = trainer.eval_dataset or trainer.train_dataset
-        if not isinstance(dataset, torch.utils.data.IterableDataset):
-            dataset = map(dataset.__getitem__, range(len(dataset)))
-        settings = (processor, stage.encoder(data_args), choose_max_length(model, data_args.max_length))
-        encoded = (item for item, _ in (encode_item(item, *settings) for item in dataset) if item is not None)
-        return find_questions(itertools.islice(_readable(encoded), SAMPLES_SHOWN), processor)[:SAMPLES_SHOWN], None
-    items = encode_test(stage, data.test, processor, choose_max_length(model, data_args.max_length))
-    items = list(_readable(map(items.__getitem__, range(len(items)))))
-    kinds = None
-    if {"kind", "subset"} <= set(data.test.rows.column_names):
-        labels = data.test.rows.select_columns(["kind", "subset"]).with_format(None)
-        labels = list(zip(labels["kind"], labels["subset"]))
-        kinds = [labels[item["position"]] for item in items]
-    questions = find_questions(items, processor, kinds)
-    answers = generate_answers(
-        model,
-        processor,
-        questions,
-        trainer.args.per_device_eval_batch_size,
-        do_sample=False,
-        max_new_tokens=generation_args.max_new_tokens,
-    )
-    shares = exact_match(questions, answers)
-    table = format_exact_match(shares)
-    print(f"\nTest answers exactly right ({len(questions):,} questions, greedy decoding)\n{table}\n")
-    trainer.save_metrics("test", {f"{subset}/{kind}": v for subset, by in shares.items() for kind, v in by.items()})
-    return questions[:SAMPLES_SHOWN], table
-
-
-def _readable(items):
-    """Those of encoded items whose images can be read: one that cannot must not end a run that is trained."""
-    for item in items:
-        try:
-            for reference in item["images"]:
-                load_image(reference)
-        except BadImage as error:
-            print(f"left out of the questions: {error}")
-        else:
-            yield item
-
-
-def _base_models(model_args):
-    if model_args.model is not None:
-        return read_base_models(model_args.model)
-    names = (model_args.vision_model, model_args.text_model)
-    return [name for name in names if isinstance(name, str) and not Path(name).exists()]
-
-
-def _settings(dataset, args):
-    return {
-        "data": dataset,
-        "epochs": f"{args.num_train_epochs:g}" if args.max_steps < 0 else f"{args.max_steps} steps",
-        "conversations a step": args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size,
-        "learning rate": f"{args.learning_rate:g}, {args.lr_scheduler_type.value}",
-        "weight decay": args.weight_decay,
-        "gradient clipping": args.max_grad_norm,
-        "precision": "bf16" if args.bf16 else "fp16" if args.fp16 else "fp32",
-        "seed": args.seed,
-    }
-
-
-def _say_goodbye(stage, folder):
-    print(f"The model, its processor, its card and samples.png are in {folder}. Load them with\n")
-    print(f'    AutoModelForImageTextToText.from_pretrained("{folder}", trust_remote_code=True)')
-    print(f'    AutoProcessor.from_pretrained("{folder}", trust_remote_code=True)\n')
-    if stage is PRETRAIN:
-        print("Next, teach it to answer:\n")
-        print(f"    python train_sft.py --model {folder} --dataset DIALOGUES --output_dir FOLDER\n")
-    else:
-        print("Next, ask it about an image:\n")
-        print(f'    python -m inference_vlm.ask {folder} IMAGE "What is in the picture?"\n')
-
-
-__all__ = [
-    "PRETRAIN",
-    "SFT",
-    "build_trainer",
-    "choose_max_length",
-    "encode_data",
-    "finish",
-    "load_data",
-    "load_model",
-    "one_line_errors",
-    "prepare",
-    "report",
-    "train",
-]
+__all__ = ["build_trainer", "one_line_errors", "prepare", "report", "train"]

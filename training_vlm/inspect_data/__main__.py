@@ -38,11 +38,13 @@ from processing.data_error_vlm import DuetError
 from processing.image_files_vlm import load_image
 
 from ..arguments import DataArguments, ModelArguments, VLMTrainingArguments, backbone_of, parse_arguments
-from ..data import PRETRAIN, SFT, Data, Stage, encode_data, joined, load_data, report_data, some_items
-from ..run import check_composed, check_fit, choose_max_length, one_line_errors, tokenizer_from_scratch
+from ..data import Data, encode_data, joined, load_data
+from ..load import check_composed, check_fit, choose_max_length, tokenizer_from_scratch
+from ..run import one_line_errors
+from ..stages import STAGES, Stage
+from ..survey import report_data, some_items, survey_data
 
 
-STAGES = {"pretrain": PRETRAIN, "sft": SFT}
 # Nothing is trained, so a recipe for a machine with an accelerator can be looked at on any.
 NO_TRAINING = ["--use_cpu", "--bf16", "False", "--fp16", "False", "--tf32", "False", "--report_to", "none"]
 PICTURE_SIDE = 480
@@ -480,8 +482,8 @@ def inspect(
 
     failure = None
     try:
-        *_, surveys = encode_data(stage, data, processor, data_args, training_args, max_length)
-        account = report_data(surveys)
+        sets = encode_data(stage, data, processor, data_args, training_args, max_length)
+        account = report_data(survey_data(stage, *sets, processor, data_args, training_args, max_length))
     except (ValueError, OSError) as error:
         account, failure = f"training would end here: {' '.join(str(error).split())}", error
     if page is not None:
@@ -523,8 +525,9 @@ def main(argv: list[str] | None = None) -> None:
     if hasattr(sys.stdout, "reconfigure"):
         sys.stdout.reconfigure(errors="replace")  # a text may hold what the terminal cannot show
     logging.disable_progress_bar()
-    model_args, data_args, _, training_args = parse_arguments(options.stage, [*others, *NO_TRAINING])
-    inspect(STAGES[options.stage], model_args, data_args, training_args, options.n, options.html)
+    stage = STAGES[options.stage]
+    model_args, data_args, _, training_args = parse_arguments(stage, [*others, *NO_TRAINING])
+    inspect(stage, model_args, data_args, training_args, options.n, options.html)
 
 
 if __name__ == "__main__":

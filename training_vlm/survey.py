@@ -1,0 +1,154 @@
+"""A first look at the data of a run, before the first step: what will be learned, and whether that is anything.
+
+An account of what is encoded, else of some samples; the headers of some images; and a refusal where nothing could be
+learned, or everything would be.
+"""
+
+import itertools
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from processing import VLMProcessor
+from processing.batching.account import Account
+from processing.batching.dataset import StreamedDataset, encode_item
+from processing.batching.encoding import Encode
+from processing.data_error_vlm import DuetError
+from processing.image_files_vlm import check_image, is_url
+
+from .arguments import DataArguments, VLMTrainingArguments
+from .data import EvalDataset, TrainDataset
+from .stages import Stage
+
+
+SURVEYED = 1_000
+IMAGES_CHECKED = 200
+
+
+class Survey(NamedTuple):
+    """What a first look at a data set found: an account, and of what, if not of everything."""
+
+    account: Account
+    sampled: bool
+
+
+def survey_data(
+    stage: Stage,
+    train: TrainDataset,
+    evaluation: EvalDataset,
+    processor: VLMProcessor,
+    data_args: DataArguments,
+    training_args: VLMTrainingArguments,
+    max_length: int,
+) -> dict[str, Survey]:
+    """
+    What the training and evaluation data hold.
+
+    Raises:
+        ValueError: nothing could be learned, or everything would be.
+    """
+    encode = stage.encoder(data_args)
+    surveys = {"training": _survey(train, processor, encode, max_length)}
+    if evaluation:
+        surveys["evaluation"] = _survey(evaluation, processor, encode, max_length)
+    _check_account(stage, surveys["training"].account, data_args)
+    if training_args.process_index == 0:
+        _check_images(train, data_args.on_bad_sample)
+    return surveys
+
+
+def _survey(dataset, processor: VLMProcessor, encode: Encode, max_length: int) -> Survey:
+    """The account of what is encoded already, else of some items."""
+    if getattr(dataset, "is_encoded", False):
+        return Survey(dataset.account, sampled=False)
+    account, items = Account(), some_items(dataset, SURVEYED)
+    if processor.max_tiles > 1:  # how long a sample is whose images have to be fetched is known when it is learned from
+        items = (item for item in items if not any(map(is_url, item.get("images") or ())))
+    account.add(encode_item(item, processor, encode, max_length)[1] for item in items)
+    return Survey(account, sampled=True)
+
+
+def some_items(dataset, number: int) -> Iterator[dict[str, Any]]:
+    """Items from all over a data set, as many of each of its sources; of a stream the first."""
+    parts = getattr(dataset, "parts", None)
+    if parts is not None and len(parts) > 1:
+        parts = [StreamedDataset([part], None, dataset.seed) for part in parts] if _is_stream(dataset) else parts
+        each = -(-number // len(parts))
+        return itertools.islice(itertools.chain.from_iterable(some_items(part, each) for part in parts), number)
+    if _is_stream(dataset):
+        first = StreamedDataset(dataset.parts, dataset.weights, dataset.seed, shuffle_buffer=1)
+        return itertools.islice(first, number)
+    number = min(number, len(dataset))
+    return (dataset[index * len(dataset) // number] for index in range(number))
+
+
+def _is_stream(dataset):
+    return isinstance(dataset, StreamedDataset)
+
+
+def _check_account(stage: Stage, account: Account, data_args: DataArguments) -> None:
+    total = account.total
+    for source, counts in account.sources.items():
+        if counts["learned from"]:
+            continue
+        reasons = [key for key in counts if key.startswith("dropped: ")]
+        found = "; ".join(f"{key.removeprefix('dropped: ')} ({counts[key]:,} samples)" for key in reasons)
+        details = (detail for (place, _), (_, detail) in account.named.items() if place == source and detail)
+        example = next(details, "")
+        raise DuetError(
+            f"{source}: there is nothing to learn from: {found}" + (f", such as {example}" if example else "")
+        )
+    # Of every sequence the first token has nothing before it to be predicted from.
+    everything = total["tokens"] - total["image_tokens"] - total["learned from"]
+    if stage.asks and not data_args.supervise_prompt and 0 < everything <= total["supervised"]:
+        raise DuetError(
+            f"{', '.join(account.sources)}: every token of every sample would be learned, so nothing is asked; "
+            "expected dialogues with a user message. If that is meant, add --supervise_prompt."
+        )
+
+
+def _check_images(dataset, on_bad_sample: str) -> None:
+    """Open the headers of some images, so that a wrong folder is known now and not in the first epoch."""
+    found, failed = 0, None
+    for item in some_items(dataset, IMAGES_CHECKED):
+        for reference in item.get("images", ()):
+            if is_url(reference):
+                continue
+            found += 1
+            try:
+                check_image(reference)
+            except ValueError as error:
+                failed = failed or error
+                if on_bad_sample == "error":
+                    raise
+                continue
+            if on_bad_sample == "skip":
+                return
+    if found and failed is not None:
+        raise failed
+
+
+def report_data(surveys: dict[str, Survey]) -> str:
+    """What will be learned from, in lines for a terminal."""
+    lines = []
+    for name, (account, sampled) in surveys.items():
+        note = f" (a sample of {account.total['samples']:,})" if sampled else ""
+        lines += [f"{name} data{note}", account.table(), ""]
+    return "\n".join(lines)
+
+
+def write_data_report(folder: Path, consumed: Account, train: TrainDataset) -> Account:
+    """
+    Write `data_report.json`: every sample that was learned from or dropped, as often as it was.
+
+    What was dropped when the data were encoded ahead never came into a batch, and counts once.
+    """
+    if getattr(train, "is_encoded", False):
+        consumed.merge(train.account.dropped_only())
+    text = json.dumps(consumed.report(), indent=2, ensure_ascii=False)
+    (folder / "data_report.json").write_text(text + "\n", encoding="utf-8")
+    return consumed
+
+
+__all__ = ["Survey", "report_data", "some_items", "survey_data", "write_data_report"]
