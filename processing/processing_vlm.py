@@ -208,15 +208,15 @@ class VLMProcessor(ProcessorMixin):
         size = dict(images.crop_size if getattr(images, "do_center_crop", False) else images.size)
         return tuple(size.get(side, size.get("shortest_edge")) for side in ("height", "width"))
 
-    def image_grid(self, height: int, width: int) -> tuple[int, int]:
+    def tile_grid(self, height: int, width: int) -> tuple[int, int]:
         """Rows and columns of the tiles of an image of that many pixels; 1 and 1 where it is not tiled."""
         return choose_grid((height, width), self.view_size, self.max_tiles) if self.max_tiles > 1 else (1, 1)
 
     def image_tokens(self, height: int, width: int) -> int:
         """Positions that an image of that many pixels takes."""
-        return self.grid_tokens(*self.image_grid(height, width))
+        return self.tile_tokens(*self.tile_grid(height, width))
 
-    def grid_tokens(self, rows: int, columns: int) -> int:
+    def tile_tokens(self, rows: int, columns: int) -> int:
         """Positions that an image of `rows` x `columns` tiles takes; as `VLMConfig.image_tokens`."""
         if self.max_tiles == 1:
             return self.image_seq_length
@@ -242,7 +242,7 @@ class VLMProcessor(ProcessorMixin):
             # Arrays whose values need no rescaling are shares of 255, which they become here.
             shares = True if kwargs.pop("do_rescale", None) is False else None
             images = [i if isinstance(i, Image.Image) else to_rgb(to_pil_image(i, shares)) for i in images]
-        grids = [self.image_grid(image.height, image.width) for image in images]
+        grids = [self.tile_grid(image.height, image.width) for image in images]
         # What fits already is not to be scaled and cropped once more, as encoders' own processors do (256, then 224).
         kwargs |= {"do_resize": False, "do_center_crop": False}
         views = []
@@ -269,15 +269,15 @@ class VLMProcessor(ProcessorMixin):
     def replace_image_token(self, image_inputs: dict, image_idx: int, **kwargs) -> str:
         """The placeholders of one image: an image token for each position that it takes."""
         grid = image_inputs["image_grids"][image_idx] if "image_grids" in image_inputs else (1, 1)
-        return self.image_token * self.grid_tokens(*(int(side) for side in grid))
+        return self.image_token * self.tile_tokens(*(int(side) for side in grid))
 
     def _get_num_multimodal_tokens(self, image_sizes=None, **kwargs) -> MultiModalData:
         """Tokens per image from its `(height, width)` alone, for inference engines."""
         if image_sizes is None:
             return MultiModalData()
-        grids = [self.image_grid(*size) for size in image_sizes]
+        grids = [self.tile_grid(*size) for size in image_sizes]
         return MultiModalData(
-            num_image_tokens=[self.grid_tokens(*grid) for grid in grids],
+            num_image_tokens=[self.tile_tokens(*grid) for grid in grids],
             num_image_patches=[1 + (rows * columns if rows * columns > 1 else 0) for rows, columns in grids],
         )
 
@@ -424,7 +424,7 @@ class VLMProcessor(ProcessorMixin):
         Args:
             counts: positions of each image, in the order of their ids, where they are tiled; see `image_tokens`.
         """
-        remaining = itertools.repeat(self.grid_tokens(1, 1)) if counts is None else iter(counts)
+        remaining = itertools.repeat(self.tile_tokens(1, 1)) if counts is None else iter(counts)
         times = [next(remaining) if id == self.image_token_id else 1 for id in ids]
         return tuple([v for v, count in zip(row, times) for _ in range(count)] for row in (ids, *parallel))
 

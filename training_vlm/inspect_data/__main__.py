@@ -240,7 +240,7 @@ def read_samples(
         else:
             opened = enumerate(map(load_image, item.get("images") or ()), start=1)
             images = [(f"image {place}", image) for place, image in opened]
-        counts = [processor.grid_tokens(*shape) for shape in shapes]
+        counts = [processor.tile_tokens(*shape) for shape in shapes]
         samples.append(Sample(record, images, list(_pieces(processor, counts, *next(encodings), next(weights)))))
     return samples
 
@@ -471,9 +471,9 @@ def inspect(
     title = ", ".join(part.reading.source for part in data.train)
     lines = [f"Stage {stage.number}, {stage.name}; sequences of at most {max_length:,} positions."]
     if sees_images:
-        tokens, tiles = f"{processor.grid_tokens(1, 1):,} of them", processor.max_tiles
+        tokens, tiles = f"{processor.tile_tokens(1, 1):,} of them", processor.max_tiles
         if tiles > 1:
-            most = processor.grid_tokens(tiles, 1)
+            most = processor.tile_tokens(tiles, 1)
             tokens += f", or up to {most:,} where it is cut into up to {tiles} tiles as well,"
         lines.append(f"An image takes {tokens} and is shown as the model gets it.")
     else:
