@@ -24,7 +24,9 @@ from transformers import (
     PreTrainedModel,
 )
 from transformers.modeling_outputs import BaseModelOutputWithPast
+from transformers.quantizers import AutoQuantizationConfig
 from transformers.utils import logging
+from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from .configuration_vlm import VLMVisionPairConfig, own_image_size
 from .model_error_vlm import DuetError
@@ -172,9 +174,7 @@ def _attention(kwargs):
     return {key: value for key, value in kwargs.items() if key == "attn_implementation"}
 
 
-def vision_config_of(
-    encoders: tuple[str | PreTrainedConfig, ...], kwargs: BackboneKwargs
-) -> PreTrainedConfig:
+def vision_config_of(encoders: tuple[str | PreTrainedConfig, ...], kwargs: BackboneKwargs) -> PreTrainedConfig:
     """
     The config of one encoder, or of two side by side; of a composite checkpoint it is that of its vision half.
 
@@ -245,6 +245,19 @@ def _silenced():
         yield
     finally:
         logging.set_verbosity(verbosity)
+
+
+def leave_out_image_parts(quantization_config: QuantizationConfigMixin | dict) -> QuantizationConfigMixin:
+    """Where a quantisation does not say what is left whole: vision tower, projector and head."""
+    if isinstance(quantization_config, dict):
+        quantization_config = AutoQuantizationConfig.from_dict(quantization_config)
+    quantization_config = copy.deepcopy(quantization_config)
+    # Names are matched from their beginning, and each of the two classes may load what the other saved.
+    parts = [f"{prefix}{part}" for prefix in ("", "model.") for part in ("vision_tower", "multi_modal_projector")]
+    for field in ("llm_int8_skip_modules", "modules_to_not_convert"):  # bitsandbytes' word and that of the others
+        if getattr(quantization_config, field, parts) is None:
+            setattr(quantization_config, field, [*parts, "lm_head"])
+    return quantization_config
 
 
 def learned_positions(language_model: PreTrainedModel) -> int | None:

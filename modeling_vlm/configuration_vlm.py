@@ -109,7 +109,7 @@ class VLMConfig(PreTrainedConfig):
             when the model is built.
         image_seq_length (`int`, *optional*):
             Positions that one view of an image takes in the language model's sequence; found with `num_prefix_tokens`.
-            An image that is not tiled takes as many, a tiled one `image_tokens(rows, columns)`.
+            An image that is not tiled takes as many, a tiled one `tile_tokens(rows, columns)`.
         image_token_id (`int`, *optional*, defaults to the last id of the vocabulary):
             The placeholder that an image's features replace.
         tie_word_embeddings (`bool`, *optional*, defaults to the language model's):
@@ -229,7 +229,7 @@ class VLMConfig(PreTrainedConfig):
         """Rows and columns of the patches that the vision encoder cuts one view into."""
         return patch_grid_of(_first_encoder(self.vision_config), self.image_size)
 
-    def image_tokens(self, rows: int = 1, columns: int = 1) -> int:
+    def tile_tokens(self, rows: int = 1, columns: int = 1) -> int:
         """
         Positions that an image takes which is cut into `rows` x `columns` tiles.
 

@@ -6,8 +6,6 @@
 checkpoint, so it imports torch and transformers only.
 """
 
-import copy
-import os
 from dataclasses import dataclass
 
 import torch
@@ -15,7 +13,6 @@ from torch import nn
 from transformers import (
     AutoModel,
     AutoModelForCausalLM,
-    GenerationMixin,
     PreTrainedConfig,
     PreTrainedModel,
 )
@@ -28,7 +25,6 @@ from transformers.modeling_outputs import (
     ModelOutput,
 )
 from transformers.processing_utils import Unpack
-from transformers.quantizers import AutoQuantizationConfig
 from transformers.utils import TransformersKwargs, can_return_tuple, torch_compilable_check
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
@@ -36,31 +32,17 @@ from .backbones_vlm import (
     CACHE,
     BackboneKwargs,
     balance_loss,
-    check_causal,
-    check_decoder,
-    check_logits,
-    find_image_token_id,
-    grow_embeddings,
     learned_positions,
-    load_backbone_config,
-    load_language_model,
-    load_vision_tower,
+    leave_out_image_parts,
     scale_logits,
-    vision_config_of,
 )
-from .configuration_vlm import VLMConfig, kind_of
+from .compose_vlm import check_room, compose, count_visual_tokens, fit_vision_tower
+from .configuration_vlm import VLMConfig
+from .generation_vlm import VLMGenerationMixin, in_one_row, views_of
 from .model_error_vlm import DuetError
-from .own_projector_vlm import find_own_projector, trusting
+from .own_projector_vlm import trusting
 from .projector_vlm import Resampler, build_projector, select_features
-from .vision_vlm import (
-    VLMVisionPair,
-    blank_image,
-    build_vision_tower,
-    forward_names,
-    leave_out,
-    leave_out_unused,
-    run_tower,
-)
+from .vision_vlm import build_vision_tower, forward_names, leave_out, run_tower
 
 
 @dataclass
@@ -133,7 +115,7 @@ class VLMPreTrainedModel(PreTrainedModel):
                 is saved so; the library would quantise the first two.
         """
         if quantization_config is not None:
-            quantization_config = _leave_out_image_parts(quantization_config)
+            quantization_config = leave_out_image_parts(quantization_config)
         with trusting(trust_remote_code, **kwargs):
             return super().from_pretrained(*args, quantization_config=quantization_config, **kwargs)
 
@@ -152,18 +134,6 @@ class VLMPreTrainedModel(PreTrainedModel):
             init.normal_(module.queries, std=0.02)
         elif isinstance(module, VLMModel) and module.image_newline is not None:
             init.normal_(module.image_newline, std=0.02)
-
-
-def _leave_out_image_parts(quantization_config):
-    if isinstance(quantization_config, dict):
-        quantization_config = AutoQuantizationConfig.from_dict(quantization_config)
-    quantization_config = copy.deepcopy(quantization_config)
-    # Names are matched from their beginning, and each of the two classes may load what the other saved.
-    parts = [f"{prefix}{part}" for prefix in ("", "model.") for part in ("vision_tower", "multi_modal_projector")]
-    for field in ("llm_int8_skip_modules", "modules_to_not_convert"):  # bitsandbytes' word and that of the others
-        if getattr(quantization_config, field, parts) is None:
-            setattr(quantization_config, field, [*parts, "lm_head"])
-    return quantization_config
 
 
 class VLMModel(VLMPreTrainedModel):
@@ -194,7 +164,7 @@ class VLMModel(VLMPreTrainedModel):
         self.max_positions = learned_positions(self.language_model)
         is_new = None in (config.vision_modules_left_out, config.num_prefix_tokens, config.image_seq_length)
         if is_new:
-            self._fit_vision_tower()
+            fit_vision_tower(self)
         else:
             leave_out(self.vision_tower, config.vision_modules_left_out)
         self.multi_modal_projector = build_projector(
@@ -205,84 +175,9 @@ class VLMModel(VLMPreTrainedModel):
         if config.max_tiles > 1:
             self.image_newline = nn.Parameter(torch.empty(self.language_model.get_input_embeddings().embedding_dim))
         if is_new:
-            self._count_visual_tokens()
-        most = config.image_tokens(config.max_tiles, 1)
-        if self.max_positions is not None and most >= self.max_positions:
-            raise DuetError(
-                f"an image takes {'up to ' if config.max_tiles > 1 else ''}{most} positions, and the language model "
-                f"({config.text_config.model_type}) has learned {self.max_positions}: no text would fit. Choose fewer "
-                'visual tokens: a smaller image_size, projector_type="resampler", fewer max_tiles, or '
-                'vision_feature_select_strategy="cls".'
-            )
+            count_visual_tokens(self)
+        check_room(config, self.max_positions)
         self.post_init()
-
-    @torch.no_grad()
-    def _fit_vision_tower(self):
-        """Find what the tower's features need, and its prefix tokens: a table of encoders would miss the next one."""
-        config = self.config
-        kind, (height, width) = kind_of(config.vision_config), config.image_size
-        rows, columns = config.patch_grid
-        image, training = blank_image(self.vision_tower, config.image_size, views=2), self.vision_tower.training
-        self.vision_tower.eval()
-        try:
-            states = self.vision_hidden_states(image)[1]
-        except (RuntimeError, ValueError, TypeError, AttributeError, IndexError, AssertionError) as error:
-            reason = " ".join(str(error).split())[:200]
-            raise DuetError(
-                f"the vision encoder ({kind}) cannot take images of {height}x{width} pixels: {reason} Expected an "
-                "encoder of images such as ViT, CLIP, SigLIP or DINOv2, and an image_size that it can take."
-            ) from error
-        shape = tuple(states.shape) if isinstance(states, torch.Tensor) else ()
-        if len(shape) != 3 or shape[0] != len(image) or shape[1] < rows * columns:
-            raise DuetError(
-                f"the vision encoder ({kind}) gives features of shape {shape or type(states).__name__} for "
-                f"{len(image)} images of {rows}x{columns} patches; Duet needs one token per patch after the encoder's "
-                "prefix tokens."
-            )
-        if not (states.is_meta or torch.equal(states, self.vision_hidden_states(image)[1])):
-            raise DuetError(
-                f"the vision encoder ({kind}) gives other features for the same image each time, as one that leaves "
-                "out or shuffles patches at random does; choose one such as ViT, CLIP, SigLIP or DINOv2."
-            )
-        config.num_prefix_tokens = states.shape[1] - rows * columns
-        if config.vision_feature_select_strategy == "cls" and config.num_prefix_tokens == 0:
-            raise DuetError(
-                f'vision_feature_select_strategy="cls" needs a CLS token, and this vision encoder ({kind}) has none; '
-                'choose "patch".'
-            )
-        config.vision_modules_left_out = leave_out_unused(
-            self.vision_tower, lambda: self.vision_hidden_states(image)[1]
-        )
-        self.vision_tower.train(training)
-
-    @torch.no_grad()
-    def _count_visual_tokens(self):
-        """Find the tokens of a view by projecting two."""
-        config, width = self.config, self.language_model.get_input_embeddings().embedding_dim
-        states = self.vision_hidden_states(blank_image(self.vision_tower, config.image_size))[1]
-        features = select_features(states, config.vision_feature_select_strategy, config.num_prefix_tokens)
-        features = features.expand(2, -1, -1)
-        try:
-            projected = self.multi_modal_projector(features)
-        except Exception as error:  # whatever a class of the user's own raises
-            reason = " ".join(str(error).split())[:200]
-            raise DuetError(
-                f"the projector {config.projector_type} does not take features of shape {tuple(features.shape)} "
-                f"(views, tokens, hidden): {reason}"
-            ) from error
-        if not isinstance(projected, torch.Tensor) or projected.ndim != 3 or projected.shape[::2] != (2, width):
-            found = tuple(projected.shape) if isinstance(projected, torch.Tensor) else type(projected).__name__
-            raise DuetError(
-                f"the projector {config.projector_type} gives {found} for features of shape {tuple(features.shape)}; "
-                f"expected (views, tokens, {width}), {width} being the width of the language model's embeddings."
-            )
-        if config.image_seq_length not in (None, projected.shape[1]):
-            raise DuetError(
-                f"the config has image_seq_length={config.image_seq_length}, and this vision encoder "
-                f"({config.vision_config.model_type}) gives {projected.shape[1]} visual tokens; leave it out, it is "
-                "found."
-            )
-        config.image_seq_length = projected.shape[1]
 
     def vision_hidden_states(self, pixel_values: torch.Tensor, **kwargs) -> tuple[ModelOutput, torch.Tensor]:
         """The tower's output, and its `(views, tokens, hidden)` states at the layer that the config names."""
@@ -441,7 +336,7 @@ class VLMModel(VLMPreTrainedModel):
             image_outputs = self.get_image_features(pixel_values, image_grids, return_dict=True)
         image_features = None
         if image_outputs is not None:
-            image_features = _in_one_row(image_outputs.pooler_output).to(inputs_embeds.device, inputs_embeds.dtype)
+            image_features = in_one_row(image_outputs.pooler_output).to(inputs_embeds.device, inputs_embeds.dtype)
             mask = self.get_placeholder_mask(input_ids, inputs_embeds, image_features)
             inputs_embeds = inputs_embeds.masked_scatter(mask, image_features)
         elif input_ids is not None and self.training:
@@ -478,7 +373,7 @@ class VLMModel(VLMPreTrainedModel):
             )
 
 
-class VLMForConditionalGeneration(VLMPreTrainedModel, GenerationMixin):
+class VLMForConditionalGeneration(VLMPreTrainedModel, VLMGenerationMixin):
     """
     `VLMModel` with the language model's own head: the class that trains and generates.
 
@@ -556,82 +451,21 @@ class VLMForConditionalGeneration(VLMPreTrainedModel, GenerationMixin):
         Raises:
             `ValueError`: a backbone cannot be loaded or used, with its name and the reason.
         """
-        vision_kwargs, text_kwargs = dict(vision_kwargs or {}), dict(text_kwargs or {})
-        if "quantization_config" in vision_kwargs | text_kwargs:
-            raise DuetError(
-                "backbones are composed whole; save the composed model and load it with quantization_config."
-            )
-        encoders = tuple(vision) if isinstance(vision, (list, tuple)) else (vision,)
-        if len(encoders) not in (1, 2):
-            raise DuetError(f"{len(encoders)} vision encoders were given; expected one, or two side by side.")
-        vision_config = vision_config_of(encoders, vision_kwargs)
-        text_config = load_backbone_config("language model", text, text_kwargs)
-        check_causal(text_config)
-        projector_type, projector_file = find_own_projector(projector_type)
-        config = VLMConfig(
-            vision_config=vision_config,
-            text_config=text_config,
+        return compose(
+            cls,
+            vision,
+            text,
+            dtype,
+            dict(vision_kwargs or {}),
+            dict(text_kwargs or {}),
+            tokenizer=tokenizer,
+            image_token=image_token,
             projector_type=projector_type,
             projector_settings=projector_settings,
             vision_feature_select_strategy=vision_feature_select_strategy,
             vision_feature_layer=vision_feature_layer,
             image_size=image_size,
             max_tiles=max_tiles,
-            image_token_id=find_image_token_id(text if tokenizer is None else tokenizer, image_token, text_kwargs),
-        )
-        config._projector_file, config.dtype = projector_file, dtype
-        configs = getattr(config.vision_config, "encoders", (config.vision_config,))
-        towers = [load_vision_tower(*pair, dtype, vision_kwargs) for pair in zip(encoders, configs)]
-        causal_lm = load_language_model(text, config.text_config, dtype, text_kwargs)
-        check_decoder(causal_lm)
-        generation_config = causal_lm.generation_config
-        default_dtype = torch.get_default_dtype()
-        torch.set_default_dtype(dtype)  # the projector is born here, in the precision of the backbones
-        try:
-            tower = towers[0] if len(towers) == 1 else VLMVisionPair(config.vision_config, *towers)
-            model = cls(config, tower, causal_lm)
-        finally:
-            torch.set_default_dtype(default_dtype)
-        check_logits(model, causal_lm)
-        grow_embeddings(model, config.image_token_id)
-        generation_config.suppress_tokens = sorted({*(generation_config.suppress_tokens or []), config.image_token_id})
-        model.generation_config = generation_config
-        description = model.eval().describe()
-        if os.environ.get("RANK", "0") == "0":  # tried in every process, said in one
-            print(description)
-        return model
-
-    @torch.no_grad()
-    def describe(self) -> str:
-        """
-        Run one image through the model, and say in one line what it is made of.
-
-        Raises:
-            `ValueError`: what comes out is not finite.
-        """
-        config = self.config
-        image = blank_image(self.model.vision_tower, config.image_size)
-        ids = torch.full((1, config.image_tokens() + 1), config.image_token_id, device=self.device)
-        ids[0, -1] = 0
-        logits = self(input_ids=ids, pixel_values=image).logits
-        if not logits.isfinite().all():
-            raise DuetError("the composed model gives infinite or undefined logits for an image; use another dtype.")
-
-        def part(module):
-            dtypes = {str(parameter.dtype).removeprefix("torch.") for parameter in module.parameters()}
-            number = sum(parameter.numel() for parameter in module.parameters())
-            return ", ".join([f"{number:,} parameters", *sorted(dtypes)])
-
-        height, width = config.image_size
-        rows, columns = config.patch_grid
-        tiles = f", up to {config.max_tiles} tiles more" if config.max_tiles > 1 else ""
-        return (
-            f"{kind_of(config.vision_config)} ({height}x{width} pixels, {rows}x{columns} patches after "
-            f"{config.num_prefix_tokens} prefix tokens, {config.vision_config.hidden_size} wide; "
-            f"{part(self.model.vision_tower)}) -> {config.projector_type} ({config.image_seq_length} tokens an "
-            f"image{tiles}; {part(self.model.multi_modal_projector)}) -> {config.text_config.model_type} "
-            f"({self.get_input_embeddings().embedding_dim} wide, {logits.shape[-1]} entries, "
-            f"{self.model.max_positions or 'any number of'} positions; {part(self.model.language_model)})"
         )
 
     def get_input_embeddings(self) -> nn.Module:
@@ -654,36 +488,6 @@ class VLMForConditionalGeneration(VLMPreTrainedModel, GenerationMixin):
     ) -> BaseModelOutputWithPooling:
         """See `VLMModel.get_image_features`."""
         return self.model.get_image_features(pixel_values, image_grids, **kwargs)
-
-    def _expand_inputs_for_generation(self, expand_size=1, is_encoder_decoder=False, input_ids=None, **kwargs):
-        # Beams and samples repeat each prompt, and a prompt may have any number of images: they go with their prompt.
-        pixel_values, grids = kwargs.get("pixel_values"), kwargs.get("image_grids")
-        embeds, encoded = kwargs.get("inputs_embeds"), (kwargs.get("mm_encoder_outputs") or {}).get("image")
-        if encoded is not None and expand_size > 1:  # the library would drop features that no prompt has a place for
-            ids = input_ids if embeds is None else None
-            self.model.get_placeholder_mask(ids, embeds, _in_one_row(encoded.pooler_output))
-        elif encoded is None and pixel_values is None and embeds is None and kwargs.get(CACHE) is None:
-            self.model.get_placeholder_mask(input_ids, None, input_ids.new_empty(0))  # a prompt without its images
-        images_of, views_in = None, None
-        if pixel_values is not None and (input_ids is not None or embeds is not None):
-            shapes = [(1, 1)] * len(pixel_values) if grids is None else grids.tolist()
-            tokens = torch.tensor([self.config.image_tokens(*shape) for shape in shapes]).cumsum(0)
-            positions = self.model.image_positions(input_ids if embeds is None else None, embeds)
-            of_prompts = positions.sum(1).cumsum(0).cpu()
-            ends = torch.searchsorted(tokens, of_prompts, right=True)
-            if tokens[-1] == of_prompts[-1]:
-                images_of = ends.diff(prepend=ends.new_zeros(1)).tolist()
-                views_in = [sum(group) for group in _split(views_of(shapes), images_of)]
-                del kwargs["pixel_values"]
-                kwargs.pop("image_grids", None)
-        input_ids, kwargs = super()._expand_inputs_for_generation(
-            expand_size=expand_size, is_encoder_decoder=is_encoder_decoder, input_ids=input_ids, **kwargs
-        )
-        if images_of is not None:
-            kwargs["pixel_values"] = _repeated(pixel_values, views_in, expand_size)
-            if grids is not None:
-                kwargs["image_grids"] = _repeated(grids, images_of, expand_size)
-        return input_ids, kwargs
 
     def _zero_of_image_parts(self) -> torch.Tensor | float:
         """A 0 that all parameters which only an image reaches have a gradient of: every process waits for theirs."""
@@ -787,27 +591,6 @@ class VLMForConditionalGeneration(VLMPreTrainedModel, GenerationMixin):
             router_logits=outputs.router_logits,
             **{CACHE: outputs.get(CACHE)},
         )
-
-
-def _in_one_row(features: torch.Tensor | list[torch.Tensor]) -> torch.Tensor:
-    """`pooler_output` as `(image tokens, hidden)`."""
-    return features.flatten(0, 1) if isinstance(features, torch.Tensor) else torch.cat(features)
-
-
-def views_of(grids: list[tuple[int, int]]) -> list[int]:
-    """How many views each image has that is cut into `rows` x `columns` tiles: the whole and, if several, the tiles."""
-    return [1 + (rows * columns if rows * columns > 1 else 0) for rows, columns in grids]
-
-
-def _split(values, lengths):
-    """A list as lists of these lengths."""
-    values = iter(values)
-    return [[next(values) for _ in range(length)] for length in lengths]
-
-
-def _repeated(values: torch.Tensor, lengths: list[int], times: int) -> torch.Tensor:
-    """Each group of these lengths as many times, group by group."""
-    return torch.cat([group for group in values.split(lengths) for _ in range(times)])
 
 
 def _keep_positions(states: torch.Tensor, keep: int | torch.Tensor) -> torch.Tensor:

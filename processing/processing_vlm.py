@@ -217,7 +217,7 @@ class VLMProcessor(ProcessorMixin):
         return self.tile_tokens(*self.tile_grid(height, width))
 
     def tile_tokens(self, rows: int, columns: int) -> int:
-        """Positions that an image of `rows` x `columns` tiles takes; as `VLMConfig.image_tokens`."""
+        """Positions that an image of `rows` x `columns` tiles takes; as `VLMConfig.tile_tokens`."""
         if self.max_tiles == 1:
             return self.image_seq_length
         tiles, separators = (rows * columns, rows) if rows * columns > 1 else (0, 0)

@@ -147,7 +147,7 @@ def check_positions(model, processor, size, seed, lying, folder):
     image = load_image(str(file))
     assert (image.height, image.width) == size == image_size(str(file)) == image_size({"bytes": file.read_bytes()})
 
-    assert model.config.image_tokens(*grid) == processor.image_tokens(*size) == count
+    assert model.config.tile_tokens(*grid) == processor.image_tokens(*size) == count
     known = processor._get_num_multimodal_tokens([size, (10_000, 10_000)])
     assert known.num_image_tokens == [count, positions((10_000, 10_000), most)]
     assert known.num_image_patches[0] == views

@@ -185,9 +185,9 @@ def choose_max_length(model: VLMForConditionalGeneration, asked: int | None) -> 
             f"({model.config.text_config.model_type}) has learned; set max_length to {learned} or less."
         )
     chosen = limit if asked is None else asked
-    if chosen <= model.config.image_tokens():
+    if chosen <= model.config.tile_tokens():
         raise DuetError(
-            f"max_length={chosen} leaves no room for text beside an image of {model.config.image_tokens()} tokens; set "
+            f"max_length={chosen} leaves no room for text beside an image of {model.config.tile_tokens()} tokens; set "
             "a larger max_length, or choose fewer visual tokens (projector_type: resampler, or "
             "vision_feature_select_strategy: cls)."
         )

@@ -29,8 +29,8 @@ from transformers import PreTrainedTokenizerBase, ViTConfig
 from transformers.utils import logging
 
 from modeling_vlm import VLMConfig, VLMForConditionalGeneration
-from modeling_vlm.backbones_vlm import find_image_token_id, load_backbone_config, vision_config_of
-from modeling_vlm.own_projector_vlm import find_own_projector, trusting
+from modeling_vlm.compose_vlm import composed_config, shape_of
+from modeling_vlm.own_projector_vlm import trusting
 from processing import VLMDataCollator, VLMProcessor
 from processing.batching.account import Record
 from processing.batching.encoding import IGNORE
@@ -148,7 +148,7 @@ def load_processor(
         check_composed(model_args)
         name, revision = model_args.model, model_args.model_revision
         with trusting(Path(name).is_dir() or model_args.trust_remote_code, revision=revision):
-            model = _without_memory(VLMConfig.from_pretrained(name, revision=revision))
+            model = shape_of(VLMForConditionalGeneration, VLMConfig.from_pretrained(name, revision=revision))
         processor = VLMProcessor.from_pretrained(name, revision=revision)
         if model_args.chat_template is not None:
             processor.set_chat_template(model_args.chat_template)
@@ -164,42 +164,30 @@ def load_processor(
 
 
 def _compose(stage, model_args, data_args, data):
-    vision_kwargs, text_kwargs = model_args.backbone_kwargs("vision"), model_args.backbone_kwargs("text")
     text = backbone_of("text_model", model_args.text_model)
     if model_args.vision_model is None:
         vision, settings = ViTConfig(), {"num_prefix_tokens": 0, "image_seq_length": 1, "vision_modules_left_out": []}
     else:
         vision, settings = model_args.vision_models(), model_args.composition()
-    vision = vision if isinstance(vision, tuple) else (vision,)
-    settings["projector_type"], projector_file = find_own_projector(settings.get("projector_type", "mlp"))
-    config = VLMConfig(
-        vision_config=vision_config_of(vision, vision_kwargs),
-        text_config=load_backbone_config("language model", text, text_kwargs),
-        **settings,
-    )
     tokenizer = model_args.tokenizer
     if tokenizer is None and not isinstance(text, str):
-        tokenizer = tokenizer_from_scratch(stage, data_args, data, config.text_config)
-    config._projector_file = projector_file
-    config.image_token_id = find_image_token_id(tokenizer or text, model_args.image_token, text_kwargs)
-    model = _without_memory(config)
+        tokenizer = tokenizer_from_scratch(stage, data_args, data, text)
+    shared = {
+        "tokenizer": tokenizer,
+        "image_token": model_args.image_token,
+        "vision_kwargs": model_args.backbone_kwargs("vision"),
+        "text_kwargs": model_args.backbone_kwargs("text"),
+    }
+    model = shape_of(VLMForConditionalGeneration, composed_config(vision, text, **shared, **settings))
     processor = VLMProcessor.from_backbones(
         vision,
         text,
-        config,
-        tokenizer=tokenizer,
-        image_token=model_args.image_token,
+        model.config,
         chat_template=model_args.chat_template,
         image_mode=model_args.image_mode,
-        vision_kwargs=vision_kwargs,
-        text_kwargs=text_kwargs,
+        **shared,
     )
     return model, processor
-
-
-def _without_memory(config):
-    with torch.device("meta"):
-        return VLMForConditionalGeneration(config)
 
 
 # -- the batch, taken apart -----------------------------------------------------------------------------------------

@@ -1,0 +1,67 @@
+"""Generation: beams and samples repeat each prompt, and its images go with it.
+
+The library repeats every input row by row, and a prompt may have any number of images, each of any number of views. The
+file travels with every checkpoint.
+"""
+
+import torch
+from transformers import GenerationMixin
+
+from .backbones_vlm import CACHE
+
+
+class VLMGenerationMixin(GenerationMixin):
+    """The library's generation for a composed model, whose images are flat over the batch."""
+
+    def _expand_inputs_for_generation(self, expand_size=1, is_encoder_decoder=False, input_ids=None, **kwargs):
+        pixel_values, grids = kwargs.get("pixel_values"), kwargs.get("image_grids")
+        embeds, encoded = kwargs.get("inputs_embeds"), (kwargs.get("mm_encoder_outputs") or {}).get("image")
+        if encoded is not None and expand_size > 1:  # the library would drop features that no prompt has a place for
+            ids = input_ids if embeds is None else None
+            self.model.get_placeholder_mask(ids, embeds, in_one_row(encoded.pooler_output))
+        elif encoded is None and pixel_values is None and embeds is None and kwargs.get(CACHE) is None:
+            self.model.get_placeholder_mask(input_ids, None, input_ids.new_empty(0))  # a prompt without its images
+        images_of, views_in = None, None
+        if pixel_values is not None and (input_ids is not None or embeds is not None):
+            shapes = [(1, 1)] * len(pixel_values) if grids is None else grids.tolist()
+            tokens = torch.tensor([self.config.tile_tokens(*shape) for shape in shapes]).cumsum(0)
+            positions = self.model.image_positions(input_ids if embeds is None else None, embeds)
+            of_prompts = positions.sum(1).cumsum(0).cpu()
+            ends = torch.searchsorted(tokens, of_prompts, right=True)
+            if tokens[-1] == of_prompts[-1]:
+                images_of = ends.diff(prepend=ends.new_zeros(1)).tolist()
+                views_in = [sum(group) for group in _split(views_of(shapes), images_of)]
+                del kwargs["pixel_values"]
+                kwargs.pop("image_grids", None)
+        input_ids, kwargs = super()._expand_inputs_for_generation(
+            expand_size=expand_size, is_encoder_decoder=is_encoder_decoder, input_ids=input_ids, **kwargs
+        )
+        if images_of is not None:
+            kwargs["pixel_values"] = _repeated(pixel_values, views_in, expand_size)
+            if grids is not None:
+                kwargs["image_grids"] = _repeated(grids, images_of, expand_size)
+        return input_ids, kwargs
+
+
+def in_one_row(features: torch.Tensor | list[torch.Tensor]) -> torch.Tensor:
+    """`pooler_output` as `(image tokens, hidden)`."""
+    return features.flatten(0, 1) if isinstance(features, torch.Tensor) else torch.cat(features)
+
+
+def views_of(grids: list[tuple[int, int]]) -> list[int]:
+    """How many views each image has that is cut into `rows` x `columns` tiles: the whole and, if several, the tiles."""
+    return [1 + (rows * columns if rows * columns > 1 else 0) for rows, columns in grids]
+
+
+def _split(values, lengths):
+    """A list as lists of these lengths."""
+    values = iter(values)
+    return [[next(values) for _ in range(length)] for length in lengths]
+
+
+def _repeated(values: torch.Tensor, lengths: list[int], times: int) -> torch.Tensor:
+    """Each group of these lengths as many times, group by group."""
+    return torch.cat([group for group in values.split(lengths) for _ in range(times)])
+
+
+__all__ = ["VLMGenerationMixin", "in_one_row", "views_of"]
