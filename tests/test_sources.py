@@ -21,7 +21,8 @@ from PIL import Image
 
 from processing.image_files_vlm import load_image
 from processing.reading.conversations import ROW, conversations_from_row
-from processing.reading.sources import hold_out, open_source, split_names
+from processing.reading.rows import hold_out
+from processing.reading.sources import open_source, split_names
 from tests import fake_hub
 
 
@@ -543,7 +544,7 @@ def test_a_row_keeps_the_number_it_is_stored_under(tmp_path):
 @pytest.mark.parametrize("kind", ["jsonl", "csv", "webdataset folder", "save_to_disk", "coco", "shapes"])
 @pytest.mark.parametrize("streaming", [False, True])
 def test_rows_of_every_kind_have_their_number(tmp_path, monkeypatch, kind, streaming):
-    monkeypatch.setattr("processing.reading.sources.DRAWN_ROWS", {"train": 5})
+    monkeypatch.setattr("processing.reading.drawn.DRAWN_ROWS", {"train": 5})
     rows = load_rows({**KINDS, "coco": lambda place: write_coco(place)}[kind](tmp_path), streaming=streaming)
     assert rows.features is None or rows.features[ROW] == datasets.Value("int64")
     numbers = [row[ROW] for row in rows]
@@ -621,6 +622,24 @@ def test_at_most_a_thousand_rows_are_held_out():
     assert list(map(len, hold_out(rows, 0.5))) == [4000, 1000]
     learned, held_out = hold_out(rows.to_iterable_dataset(), 0.5)
     assert len(list(held_out)) == 1000 and 2300 < len(list(learned)) < 2700
+
+
+@pytest.mark.parametrize("count", [2, 3, 40])
+@pytest.mark.parametrize("share", [0.01, 0])
+def test_of_few_rows_at_least_one_is_held_out_where_that_is_asked_for(count, share):
+    rows = datasets.Dataset.from_dict({"text": list(map(str, range(count)))})
+    learned, held_out = hold_out(rows, share, at_least=1)
+    assert (len(learned), len(held_out)) == (count - 1, 1)
+    learned, held_out = (list(part) for part in hold_out(rows.to_iterable_dataset(), share, at_least=1))
+    assert learned and held_out and len(learned) + len(held_out) == count
+    assert hold_out(rows.select([0]), share, at_least=1)[1] is None, "the only row is learned from"
+
+
+def test_at_least_one_row_changes_nothing_where_the_share_makes_more():
+    rows = datasets.Dataset.from_dict({"text": list(map(str, range(400)))})
+    for kind in (rows, rows.to_iterable_dataset()):
+        one, other = ([row["text"] for row in hold_out(kind, 0.05, at_least=least)[1]] for least in (0, 1))
+        assert one == other
 
 
 @pytest.mark.parametrize("kind", ["jsonl", "webdataset pattern", "shapes"])

@@ -11,7 +11,8 @@ from processing import VLMProcessor
 from processing.batching.dataset import ConversationDataset, MixedDataset, Reading, StreamedDataset
 from processing.data_error_vlm import DuetError
 from processing.reading.download import download_coco
-from processing.reading.sources import HELD_OUT_ROWS, hold_out, open_source, split_names
+from processing.reading.rows import HELD_OUT_ROWS, hold_out, limited
+from processing.reading.sources import open_source, split_names
 
 from .arguments import DataArguments, SourceArguments, VLMTrainingArguments
 from .stages import Stage
@@ -67,7 +68,7 @@ def load_data(stage: Stage, data_args: DataArguments, training_args: VLMTraining
                 held = _open(stage, data_args, source, source.eval_split, data_args.max_eval_samples)
             else:
                 rows, held = hold_out(part.rows, data_args.eval_share, data_args.sample_seed)
-                held = _limited(held, data_args.max_eval_samples, data_args.sample_seed)
+                held = limited(held, data_args.max_eval_samples, data_args.sample_seed)
                 part, held = part._replace(rows=rows), part._replace(rows=held)
             train.append(part)
             if held.rows is not None:
@@ -100,18 +101,7 @@ def _open(
         image_dir=None if found.image_dir is None else str(found.image_dir),
         allow_urls=data_args.allow_urls,
     )
-    return Part(_limited(found.rows, limit, data_args.sample_seed), reading)
-
-
-def _limited(rows, limit, seed=None):
-    """That many rows; of a stream, and without a seed, the first."""
-    if rows is None or limit is None:
-        return rows
-    if isinstance(rows, datasets.IterableDataset):
-        return rows.take(limit)
-    if limit >= len(rows):
-        return rows
-    return (rows if seed is None else rows.shuffle(seed=seed)).select(range(limit))
+    return Part(limited(found.rows, limit, data_args.sample_seed), reading)
 
 
 def _groups_by_length(training_args):

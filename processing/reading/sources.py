@@ -1,18 +1,15 @@
 """A name becomes rows: a Hub repository, a folder, files or COCO's captions, as a `Source`, streamed or not.
 
-The `datasets` library does the reading. Added here are image columns that stay undecoded (one broken file must not end
-a run, and pixels belong in no cache), the number that each row has where it is stored, the folder that image paths are
-relative to, the built-in drawn data set, and errors of one line each for what goes wrong with a name. COCO's own layout
-is read in `coco.py`.
+The `datasets` library does the reading. Added are image columns that stay undecoded (one broken file must not end a
+run, and pixels belong in no cache), the number that each row has where it is stored (`rows.py`), the folder that image
+paths are relative to, and errors of one line each for what goes wrong with a name. COCO's own layout is read in
+`coco.py`, the built-in data set is drawn in `drawn.py`.
 
 Whatever it is, a source is first a mapping from split names to functions that open them, so that a split is chosen and
 checked before anything large is read. Streamed, nothing large is read at all: rows come as they are asked for.
 """
 
-import dataclasses
 import glob
-import hashlib
-import json
 import os
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
@@ -21,19 +18,16 @@ from typing import Any, NamedTuple
 
 import datasets
 import huggingface_hub
-import numpy as np
 import pandas as pd
-from datasets.fingerprint import Hasher
 from datasets.packaged_modules.csv.csv import CsvConfig
 from datasets.utils.file_utils import xopen
 from huggingface_hub.errors import HFValidationError, RepositoryNotFoundError, RevisionNotFoundError
 from huggingface_hub.utils import httpx
-from PIL import Image
 
-from .. import shapes
 from ..data_error_vlm import DuetError, NotFound, NotReached
 from .coco import coco_files, coco_root, coco_rows
-from .conversations import ROW
+from .drawn import drawn_splits, with_drawings
+from .rows import Rows, Splits, joined, numbered, undecoded
 
 
 CONVERTED = "refs/convert/parquet"
@@ -52,15 +46,6 @@ FILE_FORMATS = {
 
 STREAM_SHARDS = 64
 """Into how many parts rows that lie on this machine are streamed: at most so many workers can share them."""
-
-HELD_OUT_ROWS = 1_000
-"""How many rows are held out at most: evaluation is to be short, and nobody knows how long a stream is."""
-
-STORED_IMAGE = {"bytes": datasets.Value("binary"), "path": datasets.Value("string")}
-"""How an image is stored, and so what is left of its column's type where a file does not say that it is one."""
-
-Rows = datasets.Dataset | datasets.IterableDataset
-Splits = dict[str, Callable[[], Rows]]
 
 
 class Source(NamedTuple):
@@ -110,7 +95,7 @@ def open_source(
     if folder is not None and not folder.is_dir():
         raise NotFound(f"{where}: no image folder {folder}; check --image_dir")
     if where == "shapes":
-        splits = _drawn_splits(name)
+        splits = drawn_splits(name)
     elif files := _named_files(path):
         splits = _file_splits(where, files, streaming)
         folder = folder or Path(os.path.commonpath([file.absolute().parent for file in files]))
@@ -138,7 +123,7 @@ def open_source(
         if streaming:
             rows = rows.to_iterable_dataset(num_shards=min(len(rows), STREAM_SHARDS))
     if where == "shapes":
-        rows = _with_drawings(rows)
+        rows = with_drawings(rows)
     given = ", ".join(filter(None, (name, split)))
     return Source(f"{where} ({given})" if given else where, rows, folder and folder.absolute())
 
@@ -157,69 +142,6 @@ def split_names(split: str) -> list[str]:
     return [part.split("[")[0].split("(")[0].strip() for part in split.split("+")]
 
 
-def hold_out(rows: Rows, share: float, seed: int = 0) -> tuple[Rows, Rows | None]:
-    """Divide rows into some to learn from and some to evaluate on, the same ones in every run.
-
-    Of a `Dataset` a random `share` is held out, without copying anything. Of a stream, which has no length and no order
-    that workers or a shuffling would keep, about one row in `round(1 / share)` is, chosen by a hash of its content. At
-    most `HELD_OUT_ROWS` are evaluated on (what more of a stream is held out is in neither part). No row is ever in both
-    parts, whatever is done to them later.
-
-    Args:
-        rows: what `open_source` gave.
-        share: the share to hold out.
-        seed: another one chooses other rows.
-
-    Returns:
-        the rows to learn from and those to evaluate on, `None` where the share makes none.
-
-    Raises:
-        ValueError: `share` is none.
-    """
-    if not 0 <= share < 1:
-        raise DuetError(f"the share of rows to hold out is {share}; expected a number from 0 to below 1, e.g. 0.05")
-    if isinstance(rows, datasets.IterableDataset):
-        if not share:
-            return rows, None
-        every = max(round(1 / share), 2)
-        choice = {"every": every, "seed": seed}
-        held_out = rows.filter(_is_held_out, fn_kwargs=choice).take(HELD_OUT_ROWS)
-        return rows.filter(_is_learned, fn_kwargs=choice), held_out
-    count = min(int(len(rows) * share), HELD_OUT_ROWS)
-    if not count:
-        return rows, None
-    order = np.random.default_rng(seed).permutation(len(rows))
-    # In their own order, in which they are read fastest; the Trainer shuffles what it learns from.
-    return rows.select(np.sort(order[:-count])), rows.select(np.sort(order[-count:]))
-
-
-def _is_held_out(row: dict[str, Any], every: int, seed: int) -> bool:
-    digest = hashlib.blake2b(str(seed).encode(), digest_size=8)
-    _add_to(digest, row)
-    return int.from_bytes(digest.digest(), "big") % every == 0
-
-
-def _is_learned(row: dict[str, Any], every: int, seed: int) -> bool:
-    return not _is_held_out(row, every, seed)
-
-
-def _add_to(digest: "hashlib._Hash", value: Any) -> None:
-    """Add the content of a row to a hash: everything but where it came from."""
-    if isinstance(value, dict):
-        stored = value.get("bytes") is not None  # an image, whose path is then only a name
-        for key in sorted(value):
-            if not key.startswith("__") and not (stored and key == "path"):
-                _add_to(digest, key)
-                _add_to(digest, value[key])
-    elif isinstance(value, list):
-        for item in value:
-            _add_to(digest, item)
-    elif isinstance(value, Image.Image):
-        digest.update(value.tobytes())
-    else:
-        digest.update(value if isinstance(value, bytes) else repr(value).encode())
-
-
 def _take(splits: Splits, split: str | None, where: str) -> Rows:
     """The rows of a split expression."""
     if split is None:
@@ -230,103 +152,20 @@ def _take(splits: Splits, split: str | None, where: str) -> Rows:
     unknown = [part for part in split_names(split) if part not in splits]
     if unknown:
         raise DuetError(f"{where}: no split {unknown[0]!r}; expected one of {', '.join(splits)}")
-    opened = {part: _numbered(_undecoded(splits[part]())) for part in split_names(split)}
+    opened = {part: numbered(undecoded(splits[part]())) for part in split_names(split)}
     if any(isinstance(rows, datasets.IterableDataset) for rows in opened.values()):
         if "[" in split:
             raise DuetError(
                 f"{where}: {split!r} is a part of a split, and how long that is nobody knows while it is streamed; "
                 "name whole splits, or do not stream it"
             )
-        return _joined([opened[part] for part in split_names(split)])
+        return joined([opened[part] for part in split_names(split)])
     try:
         lengths = {part: len(rows) for part, rows in opened.items()}
         pieces = datasets.ReadInstruction.from_spec(split).to_absolute(lengths)
     except (ValueError, AssertionError) as error:
         raise DuetError(f"{where}: no split {split!r} ({_reason(error)}); expected e.g. train[:90%]") from None
-    return _joined([opened[piece.splitname].select(range(piece.from_, piece.to)) for piece in pieces])
-
-
-def _numbered(rows: Rows) -> Rows:
-    """The same rows with the column `ROW`, copying nothing."""
-    if isinstance(rows, datasets.IterableDataset):
-        features = rows.features and datasets.Features({**rows.features, ROW: datasets.Value("int64")})
-        return rows.map(_row_number, with_indices=True, features=features)
-    if ROW in rows.column_names:
-        rows = rows.remove_columns(ROW)
-    # The fingerprint is given, as the numbers follow from the rows: nothing has to be hashed.
-    return rows.add_column(ROW, np.arange(len(rows)), new_fingerprint=Hasher.hash([rows._fingerprint, ROW]))
-
-
-def _row_number(row: dict[str, Any], number: int) -> dict[str, int]:
-    return {ROW: number}
-
-
-def _joined(parts: list[Rows]) -> Rows:
-    return parts[0] if len(parts) == 1 else datasets.concatenate_datasets(parts)
-
-
-# --- what is drawn on the fly
-
-
-DRAWN_ROWS = {"train": 20_000, "validation": 500, "test": 2_000}
-DRAWN_SIZE = 64
-
-
-def _drawn_splits(name: str | None) -> Splits:
-    """The built-in data set: `captions` of scenes, or `dialogues` about them (in the test split single questions)."""
-    read = {"captions": _drawn_captions, "dialogues": _drawn_dialogues}.get(name or "captions")
-    if read is None:
-        raise DuetError(f"shapes: no configuration {name!r}; expected captions or dialogues in --dataset_name")
-    return {split: partial(read, split, count) for split, count in DRAWN_ROWS.items()}
-
-
-def _drawn_captions(split: str, count: int) -> datasets.Dataset:
-    scenes = [shapes.scene(split, index) for index in range(count)]
-    return _drawn(scenes, {"caption": [scene.captions() for scene in scenes]})
-
-
-def _drawn_dialogues(split: str, count: int) -> datasets.Dataset:
-    if split != "test":
-        scenes = [shapes.scene(split, index) for index in range(count)]
-        return _drawn(scenes, {"messages": [_turns(scene.dialogue()) for scene in scenes]})
-    scenes, turns = zip(*shapes.questions(split, count))
-    columns = {
-        "messages": [_turns([turn]) for turn in turns],
-        "kind": [turn.kind for turn in turns],
-        "subset": ["unseen pairs" if turn.unseen else "seen pairs" for turn in turns],
-    }
-    return _drawn(scenes, columns)
-
-
-def _turns(turns: list[shapes.Turn]) -> list[dict[str, str]]:
-    return [
-        {"role": role, "content": text}
-        for turn in turns
-        for role, text in (("user", turn.question), ("assistant", turn.answer))
-    ]
-
-
-def _drawn(scenes: list[shapes.Scene], columns: dict[str, list]) -> datasets.Dataset:
-    images = [{"bytes": json.dumps(dataclasses.asdict(scene)).encode(), "path": None} for scene in scenes]
-    return datasets.Dataset.from_dict({"image": images, **columns}).cast_column("image", datasets.Image(decode=False))
-
-
-def _with_drawings(rows: Rows) -> Rows:
-    """The same rows with images, drawn when they are looked at; what is stored of one is only what is in it."""
-    if isinstance(rows, datasets.IterableDataset):
-        return rows.map(_draw, batched=True, batch_size=1)
-    return rows.with_transform(_draw)
-
-
-def _draw(batch: dict[str, list]) -> dict[str, list]:
-    if "image" not in batch:
-        return batch
-    return {**batch, "image": [_scene(image["bytes"]).draw(DRAWN_SIZE) for image in batch["image"]]}
-
-
-def _scene(description: bytes) -> shapes.Scene:
-    fields = json.loads(description)
-    return shapes.Scene(**{**fields, "objects": tuple(shapes.Object(**thing) for thing in fields["objects"])})
+    return joined([opened[piece.splitname].select(range(piece.from_, piece.to)) for piece in pieces])
 
 
 # --- what lies on this machine
@@ -403,7 +242,7 @@ def _built_splits(
 
     def read(builder: datasets.DatasetBuilder, split: str) -> Rows:
         if streaming:
-            rows = _undecoded(builder.as_streaming_dataset(split=split))
+            rows = undecoded(builder.as_streaming_dataset(split=split))
             if rows.num_shards == 1:  # a parquet file is divided by its row groups, for several workers
                 rows = rows.reshard()
             if rows.features is not None and hasattr(builder.config, "drop_metadata"):  # a folder of images
@@ -490,34 +329,6 @@ def _hub_splits(repo: str, name: str | None, revision: str | None, token: str | 
     config = {"data_dir": name} if name and revision == CONVERTED else {"name": name}
     build = partial(datasets.load_dataset_builder, repo, **config, revision=revision, token=token)
     return _built_splits(at, build, streaming, token)
-
-
-# --- images stay references
-
-
-def _undecoded(rows: Rows) -> Rows:
-    """The same rows with every image, in lists too, given as {"bytes", "path"}."""
-
-    def undecoded(feature: Any) -> Any:
-        # With the keys in another order it is another type, and every image would be copied.
-        if isinstance(feature, datasets.Image) or feature == STORED_IMAGE and [*feature] == [*STORED_IMAGE]:
-            return datasets.Image(decode=False)
-        if isinstance(feature, (datasets.List, datasets.LargeList)):
-            return dataclasses.replace(feature, feature=undecoded(feature.feature))
-        if isinstance(feature, dict):
-            return {key: undecoded(value) for key, value in feature.items()}
-        return feature
-
-    if rows.features is None:  # streamed text, which holds no images
-        return rows
-    features = datasets.Features(undecoded(dict(rows.features)))
-    if isinstance(rows, datasets.IterableDataset):
-        return rows.decode(False).cast(features)  # images on the Hub may be set to be decoded ahead, by threads
-    # Only the reading changes, not what is stored: `cast` would copy every image of a list column.
-    info = rows.info.copy()
-    info.features = features
-    table = rows.data.replace_schema_metadata(features.arrow_schema.metadata)
-    return datasets.Dataset(table, info=info, split=rows.split)
 
 
 def _leaves(feature: Any) -> Iterator[Any]:
