@@ -9,11 +9,11 @@
 Every option of `TrainingArguments` works; `--help` lists them with Duet's own.
 """
 
-from training_vlm.arguments import parse_arguments
 from training_vlm.data import encode_data, load_data
 from training_vlm.finish import finish
 from training_vlm.load import choose_max_length, load_model
 from training_vlm.run import build_trainer, one_line_errors, prepare, report, train
+from training_vlm.settings import parse_arguments
 from training_vlm.stages import PRETRAIN
 from training_vlm.survey import survey_data
 

@@ -1,1 +1,7 @@
 """Using a trained model."""
+
+import logging
+
+
+# It says on import, on every CPU, that a faster kernel could be fetched.
+logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)

@@ -18,9 +18,9 @@ from safetensors.torch import load_file
 import train_pretrain
 import train_sft
 from tests.broken_media import make_corpus
-from training_vlm.arguments import ROOT
 
 
+ROOT = Path(__file__).parents[1]
 QUICK = [
     "--use_cpu", "--bf16", "False", "--per_device_train_batch_size", "4", "--max_new_tokens", "4", "--save_strategy",
     "no", "--dataloader_num_workers", "0", "--disable_tqdm", "True", "--eval_share", "0",

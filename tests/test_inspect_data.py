@@ -14,9 +14,9 @@ from processing import VLMDataCollator
 from processing.batching.account import Record
 from processing.batching.encoding import IGNORE
 from tests import tiny
-from training_vlm.arguments import parse_arguments
 from training_vlm.data import encode_data, load_data
 from training_vlm.inspect_data.__main__ import KINDS, Piece, Sample, _pieces, main, write_page, write_terminal
+from training_vlm.settings import parse_arguments
 from training_vlm.stages import SFT
 
 

@@ -16,10 +16,11 @@ from safetensors.torch import load_file
 import train_pretrain
 import train_sft
 from tests import tiny
-from training_vlm.arguments import DEFAULT_RECIPE, ROOT, parse_arguments
+from training_vlm.settings import DEFAULT_RECIPE, parse_arguments
 from training_vlm.stages import PRETRAIN, SFT
 
 
+ROOT = Path(__file__).parents[1]
 QUICK = [
     "--use_cpu", "--bf16", "False", "--max_steps", "2", "--per_device_train_batch_size", "4", "--max_new_tokens", "4",
     "--save_strategy", "no", "--logging_steps", "1", "--dataloader_num_workers", "0", "--disable_tqdm", "True",

@@ -1,32 +1,22 @@
-"""The settings of a run: dataclasses for `HfArgumentParser`, and the yaml that fills them.
+"""What can be set about a run: dataclasses for `HfArgumentParser`, filled by `settings.py`.
 
-One file holds the settings of both stages: shared keys at the top level, what differs under `pretrain:` and `sft:`.
-The command line wins over the section, the section over the top level, that over the defaults; a key that nothing
-reads is an error. Without any argument the recipe of the built-in data set is run.
+What a setting cannot mean on this machine, or for a composed model, is refused here, before anything is read.
 """
 
 import difflib
 import os
-import sys
 from dataclasses import dataclass, field, fields, replace
-from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
-from transformers import CONFIG_MAPPING, HfArgumentParser, PreTrainedConfig, TrainingArguments
+from transformers import CONFIG_MAPPING, PreTrainedConfig, Trainer, TrainingArguments
+from transformers.integrations import get_available_reporting_integrations
 
 from modeling_vlm.configuration_vlm import PROJECTOR_SETTINGS
 from processing.batching.collator import ON_BAD_SAMPLE
 from processing.batching.encoding import SUPERVISE, TRUNCATIONS
-from processing.data_error_vlm import DuetError, NotFound
+from processing.data_error_vlm import DuetError
 from processing.reading.conversations import CAPTION_CHOICES
-
-from .stages import STAGES, Stage
-
-
-ROOT = Path(__file__).resolve().parent.parent
-DEFAULT_RECIPE = ROOT / "recipes" / "shapes.yaml"
 
 
 @dataclass
@@ -325,7 +315,7 @@ class DataArguments:
         if not isinstance(entry, dict) or "path" not in entry:
             raise DuetError(f"{place} is {entry!r}; expected {{path: DATA, ...}} in a yaml file.")
         if unknown := [key for key in entry if key not in known]:
-            raise DuetError(f"{place} has an unknown key {unknown[0]!r}{_suggest(unknown[0], known)}.")
+            raise DuetError(f"{place} has an unknown key {unknown[0]!r}{suggest(unknown[0], known)}.")
         entry = {"image_dir": self.image_dir, "columns": self.columns, "max_samples": self.max_samples, **entry}
         for key, value in entry.items():
             kinds = {"columns": (str, dict), "max_samples": (int,), "weight": (int, float)}.get(key, (str,))
@@ -432,13 +422,63 @@ class VLMTrainingArguments(TrainingArguments):
             cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
             processes = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
             self.dataloader_num_workers = min(8, cores // processes) if accelerator else min(2, cores // processes // 2)
-        if self.remove_unused_columns:
-            raise DuetError("remove_unused_columns must stay false: the collator reads images and text from the data.")
-        super().__post_init__()
+        self._refuse_what_does_nothing()
+        try:
+            super().__post_init__()
+        except (ValueError, ImportError, RuntimeError, OSError, TypeError, NotImplementedError) as error:
+            raise DuetError(f"a training option is refused by transformers: {_in_a_line(error)}") from error
         # `pixel_values` runs over images, not conversations, so batches are made whole in every process.
+        if self.accelerator_config.dispatch_batches:
+            raise DuetError("dispatch_batches does not fit: a batch with several images a row cannot be cut by row.")
         self.accelerator_config.dispatch_batches = False
         if self.accelerator_config.split_batches:
             raise DuetError("split_batches does not fit: a batch with several images a row cannot be cut by row.")
+        self._refuse_missing_packages()
+
+    def _refuse_what_does_nothing(self):
+        defaults = {f.name: f.default for f in fields(TrainingArguments)}
+        for name, why in _WITHOUT_EFFECT.items():
+            if name in defaults and getattr(self, name) not in (defaults[name], None, [], False):
+                raise DuetError(f"{name} would do nothing: {why}; leave it out.")
+        if self.remove_unused_columns:
+            raise DuetError("remove_unused_columns must stay false: the collator reads images and text from the data.")
+        if self.metric_for_best_model not in (None, "loss", "eval_loss"):
+            raise DuetError(
+                f"metric_for_best_model={self.metric_for_best_model!r}: expected eval_loss; leave this out."
+            )
+
+    def _refuse_missing_packages(self):
+        """What the Trainer would find out when the data are read and the model is loaded."""
+        known = get_available_reporting_integrations()
+        for name in self.report_to:
+            if name not in known:
+                raise DuetError(
+                    f"report_to names {name}, whose package is not installed here; install it (`pip install {name}`), "
+                    f"or choose {' or '.join([*known, 'none'])}."
+                )
+        try:
+            Trainer.get_optimizer_cls_and_kwargs(self)
+        except (ImportError, ValueError) as error:  # others need the model, which is not there yet
+            if isinstance(error, ImportError) or "install" in str(error):
+                raise DuetError(f"optim={self.optim.value}: {_in_a_line(error)}") from error
+
+
+_WITHOUT_EFFECT = {
+    "use_liger_kernel": "its kernels are chosen by the name of a model, and leave a composed one as it is",
+    "liger_kernel_config": "its kernels are chosen by the name of a model, and leave a composed one as it is",
+    "do_predict": "questions of --test_split are answered after every training",
+    "include_for_metrics": "answers are judged after training, not in the Trainer's loop",
+    "batch_eval_metrics": "answers are judged after training, not in the Trainer's loop",
+    "label_names": "the labels are those of the answers",
+    "length_column_name": "the length of a sample is known from its tokens",
+}
+"""Options of `TrainingArguments` that nothing reads here, and why."""
+
+
+def _in_a_line(error: BaseException) -> str:
+    """What a library says of a setting, in one line that does not run away."""
+    text = " ".join(str(error).split()) or type(error).__name__
+    return text if len(text) <= 400 else f"{text[:397]}..."
 
 
 def _cpu_has_bf16() -> bool:
@@ -447,91 +487,7 @@ def _cpu_has_bf16() -> bool:
     return bool(capabilities.get("avx512_bf16") or capabilities.get("amx_bf16"))
 
 
-Arguments = tuple[ModelArguments, DataArguments, GenerationArguments, VLMTrainingArguments]
-
-
-def parse_arguments(stage: Stage, argv: list[str] | None = None) -> Arguments:
-    """
-    The settings of one stage from the command line and `--config FILE`.
-
-    Args:
-        stage: whose section of a yaml is read.
-        argv: the command line, `sys.argv[1:]` if not given.
-
-    Raises:
-        ValueError: a setting that nothing reads, or a yaml of another shape.
-        FileNotFoundError: no such config.
-    """
-    argv = list(sys.argv[1:] if argv is None else argv)
-    parser = HfArgumentParser(
-        (ModelArguments, DataArguments, GenerationArguments, VLMTrainingArguments),
-        description=f"Stage {stage.number} of {len(STAGES)}. Every setting can stand in a yaml file: --config FILE.",
-        allow_abbrev=False,
-    )
-    parser.add_argument("--config", type=Path, default=None, help="yaml with settings of both stages; see recipes/.")
-    config, others = _split_config(argv)
-    if config is None and not argv:
-        config = DEFAULT_RECIPE
-    if config is not None:
-        known = [f.name for kind in parser.dataclass_types for f in fields(kind) if f.init]
-        parser.set_defaults(**read_config(config, stage, known))
-    *arguments, _, unknown = parser.parse_args_into_dataclasses(
-        others, return_remaining_strings=True, look_for_args_file=False
-    )
-    if unknown:
-        options = [option for action in parser._actions for option in action.option_strings]
-        raise DuetError(f"unknown argument {unknown[0]!r}{_suggest(unknown[0], options)}; --help lists all.")
-    return tuple(arguments)
-
-
-def _split_config(argv):
-    config, others = None, []
-    position = 0
-    while position < len(argv):
-        argument = argv[position]
-        if argument == "--config":
-            if position + 1 == len(argv):
-                raise DuetError("--config needs the name of a yaml file.")
-            config, position = Path(argv[position + 1]), position + 1
-        elif argument.startswith("--config="):
-            config = Path(argument.removeprefix("--config="))
-        else:
-            others.append(argument)
-        position += 1
-    return config, others
-
-
-def read_config(file: Path, stage: Stage, known: list[str]) -> dict[str, Any]:
-    """
-    The settings that a yaml file has for a stage: its section over its top level.
-
-    Args:
-        file: a path, or the name of a recipe (`shapes`, `coco_vit_gpt2`).
-        stage: whose section is read.
-        known: names of all settings.
-    """
-    recipe = ROOT / "recipes" / f"{file.name.removesuffix('.yaml')}.yaml"
-    if not file.is_file() and recipe.is_file():
-        file = recipe
-    if not file.is_file():
-        recipes = ", ".join(sorted(path.stem for path in recipe.parent.glob("*.yaml")))
-        raise NotFound(f"config {str(file)!r} is neither a file nor a recipe ({recipes}).")
-    try:
-        settings = yaml.safe_load(file.read_text(encoding="utf-8")) or {}
-    except yaml.YAMLError as error:
-        raise DuetError(f"config {file} is no yaml: {' '.join(str(error).split())}") from error
-    if not isinstance(settings, dict):
-        raise DuetError(f"config {file} holds a {type(settings).__name__}; expected `setting: value` lines.")
-    sections = {name: settings.pop(name, None) or {} for name in STAGES}
-    for place, values in (("", settings), *((f" under {name}:", values) for name, values in sections.items())):
-        if not isinstance(values, dict):
-            raise DuetError(f"config {file} has a {type(values).__name__}{place}; expected `setting: value` lines.")
-        for key in values:
-            if key not in known:
-                raise DuetError(f"config {file} has an unknown setting {key!r}{place}{_suggest(key, known)}.")
-    return {**settings, **sections[stage.section]}
-
-
-def _suggest(name, known):
+def suggest(name: str, known: list[str]) -> str:
+    """What else may have been meant, as the end of a message."""
     close = difflib.get_close_matches(str(name).split("=")[0], known, n=1)
     return f"; did you mean {close[0]!r}?" if close else ""

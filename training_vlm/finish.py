@@ -10,12 +10,12 @@ from evaluation_vlm.questions import draw_samples, exact_match, find_questions, 
 from processing.batching.dataset import encode_item
 from processing.image_files_vlm import BadImage, load_image
 
-from .arguments import Arguments
 from .data import Data, encode_test
 from .learning.trainer import VLMTrainer
 from .learning.tuning import describe_parts
 from .load import choose_max_length
 from .model_card import read_base_models, write_model_card
+from .settings import Arguments
 from .stages import Stage
 from .survey import write_data_report
 

@@ -17,10 +17,11 @@ from transformers.utils import logging
 from processing import VLMDataCollator, VLMProcessor
 from processing.data_error_vlm import DuetError
 
-from .arguments import Arguments, VLMTrainingArguments
+from .arguments import VLMTrainingArguments
 from .learning.trainer import VLMTrainer
 from .learning.tuning import describe_parts
 from .load import choose_max_length
+from .settings import Arguments
 from .stages import Stage
 from .survey import Survey, report_data
 

@@ -37,10 +37,11 @@ from processing.batching.encoding import IGNORE
 from processing.data_error_vlm import DuetError
 from processing.image_files_vlm import load_image
 
-from ..arguments import DataArguments, ModelArguments, VLMTrainingArguments, backbone_of, parse_arguments
+from ..arguments import DataArguments, ModelArguments, VLMTrainingArguments, backbone_of
 from ..data import Data, encode_data, joined, load_data
 from ..load import check_composed, check_fit, choose_max_length, tokenizer_from_scratch
 from ..run import one_line_errors
+from ..settings import parse_arguments
 from ..stages import STAGES, Stage
 from ..survey import report_data, some_items, survey_data
 
