@@ -24,11 +24,11 @@ def main(argv: list[str] | None = None) -> None:
 
     data = load_data(SFT, data_args, training_args)
     model, processor = load_model(SFT, model_args, data_args, data)
-    max_length = choose_max_length(model, data_args.max_length)
-    train_set, eval_set = encode_data(SFT, data, processor, data_args, training_args, max_length)
-    surveys = survey_data(SFT, train_set, eval_set, processor, data_args, training_args, max_length)
+    encoder = SFT.encoder(processor, data_args, choose_max_length(model, data_args.max_length))
+    train_set, eval_set = encode_data(data, encoder, data_args, training_args)
+    surveys = survey_data(SFT, train_set, eval_set, encoder, data_args, training_args)
 
-    trainer = build_trainer(SFT, arguments, model, processor, train_set, eval_set)
+    trainer = build_trainer(arguments, model, encoder, train_set, eval_set)
     report(SFT, trainer, surveys)
     losses = train(trainer)
     finish(SFT, arguments, trainer, data, losses)

@@ -28,7 +28,7 @@ from transformers import PreTrainedTokenizerFast, ViTConfig
 from modeling_vlm import VLMConfig
 from processing import VLMDataCollator, VLMProcessor
 from processing.batching.dataset import ConversationDataset, Reading, StreamedDataset
-from processing.batching.encoding import encode_caption
+from processing.batching.encoding import Encoder, encode_caption
 
 
 WORDS = "a small red cat sits on the mat beside two large green birds under an old tree near some water".split()
@@ -90,7 +90,7 @@ def variants(file: Path, folder: Path, processor: VLMProcessor):
         else:
             dataset = ConversationDataset(rows, reading)
         if ahead:
-            dataset.encode_ahead(processor, encode_caption)
+            dataset.encode_ahead(Encoder(processor, encode_caption))
         collator = VLMDataCollator(processor if draft else _WithoutSize(processor), encode=encode_caption)
         return dataset, collator
 

@@ -13,8 +13,10 @@ from PIL import Image
 
 from processing import VLMDataCollator
 from processing.batching.account import DROP_REASONS
-from processing.batching.dataset import ConversationDataset, Reading, _RowEncoder
-from processing.batching.encoding import IGNORE, SampleDropped, encode_caption, encode_dialogue
+from processing.batching.dataset import ConversationDataset
+from processing.batching.encode_ahead import _RowEncoder
+from processing.batching.encoding import IGNORE, Encoder, SampleDropped, encode_caption, encode_dialogue
+from processing.reading.items import Reading
 from tests import tiny
 
 
@@ -302,7 +304,7 @@ def caption_rows(folder, count=5, captions=3):
 
 def encoded(rows, processor, encode, seed=0, **reading):
     dataset = ConversationDataset(rows, Reading(source="s", **reading), seed)
-    dataset.encode_ahead(processor, encode)
+    dataset.encode_ahead(Encoder(processor, encode))
     return dataset
 
 
@@ -411,7 +413,8 @@ def test_a_data_set_is_encoded_once_for_all_processes(tmp_path):
     used.encode_messages(conversation("a", "b")["messages"])
 
     def name(processor, max_length=None):
-        return Hasher.hash(_RowEncoder(processor, encode_dialogue, max_length, Reading(), "skip", datasets.Features()))
+        encoder = Encoder(processor, max_length=max_length)
+        return Hasher.hash(_RowEncoder(encoder, Reading(), "skip", datasets.Features()))
 
     names = [name(processor, None) for processor in (fresh, used)]
     fresh.encode_messages(conversation("c", "d", "e", "f")["messages"])

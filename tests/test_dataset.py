@@ -17,12 +17,11 @@ from processing.batching.account import Account
 from processing.batching.dataset import (
     ConversationDataset,
     MixedDataset,
-    Reading,
     StreamedDataset,
-    _RowEncoder,
-    without_image_bytes,
 )
-from processing.batching.encoding import encode_caption, encode_dialogue
+from processing.batching.encode_ahead import _RowEncoder, without_image_bytes
+from processing.batching.encoding import Encoder, encode_caption, encode_dialogue
+from processing.reading.items import Reading
 from tests import tiny
 
 
@@ -86,7 +85,7 @@ def test_encoded_ahead_or_when_asked_for_is_the_same(processor, folder, stored, 
         )
     reading = reading_of(folder, caption_choice=choice)
     later, ahead = ConversationDataset(rows, reading, seed=3), ConversationDataset(rows, reading, seed=3)
-    ahead.encode_ahead(processor, encode_caption, max_length=9)
+    ahead.encode_ahead(Encoder(processor, encode_caption, 9))
     assert len(later) == len(ahead) == {"all": 8 + 8 - 1, "first": 8, "random": 8}[choice]
     collate = VLMDataCollator(processor, max_length=9, encode=encode_caption, account=True)
     for epoch in range(3):
@@ -115,7 +114,7 @@ def test_encoding_ahead_reads_no_image(processor, folder):
     assert light["images"] == [[], [{"bytes": b"stored", "path": None}], [{"bytes": b"stored", "path": None}] * 2, None]
     assert light["texts"] == rows["texts"][:]
     dataset = ConversationDataset(rows, Reading(source="rows"))
-    dataset.encode_ahead(processor, encode_dialogue)
+    dataset.encode_ahead(Encoder(processor))
     assert [item["input_ids"].count(processor.image_token_id) for item in map(dataset.__getitem__, range(4))] == [
         0, 1, 2, 0,
     ]  # fmt: skip
@@ -127,7 +126,7 @@ def test_a_row_of_captions_of_which_one_is_none_counts_as_often_as_it_would_have
     rows = datasets.Dataset.from_list([{"image": f"{n}.png", "caption": caption} for n, caption in enumerate(captions)])
     later, ahead = ConversationDataset(rows, reading_of(folder)), ConversationDataset(rows, reading_of(folder))
     with pytest.raises(ValueError, match="malformed|caption"):
-        ahead.encode_ahead(processor, encode_caption, on_bad_sample="error")
+        ahead.encode_ahead(Encoder(processor, encode_caption), on_bad_sample="error")
     collator = VLMDataCollator(processor, encode=encode_caption)
     collator([later[index] for index in range(len(later))])
     assert collator.dropped == {"malformed row": 4} and len(later) == 4
@@ -138,12 +137,12 @@ def test_rows_that_cannot_be_read_are_counted_and_named(processor, folder):
         [{"image": "0.png", "caption": "fine"}, {"image": "1.png", "caption": None}, {"image": None, "caption": "a"}]
     )
     dataset = ConversationDataset(rows, reading_of(folder))
-    dataset.encode_ahead(processor, encode_caption)
+    dataset.encode_ahead(Encoder(processor, encode_caption))
     assert len(dataset) == 1 and dataset.account.total["samples"] == 3
     assert dataset.account.report()["total"]["dropped"] == {"malformed row": 2}
     assert all("pictures, row" in entry["detail"] for entry in dataset.account.report()["dropped samples"])
     with pytest.raises(ValueError, match="pictures, row 1: "):
-        ConversationDataset(rows, reading_of(folder)).encode_ahead(processor, encode_caption, on_bad_sample="error")
+        ConversationDataset(rows, reading_of(folder)).encode_ahead(Encoder(processor, encode_caption), "error")
     later = ConversationDataset(rows, reading_of(folder))
     batch = VLMDataCollator(processor, encode=encode_caption, account=True)([later[i] for i in range(3)])
     account = Account()
@@ -351,7 +350,7 @@ def test_a_row_is_called_by_the_number_that_its_source_gave_it(processor, folder
     rows = dialogue_rows(10).add_column("__row", list(range(10))).select([7, 2])
     rows = datasets.concatenate_datasets([rows, datasets.Dataset.from_list([{"__row": 9, "messages": None}])])
     later, ahead = ConversationDataset(rows, reading_of(folder)), ConversationDataset(rows, reading_of(folder))
-    ahead.encode_ahead(processor, encode_dialogue)
+    ahead.encode_ahead(Encoder(processor))
     assert [item["row"] for item in later] == [7, 2, 9]
     assert [(item["row"], item["position"]) for item in ahead] == [(7, 0), (2, 1)]
     assert [entry["row"] for entry in ahead.account.report()["dropped samples"]] == ["9"]
@@ -379,11 +378,11 @@ def test_images_are_looked_at_chunk_by_chunk():
 
 def test_another_version_of_the_code_that_labels_is_another_cache(processor, folder, monkeypatch):
     def name():
-        return Hasher.hash(_RowEncoder(processor, encode_dialogue, None, reading_of(folder), "skip", None))
+        return Hasher.hash(_RowEncoder(Encoder(processor), reading_of(folder), "skip", None))
 
     before = name()
     assert name() == before
-    monkeypatch.setattr("processing.batching.dataset._CODE", "another")
+    monkeypatch.setattr("processing.batching.encode_ahead.code_that_encodes", lambda: "another")
     assert name() != before
 
 

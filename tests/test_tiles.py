@@ -23,7 +23,7 @@ from evaluation_vlm.questions import Question, find_questions, generate_answers
 from processing import VLMDataCollator, VLMProcessor
 from processing.batching.account import Account
 from processing.batching.dataset import ConversationDataset, Reading, StreamedDataset
-from processing.batching.encoding import IGNORE, TRUNCATIONS, encode_caption, encode_dialogue
+from processing.batching.encoding import IGNORE, TRUNCATIONS, Encoder, encode_caption, encode_dialogue
 from processing.image_files_vlm import image_size, load_image
 from processing.images_vlm import IMAGE_MODES, choose_grid
 from processing.reading.sources import open_source
@@ -533,7 +533,7 @@ def same(found, expected):
 def test_encoded_ahead_on_the_fly_or_streamed_is_the_same(processor, tmp_path, stored, max_length):
     rows, reading = rows_of(tmp_path, stored), Reading(source="s", image_dir=str(tmp_path))
     later, ahead = ConversationDataset(rows, reading), ConversationDataset(rows, reading)
-    ahead.encode_ahead(processor, encode_dialogue, max_length)
+    ahead.encode_ahead(Encoder(processor, max_length=max_length))
     collate = VLMDataCollator(processor, max_length, account=True)
     batch = collate([later[index] for index in range(9)])
     account = Account()
@@ -554,7 +554,7 @@ def test_encoded_ahead_on_the_fly_or_streamed_is_the_same(processor, tmp_path, s
 def test_images_that_are_drawn_are_tiled_too(processor):
     rows = open_source("shapes", name="dialogues", split="validation").rows.select(range(5))
     later, ahead = (ConversationDataset(rows, Reading(source="shapes")) for _ in range(2))
-    ahead.encode_ahead(processor, encode_dialogue)
+    ahead.encode_ahead(Encoder(processor))
     collate = VLMDataCollator(processor)
     assert len(ahead) == 5 and collate([later[0]])["image_grids"].tolist() == [[2, 2]]
     assert same(collate([ahead[index] for index in range(5)]), collate([later[index] for index in range(5)]))
@@ -564,7 +564,7 @@ def test_batches_of_like_lengths_go_by_the_positions_that_samples_take(folders, 
     model, processor = tiny.compose(*folders("siglip-llama"), max_tiles=4)
     dataset = ConversationDataset(rows_of(tmp_path, "paths"), Reading(source="s", image_dir=str(tmp_path)))
     later = [dataset[index] for index in range(9)]
-    dataset.encode_ahead(processor, encode_dialogue)
+    dataset.encode_ahead(Encoder(processor))
     arguments = VLMTrainingArguments(
         output_dir=str(tmp_path), use_cpu=True, bf16=False, report_to=[], per_device_train_batch_size=9,
         train_sampling_strategy="group_by_length", dataloader_num_workers=0,
@@ -585,7 +585,7 @@ def test_no_pixel_is_decoded_to_encode_ahead(processor, tmp_path, monkeypatch):
         with monkeypatch.context() as patched:
             for reader in {ImageFile.ImageFile, type(Image.open(tmp_path / "2-0.png"))}:
                 patched.setattr(reader, "load", None)
-            dataset.encode_ahead(processor, encode_dialogue)
+            dataset.encode_ahead(Encoder(processor))
         assert len(dataset) == 9 and dataset.account.total["images"] == 9
 
 
@@ -603,7 +603,7 @@ def test_an_image_whose_size_cannot_be_had_is_a_counted_drop(processor, tmp_path
     rows = datasets.Dataset.from_list([{"image": name, "messages": said} for name in names])
     reading = Reading(source="s", image_dir=str(tmp_path))
     later, ahead = ConversationDataset(rows, reading), ConversationDataset(rows, reading)
-    ahead.encode_ahead(processor, encode_dialogue)
+    ahead.encode_ahead(Encoder(processor))
     assert ahead.account.report()["total"]["dropped"] == reasons
     details = [entry["detail"] for entry in ahead.account.report()["dropped samples"]]
     assert all(line.startswith("s, row ") for line in details) and "broken.png" in details[0]
@@ -615,7 +615,7 @@ def test_an_image_whose_size_cannot_be_had_is_a_counted_drop(processor, tmp_path
         VLMDataCollator(processor, on_bad_sample="error")([later[1]])
     one_line(caught)
     with pytest.raises(ValueError, match="s, row 1: .*broken.png"):
-        ConversationDataset(rows, reading).encode_ahead(processor, encode_dialogue, on_bad_sample="error")
+        ConversationDataset(rows, reading).encode_ahead(Encoder(processor), on_bad_sample="error")
 
 
 def test_an_image_that_is_a_url_is_fetched_once_and_never_ahead(processor, tmp_path, monkeypatch):
@@ -635,8 +635,8 @@ def test_an_image_that_is_a_url_is_fetched_once_and_never_ahead(processor, tmp_p
 
     def encoded(*more):
         _, data_args, _, training_args = parse_arguments(SFT, [*argv, "--eval_share", "0", "--use_cpu", *more])
-        settings = processor, data_args, training_args, 500
-        sets = encode_data(SFT, load_data(SFT, data_args, training_args), *settings)
+        settings = SFT.encoder(processor, data_args, 500), data_args, training_args
+        sets = encode_data(load_data(SFT, data_args, training_args), *settings)
         return sets[0], survey_data(SFT, *sets, *settings)
 
     train, surveys = encoded()

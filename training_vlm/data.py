@@ -7,8 +7,8 @@ from typing import Any, NamedTuple
 
 import datasets
 
-from processing import VLMProcessor
 from processing.batching.dataset import ConversationDataset, MixedDataset, Reading, StreamedDataset
+from processing.batching.encoding import Encoder
 from processing.data_error_vlm import DuetError
 from processing.reading.download import download_coco
 from processing.reading.rows import HELD_OUT_ROWS, hold_out, limited
@@ -124,7 +124,7 @@ def training_texts(stage: Stage, data_args: DataArguments, data: Data, limit: in
 
 
 def encode_data(
-    stage: Stage, data: Data, processor: VLMProcessor, data_args: DataArguments, training_args, max_length: int
+    data: Data, encoder: Encoder, data_args: DataArguments, training_args: VLMTrainingArguments
 ) -> tuple[TrainDataset, EvalDataset]:
     """
     The training and evaluation data, encoded ahead where that is quick or asked for.
@@ -132,12 +132,9 @@ def encode_data(
     Raises:
         ValueError: they are to be encoded ahead, and cannot be.
     """
-    encode = stage.encoder(data_args)
     seed = training_args.data_seed if training_args.data_seed is not None else training_args.seed
-    settings = {
-        "processor": processor, "encode": encode, "max_length": max_length, "on_bad_sample": data_args.on_bad_sample
-    }  # fmt: skip
-    ahead, sizes_are_fetched = data_args.encode_ahead, data_args.allow_urls and processor.max_tiles > 1
+    settings = {"encoder": encoder, "on_bad_sample": data_args.on_bad_sample}
+    ahead, sizes_are_fetched = data_args.encode_ahead, data_args.allow_urls and encoder.processor.max_tiles > 1
     if ahead is None and not data_args.streaming:
         small = sum(len(rows) for rows, _ in data.train) <= ENCODED_AHEAD
         ahead = _groups_by_length(training_args) or (small and not sizes_are_fetched)
@@ -164,10 +161,10 @@ def encode_data(
     return train, evaluation
 
 
-def encode_test(stage: Stage, test: Part, processor: VLMProcessor, max_length: int) -> ConversationDataset:
+def encode_test(test: Part, encoder: Encoder) -> ConversationDataset:
     """The questions that are answered after training; every answer counts, so all of them are supervised."""
     dataset = ConversationDataset(*test)
-    dataset.encode_ahead(processor, stage.encode, max_length)
+    dataset.encode_ahead(Encoder(encoder.processor, encoder.encode, encoder.max_length))
     return dataset
 
 

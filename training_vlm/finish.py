@@ -7,13 +7,12 @@ from pathlib import Path
 import torch
 
 from evaluation_vlm.questions import draw_samples, exact_match, find_questions, format_exact_match, generate_answers
-from processing.batching.dataset import encode_item
+from processing.batching.encoding import encode_item
 from processing.image_files_vlm import BadImage, load_image
 
 from .data import Data, encode_test
 from .learning.trainer import VLMTrainer
 from .learning.tuning import describe_parts
-from .load import choose_max_length
 from .model_card import read_base_models, write_model_card
 from .settings import Arguments
 from .stages import Stage
@@ -29,7 +28,7 @@ def finish(stage: Stage, arguments: Arguments, trainer: VLMTrainer, data: Data, 
 
     The test questions are answered by greedy decoding; the samples as `GenerationArguments` say.
     """
-    model_args, data_args, generation_args, args = arguments
+    model_args, _, generation_args, args = arguments
     processor, folder = trainer.processing_class, Path(args.output_dir)
     model = trainer.accelerator.unwrap_model(trainer.model)
     for key, value in generation_args.to_generate().items():
@@ -38,7 +37,7 @@ def finish(stage: Stage, arguments: Arguments, trainer: VLMTrainer, data: Data, 
     account = trainer.gathered_account()
     if trainer.is_world_process_zero():
         print(f"\nconsumed\n{write_data_report(folder, account, trainer.train_dataset).table()}")
-        shown, exact = _answer(stage, trainer, model, processor, data, data_args, generation_args)
+        shown, exact = _answer(trainer, model, processor, data, generation_args)
         answers = generate_answers(
             model, processor, shown, args.per_device_eval_batch_size, **generation_args.to_generate()
         )
@@ -68,16 +67,16 @@ def finish(stage: Stage, arguments: Arguments, trainer: VLMTrainer, data: Data, 
     trainer.accelerator.end_training()
 
 
-def _answer(stage, trainer, model, processor, data, data_args, generation_args):
+def _answer(trainer, model, processor, data, generation_args):
     """Questions to show, and the exact-match table of the test split where there is one."""
     if data.test is None:
         dataset = trainer.eval_dataset or trainer.train_dataset
         if not isinstance(dataset, torch.utils.data.IterableDataset):
             dataset = map(dataset.__getitem__, range(len(dataset)))
-        settings = (processor, stage.encoder(data_args), choose_max_length(model, data_args.max_length))
-        encoded = (item for item, _ in (encode_item(item, *settings) for item in dataset) if item is not None)
+        encoder = trainer.data_collator.encoder
+        encoded = (item for item, _ in (encode_item(item, encoder) for item in dataset) if item is not None)
         return find_questions(itertools.islice(_readable(encoded), SAMPLES_SHOWN), processor)[:SAMPLES_SHOWN], None
-    items = encode_test(stage, data.test, processor, choose_max_length(model, data_args.max_length))
+    items = encode_test(data.test, trainer.data_collator.encoder)
     items = list(_readable(map(items.__getitem__, range(len(items)))))
     kinds = None
     if {"kind", "subset"} <= set(data.test.rows.column_names):

@@ -14,13 +14,13 @@ import datasets
 from transformers import TrainerState, set_seed
 from transformers.utils import logging
 
-from processing import VLMDataCollator, VLMProcessor
+from processing import VLMDataCollator
+from processing.batching.encoding import Encoder
 from processing.data_error_vlm import DuetError
 
 from .arguments import VLMTrainingArguments
 from .learning.trainer import VLMTrainer
 from .learning.tuning import describe_parts
-from .load import choose_max_length
 from .settings import Arguments
 from .stages import Stage
 from .survey import Survey, report_data
@@ -100,7 +100,7 @@ def _is_complete(checkpoint: Path) -> bool:
     return True
 
 
-def build_trainer(stage: Stage, arguments: Arguments, model, processor: VLMProcessor, train, evaluation) -> VLMTrainer:
+def build_trainer(arguments: Arguments, model, encoder: Encoder, train, evaluation) -> VLMTrainer:
     """The Trainer of a stage; its collator and its data agree on how a conversation is encoded."""
     _, data_args, _, training_args = arguments
     if not evaluation:
@@ -109,11 +109,9 @@ def build_trainer(stage: Stage, arguments: Arguments, model, processor: VLMProce
     return VLMTrainer(
         model=model,
         args=training_args,
-        processing_class=processor,
+        processing_class=encoder.processor,
         data_collator=VLMDataCollator(
-            processor,
-            choose_max_length(model, data_args.max_length),
-            encode=stage.encoder(data_args),
+            encoder,
             pad_to_multiple_of=data_args.pad_to_multiple_of,
             on_bad_sample=data_args.on_bad_sample,
             account=True,

@@ -5,10 +5,10 @@ model of a stage is asked, and what comes after it are the stage's own.
 """
 
 from dataclasses import dataclass
-from functools import partial
 from typing import TYPE_CHECKING
 
-from processing.batching.encoding import Encode, encode_caption, encode_dialogue
+from processing.batching.encoding import Encode, Encoder, encode_caption, encode_dialogue
+from processing.processing_vlm import VLMProcessor
 
 
 if TYPE_CHECKING:
@@ -38,9 +38,9 @@ class Stage:
     ask: str
     next: tuple[str, str]
 
-    def encoder(self, data_args: "DataArguments") -> Encode:
-        """`encode`, with what the arguments say about it."""
-        return partial(self.encode, **data_args.encoding_kwargs(self.asks))
+    def encoder(self, processor: VLMProcessor, data_args: "DataArguments", max_length: int) -> Encoder:
+        """How conversations are encoded, with what the arguments say about it; `max_length` is the model's to say."""
+        return Encoder(processor, self.encode, max_length, **data_args.encoding_kwargs(self.asks))
 
 
 PRETRAIN = Stage(

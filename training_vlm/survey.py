@@ -10,10 +10,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from processing import VLMProcessor
 from processing.batching.account import Account
-from processing.batching.dataset import StreamedDataset, encode_item
-from processing.batching.encoding import Encode
+from processing.batching.dataset import StreamedDataset
+from processing.batching.encoding import Encoder, encode_item
 from processing.data_error_vlm import DuetError
 from processing.image_files_vlm import check_image, is_url
 
@@ -37,10 +36,9 @@ def survey_data(
     stage: Stage,
     train: TrainDataset,
     evaluation: EvalDataset,
-    processor: VLMProcessor,
+    encoder: Encoder,
     data_args: DataArguments,
     training_args: VLMTrainingArguments,
-    max_length: int,
 ) -> dict[str, Survey]:
     """
     What the training and evaluation data hold.
@@ -48,24 +46,24 @@ def survey_data(
     Raises:
         ValueError: nothing could be learned, or everything would be.
     """
-    encode = stage.encoder(data_args)
-    surveys = {"training": _survey(train, processor, encode, max_length)}
+    surveys = {"training": _survey(train, encoder)}
     if evaluation:
-        surveys["evaluation"] = _survey(evaluation, processor, encode, max_length)
+        surveys["evaluation"] = _survey(evaluation, encoder)
     _check_account(stage, surveys["training"].account, data_args)
     if training_args.process_index == 0:
         _check_images(train, data_args.on_bad_sample)
     return surveys
 
 
-def _survey(dataset, processor: VLMProcessor, encode: Encode, max_length: int) -> Survey:
+def _survey(dataset, encoder: Encoder) -> Survey:
     """The account of what is encoded already, else of some items."""
     if getattr(dataset, "is_encoded", False):
         return Survey(dataset.account, sampled=False)
     account, items = Account(), some_items(dataset, SURVEYED)
-    if processor.max_tiles > 1:  # how long a sample is whose images have to be fetched is known when it is learned from
+    if encoder.processor.max_tiles > 1:
+        # How long a sample is whose images have to be fetched is known when it is learned from.
         items = (item for item in items if not any(map(is_url, item.get("images") or ())))
-    account.add(encode_item(item, processor, encode, max_length)[1] for item in items)
+    account.add(encode_item(item, encoder)[1] for item in items)
     return Survey(account, sampled=True)
 
 

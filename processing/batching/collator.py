@@ -12,8 +12,7 @@ from ..data_error_vlm import DuetError
 from ..image_files_vlm import BadImage, load_image
 from ..processing_vlm import VLMProcessor
 from .account import BAD_SAMPLE_REASONS, DROP_REASONS, BatchAccount, Record
-from .dataset import encode_item
-from .encoding import IGNORE, Encode, encode_dialogue, place
+from .encoding import IGNORE, Encode, Encoder, encode_dialogue, encode_item, place
 
 
 ON_BAD_SAMPLE = ("skip", "error")
@@ -25,7 +24,7 @@ class VLMDataCollator:
     Makes a batch of conversations for `Trainer` or a `DataLoader`.
 
     Args:
-        processor: the model's processor.
+        processor: the model's processor; or an `Encoder`, which holds one and says the next two.
         max_length: positions a sequence may have, image tokens included; conversations given encoded were cut before.
         encode: how a conversation becomes ids: `encode_dialogue` (stage 2) or `encode_caption` (stage 1).
         pad_to_multiple_of: round the batch's length up.
@@ -46,7 +45,7 @@ class VLMDataCollator:
 
     def __init__(
         self,
-        processor: VLMProcessor,
+        processor: VLMProcessor | Encoder,
         max_length: int | None = None,
         encode: Encode = encode_dialogue,
         pad_to_multiple_of: int | None = None,
@@ -55,9 +54,8 @@ class VLMDataCollator:
     ):
         if on_bad_sample not in ON_BAD_SAMPLE:
             raise DuetError(f"on_bad_sample={on_bad_sample!r}: expected one of {', '.join(ON_BAD_SAMPLE)}.")
-        self.processor = processor
-        self.max_length = max_length
-        self.encode = encode
+        self.encoder = processor if isinstance(processor, Encoder) else Encoder(processor, encode, max_length)
+        self.processor = self.encoder.processor
         self.pad_to_multiple_of = pad_to_multiple_of
         self.on_bad_sample = on_bad_sample
         self.account = account
@@ -90,36 +88,41 @@ class VLMDataCollator:
         batch = self._padded(items)
         if any(item.get("weights") for item in items):
             batch["loss_weights"] = self._weights(items, batch["labels"])
-        images = [image for item in items for image in item["images"]]
-        if images:
-            batch.update(self.processor.process_images(images))
+        views = [view for item in items for view in item["views"]]
+        for name in views[0] if views else ():
+            batch[name] = torch.cat([view[name] for view in views])
         if self.account:
             padding = batch["labels"].numel() - sum(record.tokens for record in records)
             batch["account"] = BatchAccount(records, padding)
         return batch
 
-    def _opened(self, conversation) -> tuple[dict[str, Any] | None, Record]:
-        """A conversation with ids and decoded images, or `None`; and its record."""
+    def _opened(self, item) -> tuple[dict[str, Any] | None, Record]:
+        """An item with ids and what is seen of its images, or `None`; and its record."""
         # The ids of tiled images follow from their sizes, so each is opened (and fetched) before, once.
-        images_first = self.processor.max_tiles > 1
+        seen = None
         try:
-            if images_first:
-                conversation = self._with_pixels(conversation)
-            item, record = encode_item(conversation, self.processor, self.encode, self.max_length)
-            if item is not None and not images_first:
-                item = self._with_pixels(item)
+            if self.processor.max_tiles > 1:
+                seen = self._seen(item)
+            encoded, record = encode_item({**item, **(seen or {})}, self.encoder)
+            if encoded is not None:
+                encoded = {**encoded, **(seen or self._seen(encoded))}
         except BadImage as error:
-            line = f"{place(conversation)}{error}"
+            line = f"{place(item)}{error}"
             if self.on_bad_sample == "error":
                 raise type(error)(line, error.reason) from error
-            return None, Record(conversation.get("source") or "", conversation.get("row"), error.reason, line)
-        if item is None and self.on_bad_sample == "error" and record.dropped in BAD_SAMPLE_REASONS:
+            return None, Record(item.get("source") or "", item.get("row"), error.reason, line)
+        if encoded is None and self.on_bad_sample == "error" and record.dropped in BAD_SAMPLE_REASONS:
             raise DuetError(record.detail)
-        return item, record
+        return encoded, record
 
-    def _with_pixels(self, item):
-        references = item.get("images") or ()
-        return {**item, "images": [load_image(reference, size=self._image_size) for reference in references]}
+    def _seen(self, item):
+        """What the encoder sees of an item's images, one by one: only one is in memory as large as it is stored."""
+        views, counts = [], []
+        for reference in item.get("images") or ():
+            image = load_image(reference, size=self._image_size)
+            counts.append(self.processor.image_tokens(image.height, image.width))
+            views.append(self.processor.process_images([image]))
+        return {"views": views, "image_counts": counts}
 
     @property
     def _image_size(self):
@@ -156,8 +159,7 @@ class VLMDataCollator:
         return loss_weights
 
     def _expanded(self, item, *rows):
-        counts = [self.processor.image_tokens(image.height, image.width) for image in item["images"]]
-        return self.processor.expand_images(*rows, counts=counts)
+        return self.processor.expand_images(*rows, counts=item["image_counts"])
 
     def _count(self, record):
         worker = torch.utils.data.get_worker_info()

@@ -5,57 +5,24 @@ A row that cannot be read is an item like any other, with the reason in place of
 counts it where it counts everything else. Items that are not encoded are encoded by the collator, in its worker.
 """
 
-import dataclasses
 import functools
-import itertools
-import os
 import random
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import datasets
 import numpy as np
-import pyarrow as pa
 import pyarrow.compute as pc
 import torch
-from datasets.fingerprint import Hasher
 
-from ..data_error_vlm import DuetError
-from ..processing_vlm import VLMProcessor
-from ..reading.conversations import ROW, MalformedRow, caption_column, conversations_from_row
-from .account import BAD_SAMPLE_REASONS, Account, Record
-from .encoding import IGNORE, Encode, SampleDropped
+from ..reading.conversations import ROW, Conversation, Dropped, caption_column
+from ..reading.items import Reading
+from .account import Account
+from .encode_ahead import encode_rows
+from .encoding import KEPT, Encoded, Encoder
 
 
 SHUFFLE_BUFFER = 1_000
-
-
-@dataclasses.dataclass(frozen=True)
-class Reading:
-    """How the rows of a source are read; the fields are those of `conversations_from_row`."""
-
-    source: str = ""
-    prompt: str = ""
-    caption_choice: str = "all"
-    columns: dict[str, str] | None = None
-    image_dir: str | None = None
-    allow_urls: bool = False
-
-    def conversations(self, row: dict[str, Any], index: int) -> list[dict[str, Any]]:
-        """The conversations of a row, named by the number that its source gave it; see `conversations_from_row`."""
-        return conversations_from_row(row, index=row.get(ROW, index), **dataclasses.asdict(self))
-
-    def items(self, row: dict[str, Any], index: int) -> list[dict[str, Any]]:
-        """The same; of a row that cannot be read as many items with the reason as it would have given."""
-        try:
-            return self.conversations(row, index)
-        except MalformedRow as error:
-            column = caption_column(row, self.columns) if self.caption_choice == "all" else None
-            captions = row.get(column)
-            count = max(1, len(captions)) if isinstance(captions, list) else 1
-            row_number = row.get(ROW, index)
-            return [{"source": self.source, "row": row_number, "dropped": ("malformed row", str(error))}] * count
 
 
 class ConversationDataset(torch.utils.data.Dataset):
@@ -102,7 +69,7 @@ class ConversationDataset(torch.utils.data.Dataset):
             return len(self.encodings)
         return len(self.rows) if self._ends is None else int(self._ends[-1])
 
-    def __getitem__(self, index: int) -> dict[str, Any]:
+    def __getitem__(self, index: int) -> Conversation | Dropped | Encoded:
         if not 0 <= index < len(self):
             raise IndexError(index)
         choice = random.Random(f"{self.seed} {int(self._epoch)} {index}").choice
@@ -115,6 +82,7 @@ class ConversationDataset(torch.utils.data.Dataset):
         if None in references:
             position = item["position"]
             references = self.reading.conversations(self.rows[position], position)[number]["images"]
+        item = {name: value for name, value in item.items() if name not in KEPT or value not in (None, [])}
         return {**item, "images": references, "source": self.reading.source}
 
     def _place(self, index):
@@ -134,171 +102,19 @@ class ConversationDataset(torch.utils.data.Dataset):
         """Choose captions anew (`caption_choice="random"`)."""
         self._epoch.fill_(epoch)
 
-    def encode_ahead(
-        self, processor: VLMProcessor, encode: Encode, max_length: int | None = None, on_bad_sample: str = "skip"
-    ) -> None:
+    def encode_ahead(self, encoder: Encoder, on_bad_sample: str = "skip") -> None:
         """
-        Encode every conversation now, in several processes where there are many, without decoding an image.
-
-        The library caches the result beside the data set's own cache. Where images are tiled, their headers are read
-        for their sizes (and those that are URLs are fetched).
+        Encode every conversation now, without decoding an image; see `encode_rows`.
 
         Args:
-            encode: `encode_caption` or `encode_dialogue`.
             on_bad_sample: `"error"` raises for the first row that cannot be read, `"skip"` drops and counts it.
         """
-        source, tiled = self.reading.source, processor.max_tiles > 1
-        rows = self.rows if tiled else self.rows.with_format("arrow")  # stored images stay where they are not asked for
-        encoder = _RowEncoder(processor, encode, max_length, self.reading, on_bad_sample, rows.features)
-        workers = min(_cores(), len(rows) // 10_000)
-        encodings = rows.map(
-            encoder,
-            with_indices=True,
-            batched=True,
-            batch_size=100 if tiled else 1_000,  # rows whose images are in memory at once
-            remove_columns=rows.column_names,
-            features=_COLUMNS,
-            num_proc=workers if workers > 1 else None,
-            desc=f"Encoding {source}",
-        ).with_format(None)
-        fields = Record._fields[1:]
-        for batch in encodings.select_columns([*fields]).iter(10_000):
-            self.account.add(Record(source, *values) for values in zip(*(batch[name] for name in fields)))
-        if self.account.named:
-            encodings = encodings.filter(_is_kept, input_columns=["dropped"], desc="Dropping")
-        self.encodings = encodings.select_columns(
-            ["input_ids", "labels", "weights", "length", "cut", "row", "position", "number", "references"]
-        )
+        self.encodings, self.account = encode_rows(self.rows, self.reading, encoder, on_bad_sample)
         if self._is_random:
             groups: dict[int, list[int]] = {}
             for index, position in enumerate(self.encodings["position"]):
                 groups.setdefault(position, []).append(index)
             self._groups = list(groups.values())
-
-
-def encode_item(
-    item: dict[str, Any], processor: VLMProcessor, encode: Encode, max_length: int | None = None
-) -> tuple[dict[str, Any] | None, Record]:
-    """An item of a data set, encoded (or `None`, where it is dropped), and the record of what became of it."""
-    source, row = item.get("source") or "", item.get("row")
-    if "dropped" in item:
-        return None, Record(source, row, *item["dropped"])
-    images = item.get("images") or []
-    if "input_ids" not in item:
-        try:
-            item = encode(processor, item, max_length)
-        except SampleDropped as error:
-            return None, Record(source, row, error.reason, error.detail)
-    ids, labels = item["input_ids"], item["labels"]
-    shown = ids.count(processor.image_token_id)
-    if shown != len(images):
-        raise DuetError(
-            f"a conversation with {shown} image parts and {len(images)} images was found; expected one image for "
-            "each part, in the order of the parts."
-        )
-    length = item["length"] if "length" in item else len(ids) + shown * (processor.image_seq_length - 1)
-    record = Record(
-        source,
-        row,
-        cut=item.get("cut"),
-        images=shown,
-        tokens=length,
-        image_tokens=length - len(ids) + shown,
-        supervised=sum(label != IGNORE for label in labels[1:]),
-    )
-    return {**item, "images": images}, record
-
-
-def _cores():
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
-def _is_kept(reason):
-    return reason is None
-
-
-# Declared, because a first batch without a drop, or of nothing else, would let `datasets` infer null columns.
-_COLUMNS = datasets.Features(
-    {
-        "input_ids": datasets.List(datasets.Value("int32")),
-        "labels": datasets.List(datasets.Value("int32")),
-        "weights": datasets.List(datasets.Value("float32")),
-        "length": datasets.Value("int64"),
-        "row": datasets.Value("int64"),
-        "position": datasets.Value("int64"),
-        "number": datasets.Value("int64"),
-        "references": datasets.List(datasets.Value("string")),
-        "dropped": datasets.Value("string"),
-        "detail": datasets.Value("string"),
-        "cut": datasets.Value("string"),
-        "images": datasets.Value("int64"),
-        "tokens": datasets.Value("int64"),
-        "image_tokens": datasets.Value("int64"),
-        "supervised": datasets.Value("int64"),
-    }
-)
-
-
-# All that could change what a row becomes.
-_CODE = Hasher.hash([file.read_text(encoding="utf-8") for file in sorted(Path(__file__).parents[1].rglob("*.py"))])
-
-
-class _RowEncoder:
-    """A batch of rows, as columns or as an Arrow table -> columns of encodings, for `datasets.map`."""
-
-    def __init__(self, processor, encode, max_length, reading, on_bad_sample, features):
-        self.processor, self.encode, self.max_length = processor, encode, max_length
-        self.reading, self.on_bad_sample, self.features = reading, on_bad_sample, features
-        # `datasets` finds its cache by what is in here: another version of the code that labels is another cache.
-        self.code = _CODE
-
-    def __call__(self, batch, indices):
-        columns = without_image_bytes(batch, self.features) if isinstance(batch, pa.Table) else dict(batch)
-        encoded = []
-        for offset, position in enumerate(indices):
-            row = {name: values[offset] for name, values in columns.items()}
-            for number, item in enumerate(self.reading.items(row, position)):
-                encoding, record = encode_item(item, self.processor, self.encode, self.max_length)
-                if self.on_bad_sample == "error" and record.dropped in BAD_SAMPLE_REASONS:
-                    raise DuetError(record.detail)
-                if encoding is None:
-                    encoding = {"input_ids": [], "labels": [], "weights": [], "length": 0, "images": []}
-                references = [image if isinstance(image, str) else None for image in encoding["images"]]
-                places = {"position": position, "number": number, "references": references}
-                encoded.append({**encoding, **record._asdict(), **places})
-        return {name: [item[name] for item in encoded] for name in _COLUMNS}
-
-
-def without_image_bytes(table: pa.Table, features: datasets.Features) -> dict[str, list[Any]]:
-    """The columns of a table in Python, stored images as `{"bytes": b"stored", "path"}`, whatever size they have."""
-    images = {name for name, feature in features.items() if _holds_images(feature)}
-    others = datasets.Features({name: feature for name, feature in features.items() if name not in images})
-    columns = {}
-    if others:
-        rest = datasets.table.InMemoryTable(table.select(list(others)))
-        columns = datasets.Dataset(rest, info=datasets.DatasetInfo(features=others))[:]
-    for name in images:
-        columns[name] = []
-        for chunk in table[name].chunks:  # one by one: put together they may be too many bytes for one array
-            if isinstance(features[name], datasets.Image):
-                columns[name] += _light_images(chunk)
-            else:
-                light, lengths = iter(_light_images(chunk.flatten())), pc.list_value_length(chunk).to_pylist()
-                columns[name] += [None if n is None else list(itertools.islice(light, n)) for n in lengths]
-    return {name: columns[name] for name in features}
-
-
-def _holds_images(feature):
-    return isinstance(getattr(feature, "feature", feature), datasets.Image)
-
-
-def _light_images(images: pa.StructArray) -> list[dict[str, Any] | None]:
-    stored = pc.is_valid(images.field("bytes")).to_pylist()
-    paths, there = images.field("path").to_pylist(), images.is_valid().to_pylist()
-    return [
-        {"bytes": b"stored" if has_bytes else None, "path": path} if valid else None
-        for has_bytes, path, valid in zip(stored, paths, there)
-    ]
 
 
 def _conversation_ends(rows: datasets.Dataset, reading: Reading) -> np.ndarray | None:
@@ -369,7 +185,7 @@ class MixedDataset(torch.utils.data.Dataset):
             number = int(self._order(part, cycle)[position])
         return part, number
 
-    def __getitem__(self, index: int) -> dict[str, Any]:
+    def __getitem__(self, index: int) -> Conversation | Dropped | Encoded:
         if not 0 <= index < len(self):
             raise IndexError(index)
         part, number = self._place(index)
@@ -432,7 +248,7 @@ class StreamedDataset(torch.utils.data.IterableDataset):
         """As many workers as this can share the reading."""
         return min(rows.num_shards for rows, _ in self.parts)
 
-    def __iter__(self) -> Iterator[dict[str, Any]]:
+    def __iter__(self) -> Iterator[Conversation | Dropped]:
         worker = torch.utils.data.get_worker_info()
         number = worker.id if worker is not None and worker.num_workers > 1 else None
         rng = random.Random(f"{self.seed} {number}")

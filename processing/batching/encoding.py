@@ -1,29 +1,55 @@
 """A conversation becomes ids and labels, once; the images stay references.
 
-What is special: an encoded conversation holds one id for each image, whatever number of positions the image takes, so
-no cut can ever split one. `VLMProcessor.expand_images` repeats it when a batch is made. Labels come from how the
-sequence was built (see `messages_vlm`): -100 wherever nothing is learned.
+How that is done is said by one object, an `Encoder`: collator, encoding ahead, first look and evaluation are given the
+same one, so none of them can disagree. What is special: an encoded conversation holds one id for each image, whatever
+number of positions the image takes, so no cut can ever split one. `VLMProcessor.expand_images` repeats it when a batch
+is made. Labels come from how the sequence was built (see `messages_vlm`): -100 wherever nothing is learned.
 """
 
 import itertools
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Required
 
 from ..data_error_vlm import DuetError
 from ..image_files_vlm import BadImage, image_size
 from ..processing_vlm import VLMProcessor
-from .account import CUT_REASONS, DROP_REASONS
+from ..reading.conversations import MAX_WEIGHT, Conversation, Dropped
+from .account import CUT_REASONS, DROP_REASONS, Record
 
 
 IGNORE = -100
 TRUNCATIONS = ("truncate_text", "drop", "keep_last_turns")
 SUPERVISE = ("all", "last")
 
-Encode = Callable[[VLMProcessor, dict, int | None], dict[str, Any]]
+KEPT = ("source", "row", "group", "answers", "kind", "subset", "id", "notes")
+"""What an encoded conversation keeps of the conversation, besides its images."""
+
+Encode = Callable[..., dict[str, Any]]
+"""`encode_caption`, `encode_dialogue` or another function of processor, conversation, `max_length` and its options."""
+
+
+class Encoded(Conversation, total=False):
+    """A conversation as ids, one an image, with what evaluation and accounts need; see `encode_dialogue`."""
+
+    input_ids: Required[list[int]]
+    labels: Required[list[int]]
+    weights: list[float]
+    length: int
+    cut: str | None
 
 
 class SampleDropped(DuetError):
-    """A conversation from which nothing can be learned: its reason, one of `DROP_REASONS`, and what was found."""
+    """
+    A conversation from which nothing can be learned.
+
+    Attributes:
+        reason: one of `DROP_REASONS`.
+        detail: what was found, where the reason does not say it all.
+        source, row: which conversation it is, where an `Encoder` was given it.
+    """
+
+    source: str = ""
+    row: int | str | None = None
 
     def __init__(self, reason: str, detail: str = ""):
         assert reason in DROP_REASONS
@@ -56,8 +82,9 @@ def encode_caption(
     ids, weights = processor.encode_caption([*images, *answer["content"]])
     weight = 0.0 if answer.get("train") is False else 1.0 if answer.get("weight") is None else float(answer["weight"])
     weights = [weight * learned for learned in weights]
+    _check_weights(conversation, weights)
     sizes = _sizes(processor, ids, image_counts(processor, conversation))
-    return _fitted(processor, ids, weights, sizes, max_length, cut=truncation == "truncate_text")
+    return _fitted(processor, conversation, ids, weights, sizes, max_length, cut=truncation == "truncate_text")
 
 
 def encode_dialogue(
@@ -101,13 +128,92 @@ def encode_dialogue(
             ids, weights = processor.encode_messages(messages, supervise_prompt=supervise_prompt)
         except ValueError as error:
             raise SampleDropped("the chat template refuses it", f"{place(conversation)}{error}") from error
+        _check_weights(conversation, weights)
         shorter, sizes = None, _sizes(processor, ids, counts)
         if truncation == "keep_last_turns" and max_length is not None and sum(sizes) > max_length:
             shorter = without_first_turn(messages)
         if shorter is None:
-            fitted = _fitted(processor, ids, weights, sizes, max_length, cut=truncation == "truncate_text")
+            cuts = truncation == "truncate_text"
+            fitted = _fitted(processor, conversation, ids, weights, sizes, max_length, cuts)
             return {**fitted, "cut": cut or fitted["cut"]}
         messages, cut = shorter, CUT_REASONS[1]
+
+
+class Encoder:
+    """
+    How conversations become ids and labels, everywhere in a run.
+
+    It travels to workers, and `datasets` names its caches by what it is made of.
+
+    Args:
+        processor: the model's processor.
+        encode: `encode_dialogue` (stage 2) or `encode_caption` (stage 1).
+        max_length: positions a sequence may have, image tokens included.
+        **options: of `encode`, such as `truncation`.
+    """
+
+    def __init__(
+        self,
+        processor: VLMProcessor,
+        encode: Encode = encode_dialogue,
+        max_length: int | None = None,
+        **options: Any,
+    ):
+        self.processor, self.encode, self.max_length, self.options = processor, encode, max_length, options
+
+    def __call__(self, conversation: Conversation) -> Encoded:
+        """
+        A conversation, encoded; its images stay what they are.
+
+        Raises:
+            SampleDropped: nothing can be learned from it, and why.
+        """
+        try:
+            encoded = self.encode(self.processor, conversation, self.max_length, **self.options)
+        except RecursionError as error:
+            line = f"{place(conversation)}a message is nested too deeply to be read; expected texts and parts"
+            raise _named(SampleDropped("malformed row", line), conversation) from error
+        except SampleDropped as error:
+            _named(error, conversation)
+            raise
+        kept = {name: conversation[name] for name in KEPT if conversation.get(name) is not None}
+        return {**encoded, **kept, "images": conversation.get("images") or []}
+
+
+def _named(error: SampleDropped, conversation: Conversation) -> SampleDropped:
+    error.source, error.row = conversation.get("source") or "", conversation.get("row")
+    return error
+
+
+def encode_item(item: Conversation | Dropped | Encoded, encoder: Encoder) -> tuple[Encoded | None, Record]:
+    """An item of a data set, encoded (or `None`, where it is dropped), and the record of what became of it."""
+    told = {"source": item.get("source") or "", "row": item.get("row"), "notes": tuple(item.get("notes") or ())}
+    if "dropped" in item:
+        reason, detail = item["dropped"]
+        return None, Record(dropped=reason, detail=detail, **told)
+    if "input_ids" not in item:
+        try:
+            item = encoder(item)
+        except SampleDropped as error:
+            return None, Record(dropped=error.reason, detail=error.detail, **told)
+    processor, images = encoder.processor, item.get("images") or []
+    ids, labels = item["input_ids"], item["labels"]
+    shown = ids.count(processor.image_token_id)
+    if shown != len(images):
+        raise DuetError(
+            f"{place(item)}a conversation with {shown} image parts and {len(images)} images was found; expected one "
+            "image for each part, in the order of the parts."
+        )
+    length = item["length"] if "length" in item else len(ids) + shown * (processor.image_seq_length - 1)
+    record = Record(
+        cut=item.get("cut"),
+        images=shown,
+        tokens=length,
+        image_tokens=length - len(ids) + shown,
+        supervised=sum(label != IGNORE for label in labels[1:]),
+        **told,
+    )
+    return {**item, "images": images}, record
 
 
 def without_first_turn(messages: list[dict]) -> list[dict] | None:
@@ -146,10 +252,19 @@ def image_counts(processor: VLMProcessor, conversation: dict) -> list[int] | Non
     """
     if processor.max_tiles == 1:
         return None
+    if "image_counts" in conversation:  # of images that were opened already
+        return conversation["image_counts"]
     try:
         return [processor.image_tokens(*image_size(image)) for image in conversation.get("images") or ()]
     except BadImage as error:
         raise SampleDropped(error.reason, f"{place(conversation)}{error}") from error
+
+
+def _check_weights(conversation, weights):
+    """Refuse what the loss, in 32 bits, could not be weighed by; what was read from a row was checked there."""
+    if not all(0 <= weight <= MAX_WEIGHT for weight in set(weights)):
+        line = f"{place(conversation)}found a message's weight of {max(weights)}; expected 0 to {MAX_WEIGHT:,.0f}"
+        raise SampleDropped("malformed row", line)
 
 
 def _sizes(processor, ids, counts):
@@ -158,14 +273,14 @@ def _sizes(processor, ids, counts):
     return [next(counts) if id == processor.image_token_id else 1 for id in ids]
 
 
-def _fitted(processor, ids, weights, sizes, max_length, cut):
+def _fitted(processor, conversation, ids, weights, sizes, max_length, cut):
     # The first token has nothing before it to be predicted from.
     if not any(weights[1:]):
         raise SampleDropped("no token of it is supervised")
     length, kept = sum(sizes), len(ids)
     if max_length is not None and length > max_length:
         if not cut:
-            raise SampleDropped("longer than max_length", f"{length} positions")
+            raise SampleDropped("longer than max_length", f"{place(conversation)}{length} positions")
         while length > max_length:
             kept -= 1
             length -= sizes[kept]

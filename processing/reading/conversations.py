@@ -25,7 +25,6 @@ import json
 import math
 import os
 import re
-import sys
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable
 from pathlib import Path
@@ -39,6 +38,9 @@ from ..image_files_vlm import resolve_reference
 
 ROLES = ("system", "user", "assistant")
 CAPTION_CHOICES = ("all", "first", "random")
+
+MAX_WEIGHT = 1e6
+"""How much more than others a message may weigh; far below what a loss in 32 bits overflows at."""
 
 ROW = "__row"
 """The column of each row's number in its split as it is stored, before any of its rows are chosen or held out."""
@@ -470,8 +472,8 @@ def _message(message: Any, place: str) -> dict[str, Any]:
     if not isinstance(message.get("train", True), bool):
         raise _malformed(_found(message["train"], f"train of {place}"), "true or false")
     weight = message.get("weight", 1)
-    if isinstance(weight, bool) or not isinstance(weight, (int, float)) or not 0 <= weight <= sys.float_info.max:
-        raise _malformed(_found(weight, f"weight of {place}"), "a number, at least 0")
+    if isinstance(weight, bool) or not isinstance(weight, (int, float)) or not 0 <= weight <= MAX_WEIGHT:
+        raise _malformed(_found(weight, f"weight of {place}"), f"a number from 0 to {MAX_WEIGHT:,.0f}")
     if isinstance(content, str):
         content = [{"type": "text", "text": content}]
     if not isinstance(content, list):

@@ -33,7 +33,7 @@ from modeling_vlm.compose_vlm import composed_config, shape_of
 from modeling_vlm.own_projector_vlm import trusting
 from processing import VLMDataCollator, VLMProcessor
 from processing.batching.account import Record
-from processing.batching.encoding import IGNORE
+from processing.batching.encoding import IGNORE, Encoder
 from processing.data_error_vlm import DuetError
 from processing.image_files_vlm import load_image
 
@@ -195,12 +195,10 @@ def _compose(stage, model_args, data_args, data):
 
 
 def read_samples(
-    stage: Stage,
-    processor: VLMProcessor,
-    data_args: DataArguments,
+    encoder: Encoder,
     items: list[dict[str, Any]],
-    max_length: int,
     sees_images: bool = True,
+    pad_to_multiple_of: int | None = None,
 ) -> list[Sample]:
     """
     Items of a data set as one batch of the collator that trains, taken apart again.
@@ -208,10 +206,8 @@ def read_samples(
     Args:
         sees_images: show images as the vision encoder gets them, else as they are stored.
     """
-    collator = VLMDataCollator(
-        processor, max_length, encode=stage.encoder(data_args), pad_to_multiple_of=data_args.pad_to_multiple_of,
-        account=True,
-    )  # fmt: skip
+    processor = encoder.processor
+    collator = VLMDataCollator(encoder, pad_to_multiple_of=pad_to_multiple_of, account=True)
     batch = collator(items)
     encodings = zip(*(batch[name].tolist() for name in ("input_ids", "labels", "attention_mask")))
     weights = iter(batch["loss_weights"].tolist() if "loss_weights" in batch else itertools.repeat(None))
@@ -452,10 +448,11 @@ def inspect(
     training_args.max_steps = max(1, training_args.max_steps)  # how far a stream is read, which matters to training
     data = load_data(stage, data_args, training_args)
     processor, max_length = load_processor(stage, model_args, data_args, data)
+    encoder = stage.encoder(processor, data_args, max_length)
     sees_images = model_args.model is not None or model_args.vision_model is not None
     seed = training_args.data_seed if training_args.data_seed is not None else training_args.seed
     items = list(some_items(joined(data.train, data.weights, seed), number))  # not encoded, so that those dropped show
-    samples = read_samples(stage, processor, data_args, items, max_length, sees_images)
+    samples = read_samples(encoder, items, sees_images, data_args.pad_to_multiple_of)
 
     title = ", ".join(part.reading.source for part in data.train)
     lines = [f"Stage {stage.number}, {stage.name}; sequences of at most {max_length:,} positions."]
@@ -471,8 +468,8 @@ def inspect(
 
     failure = None
     try:
-        sets = encode_data(stage, data, processor, data_args, training_args, max_length)
-        account = report_data(survey_data(stage, *sets, processor, data_args, training_args, max_length))
+        sets = encode_data(data, encoder, data_args, training_args)
+        account = report_data(survey_data(stage, *sets, encoder, data_args, training_args))
     except (ValueError, OSError) as error:
         account, failure = f"training would end here: {' '.join(str(error).split())}", error
     if page is not None:
