@@ -39,6 +39,7 @@ from .backbones_vlm import (
 from .compose_vlm import check_room, compose, count_visual_tokens, fit_vision_tower
 from .configuration_vlm import VLMConfig
 from .generation_vlm import VLMGenerationMixin, in_one_row, views_of
+from .loading_vlm import take_saved_weights
 from .model_error_vlm import DuetError
 from .own_projector_vlm import trusting
 from .projector_vlm import Resampler, build_projector, select_features
@@ -97,6 +98,10 @@ class VLMPreTrainedModel(PreTrainedModel):
     _supports_flex_attn = True
     _supports_attention_backend = True
     _can_compile_fullgraph = True
+
+    def __init__(self, config: PreTrainedConfig, *args, **kwargs):
+        super().__init__(config, *args, **kwargs)
+        self.register_load_state_dict_pre_hook(take_saved_weights)
 
     @classmethod
     def from_pretrained(

@@ -1,12 +1,11 @@
 """The Trainer, with what it cannot express for this model: nothing computed in vain, and a loss that weighs tokens.
 
-Seven things differ from the stock Trainer. The head is computed at supervised positions only: the same loss and
+Six things differ from the stock Trainer. The head is computed at supervised positions only: the same loss and
 gradients, without the logits of a thousand image positions. The evaluation loss is the mean over tokens, where the
 stock loop averages the means of batches, which makes it depend on the batch size. Label smoothing shifts the labels,
-which the stock one does only for the classes that it knows by name. A checkpoint is read as any saved folder is. The
-accounts of the batches that were trained on are added up, and go on with a resumed run. A run on a stream resumes at
-its next sample without decoding those before it. Grouping by length reads no item, and its order depends on seed and
-epoch alone.
+which the stock one does only for the classes that it knows by name. The accounts of the batches that were trained on
+are added up, and go on with a resumed run. A run on a stream resumes at its next sample without decoding those before
+it. Grouping by length reads no item, and its order depends on seed and epoch alone.
 """
 
 import copy
@@ -19,7 +18,7 @@ from pathlib import Path
 import torch
 from accelerate.utils import gather_object
 from torch import nn
-from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainerState
+from transformers import Trainer, TrainerCallback, TrainerState
 from transformers.trainer_pt_utils import get_length_grouped_indices
 from transformers.trainer_utils import EvalLoopOutput, get_last_checkpoint
 
@@ -128,20 +127,6 @@ class VLMTrainer(Trainer):
         if self.args.process_index == 0:
             for file, _ in _account_files(checkpoint):
                 self.account.merge(Account.from_state(json.loads(file.read_text(encoding="utf-8"))))
-
-    def _load_from_checkpoint(self, resume_from_checkpoint, model=None):
-        # A saved file has the Hub's names of the weights (of a ViT, for one), which only `from_pretrained` translates;
-        # the stock method would leave such weights as they are (https://github.com/huggingface/transformers/issues/43701).
-        model = self.model if model is None else model
-        if not isinstance(model, PreTrainedModel) or self.is_fsdp_enabled:
-            return super()._load_from_checkpoint(resume_from_checkpoint, model)
-        saved = type(model).from_pretrained(resume_from_checkpoint, trust_remote_code=True)  # code that this model runs
-        model.load_state_dict(saved.state_dict())
-
-    def _load_best_model(self):
-        if not isinstance(self.model, PreTrainedModel) or self.is_fsdp_enabled or self.is_deepspeed_enabled:
-            return super()._load_best_model()
-        self._load_from_checkpoint(self.state.best_model_checkpoint)
 
     def create_model_card(self, *args, **kwargs) -> None:
         """Write the model card: the run's own where there is one, for `push_to_hub` too."""
