@@ -4,6 +4,7 @@ What a setting cannot mean on this machine, or for a composed model, is refused 
 """
 
 import difflib
+import json
 import os
 from dataclasses import dataclass, field, fields, replace
 from typing import Any
@@ -422,21 +423,27 @@ class VLMTrainingArguments(TrainingArguments):
             cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
             processes = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
             self.dataloader_num_workers = min(8, cores // processes) if accelerator else min(2, cores // processes // 2)
-        self._refuse_what_does_nothing()
+        self._refuse_what_cannot_be()
         try:
             super().__post_init__()
         except (ValueError, ImportError, RuntimeError, OSError, TypeError, NotImplementedError) as error:
             raise DuetError(f"a training option is refused by transformers: {_in_a_line(error)}") from error
         # `pixel_values` runs over images, not conversations, so batches are made whole in every process.
         if self.accelerator_config.dispatch_batches:
-            raise DuetError("dispatch_batches does not fit: a batch with several images a row cannot be cut by row.")
+            raise DuetError("accelerator_config: dispatch_batches does not fit: a batch with several images a row cannot be cut by row.")
         self.accelerator_config.dispatch_batches = False
         if self.accelerator_config.split_batches:
-            raise DuetError("split_batches does not fit: a batch with several images a row cannot be cut by row.")
+            raise DuetError("accelerator_config: split_batches does not fit: a batch with several images a row cannot be cut by row.")
         self._refuse_missing_packages()
 
-    def _refuse_what_does_nothing(self):
+    def _refuse_what_cannot_be(self):
         defaults = {f.name: f.default for f in fields(TrainingArguments)}
+        for name, value in ((name, getattr(self, name)) for name in defaults):
+            if isinstance(value, str) and value.startswith("{"):
+                try:
+                    json.loads(value)
+                except ValueError as error:
+                    raise DuetError(f"{name}={value!r} is no JSON: {error}.") from error
         for name, why in _WITHOUT_EFFECT.items():
             if name in defaults and getattr(self, name) not in (defaults[name], None, [], False):
                 raise DuetError(f"{name} would do nothing: {why}; leave it out.")
