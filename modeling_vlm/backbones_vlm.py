@@ -285,17 +285,6 @@ def scale_logits(logits: torch.Tensor, config: PreTrainedConfig) -> torch.Tensor
     return logits
 
 
-def balance_loss(
-    router_logits: tuple[torch.Tensor, ...], config: PreTrainedConfig, attention_mask: torch.Tensor | None
-) -> torch.Tensor:
-    """What a mixture of experts adds so that all of its experts are used (https://arxiv.org/abs/2101.03961, eq. 4)."""
-    from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_func  # which the other families copy
-
-    experts = getattr(config, "num_experts", None) or config.num_local_experts
-    mask = attention_mask if attention_mask is not None and attention_mask.ndim == 2 else None
-    return load_balancing_loss_func(router_logits, experts, config.num_experts_per_tok, mask)
-
-
 @torch.no_grad()
 def check_decoder(causal_lm: PreTrainedModel):
     """

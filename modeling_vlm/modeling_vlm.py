@@ -31,7 +31,6 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 from .backbones_vlm import (
     CACHE,
     BackboneKwargs,
-    balance_loss,
     learned_positions,
     leave_out_image_parts,
     scale_logits,
@@ -40,6 +39,7 @@ from .compose_vlm import check_room, compose, count_visual_tokens, fit_vision_to
 from .configuration_vlm import VLMConfig
 from .generation_vlm import VLMGenerationMixin, in_one_row, views_of
 from .loading_vlm import take_saved_weights
+from .loss_vlm import balance_loss, mean_loss, targets_of, zero_of
 from .model_error_vlm import DuetError
 from .own_projector_vlm import trusting
 from .projector_vlm import Resampler, build_projector, select_features
@@ -494,13 +494,12 @@ class VLMForConditionalGeneration(VLMPreTrainedModel, VLMGenerationMixin):
         """See `VLMModel.get_image_features`."""
         return self.model.get_image_features(pixel_values, image_grids, **kwargs)
 
-    def _zero_of_image_parts(self) -> torch.Tensor | float:
-        """A 0 that all parameters which only an image reaches have a gradient of: every process waits for theirs."""
+    def _image_parameters(self) -> list[nn.Parameter]:
+        """All that only an image reaches."""
         modules = (self.model.vision_tower, self.model.multi_modal_projector)
         parameters = [parameter for module in modules for parameter in module.parameters()]
-        if self.model.image_newline is not None:
-            parameters.append(self.model.image_newline)
-        return 0.0 * sum(parameter.sum() for parameter in parameters if parameter.requires_grad)
+        newline = self.model.image_newline
+        return parameters if newline is None else [*parameters, newline]
 
     @can_return_tuple
     def forward(
@@ -512,6 +511,7 @@ class VLMForConditionalGeneration(VLMPreTrainedModel, VLMGenerationMixin):
         inputs_embeds: torch.Tensor | None = None,
         labels: torch.LongTensor | None = None,
         loss_weights: torch.Tensor | None = None,
+        smoothing: float = 0.0,
         use_cache: bool | None = None,
         logits_to_keep: int | torch.Tensor = 0,
         num_items_in_batch: torch.Tensor | int | None = None,
@@ -522,23 +522,24 @@ class VLMForConditionalGeneration(VLMPreTrainedModel, VLMGenerationMixin):
         """
         Args (those of `VLMModel.forward`, and):
             labels (`torch.LongTensor` of shape `(batch, tokens)`):
-                The token at each position, or -100 where nothing is learned; the model shifts them. The loss is
+                The token at each position, or -100 where nothing is learned. The loss is
                 `-sum_i 1[y_i supervised] log F(y_i | y_<i, Z)` over their number.
+            shift_labels (`torch.LongTensor` of shape `(batch, tokens)`, one of the `kwargs`):
+                The token that each position predicts, or -100; as the collator gives them, or what one shard of a long
+                sequence learns. Where they are given, `labels` are not read; labels alone are shifted.
             loss_weights (`torch.Tensor` of shape `(batch, tokens)`):
-                What each label's term of that sum is multiplied by, 1 if not given. The number stays that of labels.
+                What each term of that sum is multiplied by, 1 if not given; beside `shift_labels` where those are
+                given, else beside `labels`. The number stays that of supervised tokens.
+            smoothing (`float`): label smoothing, the share of each target that is spread over the vocabulary.
             logits_to_keep (`int` or `torch.Tensor`):
                 Positions that the head is computed for: 0 all, `n` the last n, a 1-D tensor of positions, or a bool
                 mask `(batch, tokens)` (then logits are `(kept, vocab)`). The loss is that of the kept positions.
             num_items_in_batch (`torch.Tensor` or `int`):
                 Supervised tokens of the whole optimiser step, by which `Trainer` has the sum divided.
-            shift_labels (`torch.LongTensor` of shape `(batch, tokens)`, one of the `kwargs`):
-                The token after each position, in place of `labels`: what one shard of a long sequence learns from.
         """
         # Not in the signature, where `Trainer` would take it for a label that every batch has.
-        shift_labels = kwargs.pop("shift_labels", None)
-        if shift_labels is None and labels is not None:
-            shift_labels = nn.functional.pad(labels, (0, 1), value=-100)[..., 1:]
-        if use_cache is None and (self.training or shift_labels is not None):
+        targets, weights = targets_of(labels, loss_weights, kwargs.pop("shift_labels", None))
+        if use_cache is None and (self.training or targets is not None):
             use_cache = False  # a cache has no reader in training, and would switch off packed attention masks
         text_config = self.config.text_config
         if getattr(text_config, "output_router_logits", False):  # a headless model does not look for this itself
@@ -558,34 +559,17 @@ class VLMForConditionalGeneration(VLMPreTrainedModel, VLMGenerationMixin):
         logits = self.lm_head(_keep_positions(outputs.last_hidden_state, logits_to_keep))
         logits = scale_logits(logits, self.config.text_config)
 
-        loss = None
-        if shift_labels is not None:
-            targets = _keep_positions(shift_labels.unsqueeze(-1), logits_to_keep).squeeze(-1)
-            supervised = (targets != -100).sum()
-            if num_items_in_batch is None:
-                num_items_in_batch = supervised
-            # A batch without a supervised token has loss 0 with a graph, not 0/0.
-            num_items_in_batch = torch.as_tensor(num_items_in_batch, device=logits.device).clamp(min=1)
-            if loss_weights is None:
-                loss = self.loss_function(
-                    logits,
-                    labels=None,
-                    vocab_size=logits.shape[-1],
-                    shift_labels=targets.contiguous(),
-                    num_items_in_batch=num_items_in_batch,
-                )
-            else:
-                weights = nn.functional.pad(loss_weights, (0, 1))[..., 1:]
-                weights = _keep_positions(weights.unsqueeze(-1), logits_to_keep).flatten()
-                losses = nn.functional.cross_entropy(logits.float().flatten(0, -2), targets.flatten(), reduction="none")
-                loss = (losses * weights).sum() / num_items_in_batch
-            if self.training and outputs.image_hidden_states is None:
-                loss = loss + self._zero_of_image_parts()
-        aux_loss = None
+        aux_loss, loss = None, None
         if outputs.router_logits:
             aux_loss = balance_loss(outputs.router_logits, text_config, attention_mask)
-            if loss is not None:  # by this batch's share of the optimiser step, as the tokens are
-                loss = loss + text_config.router_aux_loss_coef * aux_loss * supervised / num_items_in_batch
+        if targets is not None:
+            targets = _keep_positions(targets.unsqueeze(-1), logits_to_keep).squeeze(-1)
+            if weights is not None:
+                weights = _keep_positions(weights.unsqueeze(-1), logits_to_keep).squeeze(-1)
+            balance = None if aux_loss is None else text_config.router_aux_loss_coef * aux_loss
+            loss = mean_loss(logits, targets, weights, num_items_in_batch, smoothing, balance)
+            if self.training and outputs.image_hidden_states is None:
+                loss = loss + zero_of(self._image_parameters())
         return VLMCausalLMOutputWithPast(
             loss=loss,
             logits=logits,

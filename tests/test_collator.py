@@ -71,7 +71,7 @@ def ragged(image):
 
 def test_each_row_is_its_conversation_and_then_padding(processor, ragged):
     batch = VLMDataCollator(processor)(ragged)
-    assert set(batch) == {"input_ids", "attention_mask", "labels", "pixel_values"}
+    assert set(batch) == {"input_ids", "attention_mask", "labels", "shift_labels", "pixel_values"}
     lengths = []
     for row, item in enumerate(ragged):
         ids, supervised = processor.expand_images(*processor.encode_messages(item["messages"]))
@@ -123,7 +123,7 @@ def test_pixels_come_in_the_order_of_the_image_tokens(processor, ragged, image):
 
 def test_a_batch_of_texts_has_no_pixels(processor):
     batch = VLMDataCollator(processor)([conversation("hi", "hello"), conversation("a <image>", "b")])
-    assert set(batch) == {"input_ids", "attention_mask", "labels"}
+    assert set(batch) == {"input_ids", "attention_mask", "labels", "shift_labels"}
 
 
 def test_the_length_can_be_rounded_up(processor, ragged):

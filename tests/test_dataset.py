@@ -329,7 +329,7 @@ def test_a_message_has_a_weight(processor):
     assert "the second answer" not in learned(processor, encoding)
     batch = VLMDataCollator(processor)([{**conversation, "images": [Image.new("RGB", (8, 8))]}])
     assert batch["loss_weights"].shape == batch["labels"].shape
-    assert ((batch["loss_weights"] > 0) == (batch["labels"] >= 0)).all()
+    assert ((batch["loss_weights"] > 0) == (batch["shift_labels"] >= 0)).all()
     assert "loss_weights" not in VLMDataCollator(processor)([{**long_dialogue(), "images": [Image.new("RGB", (8, 8))]}])
 
 

@@ -11,11 +11,11 @@ import torch
 from torch.nn.functional import log_softmax
 
 from modeling_vlm.backbones_vlm import CACHE
-from processing import VLMDataCollator
-from processing.batching.encoding import encode_caption
-from tests import tiny
+from processing import VLMDataCollator, VLMProcessor
+from processing.batching.encoding import IGNORE, encode_caption
+from tests import matrix, tiny
 from training_vlm.arguments import VLMTrainingArguments
-from training_vlm.learning.trainer import VLMTrainer, supervised_positions
+from training_vlm.learning.trainer import VLMTrainer
 from training_vlm.learning.tuning import apply_tuning
 
 
@@ -100,9 +100,9 @@ def test_a_message_weighs_what_it_says(composed, image):
             total, count = total + weight * loss.item(), count + terms
     batch = VLMDataCollator(processor)(items)
     batch["pixel_values"] = batch["pixel_values"].double()
-    for keep in ({}, {"logits_to_keep": supervised_positions(batch["labels"])}):
+    for keep in ({}, {"logits_to_keep": batch["shift_labels"] != IGNORE}):
         assert abs(model(**batch, **keep).loss.item() - total / count) <= 1e-6 * total / count
-    batch["loss_weights"] = (batch["labels"] != -100).double()
+    batch["loss_weights"] = (batch["shift_labels"] != IGNORE).double()
     weighted = model(**batch).loss.item()
     del batch["loss_weights"]
     assert abs(model(**batch).loss.item() - weighted) <= 1e-6 * weighted
@@ -125,8 +125,8 @@ def test_a_batch_without_images_gives_every_learning_parameter_a_gradient(compos
 def test_a_batch_with_nothing_supervised_has_loss_zero_with_a_graph(composed, image):
     model, processor = composed
     batch = tiny.collate(processor, tiny.ragged_dialogues(image)[:2])
-    batch["labels"].fill_(-100)
-    for keep in ({}, {"logits_to_keep": supervised_positions(batch["labels"])}):
+    batch["labels"].fill_(IGNORE), batch["shift_labels"].fill_(IGNORE)
+    for keep in ({}, {"logits_to_keep": batch["shift_labels"] != IGNORE}):
         model.zero_grad()
         loss = model(**batch, **keep).loss
         assert loss.item() == 0.0
@@ -139,7 +139,7 @@ def test_leaving_out_logits_changes_neither_loss_nor_gradients(composed, image):
     model, processor = composed
     batch = tiny.collate(processor, tiny.ragged_dialogues(image))
     results = []
-    for keep in ({}, {"logits_to_keep": supervised_positions(batch["labels"])}):
+    for keep in ({}, {"logits_to_keep": batch["shift_labels"] != IGNORE}):
         model.zero_grad()
         outputs = model(**batch, **keep)
         outputs.loss.backward()
@@ -188,9 +188,8 @@ def test_targets_may_be_shifted_beforehand(composed, image):
     """Two shards of a sequence learn what the whole learns: the last token of the first shard has its target."""
     model, processor = composed
     batch = tiny.collate(processor, tiny.ragged_dialogues(image))
-    expected = model(**batch)
-    labels = batch.pop("labels")
-    shifted = torch.nn.functional.pad(labels[:, 1:], (0, 1), value=-100)
+    labels, shifted = batch.pop("labels"), batch.pop("shift_labels")
+    expected = model(**batch, labels=labels)
     found = model(**batch, shift_labels=shifted)
     assert torch.equal(found.loss, expected.loss) and found.get(CACHE) is None
     assert torch.equal(model(**batch, labels=torch.zeros_like(labels), shift_labels=shifted).loss, expected.loss)
@@ -199,6 +198,21 @@ def test_targets_may_be_shifted_beforehand(composed, image):
     shards[0][:, half:], shards[1][:, :half] = -100, -100
     parts = [model(**batch, shift_labels=shard, num_items_in_batch=count).loss for shard in shards]
     torch.testing.assert_close(sum(parts), expected.loss)
+
+
+def test_what_the_collator_shifts_costs_what_labels_alone_cost(composed, image):
+    """Weights lie beside the targets that they belong to: those of the batch where they are predicted."""
+    model, processor = composed
+    items = tiny.ragged_dialogues(image)
+    items[0]["messages"][1]["weight"], items[2]["messages"][3]["weight"] = 0.5, 3.0
+    batch = VLMDataCollator(processor, pad_to_multiple_of=8)(items)
+    labels, targets, weights = batch.pop("labels"), batch.pop("shift_labels"), batch.pop("loss_weights")
+    assert torch.equal(targets[:, :-1], labels[:, 1:]) and (targets[:, -1] == IGNORE).all()
+    assert torch.equal(weights > 0, targets != IGNORE) and {0.0, 0.5, 1.0, 3.0} == set(weights.unique().tolist())
+    given = model(**batch, labels=labels, shift_labels=targets, loss_weights=weights).loss
+    at_tokens = torch.nn.functional.pad(weights, (1, 0))[:, :-1]
+    assert torch.equal(model(**batch, labels=labels, loss_weights=at_tokens).loss, given)
+    assert not torch.equal(model(**batch, shift_labels=targets).loss, given)
 
 
 @pytest.mark.parametrize("size, steps", [(4, 2), (2, 4), (1, 8)])
@@ -251,22 +265,52 @@ def test_the_evaluation_loss_is_the_same_where_logits_are_read(composed, image, 
     assert metrics["eval_positions"] == max(tiny.collate(processor, [i])["input_ids"].shape[1] for i in items)
 
 
-def test_label_smoothing_works(composed, image, tmp_path):
-    """The Trainer's own smoothing, which reads logits at every position."""
+@pytest.mark.parametrize("weight", [1.0, 0.25])
+def test_label_smoothing_works_with_weights_too(composed, image, tmp_path, weight):
+    """A tenth of each target is spread over the vocabulary, whatever the target weighs."""
     model, processor = composed
     items = tiny.ragged_dialogues(image)[:4]
-    batch = tiny.collate(processor, items)
+    items[1]["messages"][1]["weight"] = weight
+    batch = VLMDataCollator(processor)(items)
     with torch.no_grad():
-        logs = log_softmax(model(**batch).logits, -1)[:, :-1]
-    targets = batch["labels"][:, 1:]
-    kept = targets != -100
-    plain = -logs.gather(-1, targets.clamp(min=0)[..., None])[..., 0][kept].mean()
-    smooth = -logs.mean(-1)[kept].mean()
+        logs = log_softmax(model(**batch).logits, -1)
+    targets, kept = batch["shift_labels"], batch["shift_labels"] != IGNORE
+    plain = -logs.gather(-1, targets.clamp(min=0)[..., None])[..., 0]
+    costs = (0.9 * plain + 0.1 * -logs.mean(-1)) * batch.get("loss_weights", 1.0)
     apply_tuning(model, "frozen", "frozen")
     trainer = trainer_of(model, processor, items, tmp_path, per_device_train_batch_size=4, label_smoothing_factor=0.1)
     trainer.train()
-    expected = (0.9 * plain + 0.1 * smooth).item()
-    assert trainer.state.log_history[0]["loss"] == pytest.approx(expected, rel=1e-4)
+    assert trainer.state.log_history[0]["loss"] == pytest.approx(costs[kept].mean().item(), rel=1e-5)
+
+
+def test_smoothing_leaves_a_mixture_of_experts_its_balance_loss(folders, image, tmp_path):
+    losses = {}
+    for smoothing in (0.0, 1e-9):
+        config = matrix.config_of(*matrix.LANGUAGE_MODELS["Mixtral"])
+        config.output_router_logits, config.router_aux_loss_coef = True, 0.5
+        tokenizer = tiny.byte_level_tokenizer(375)
+        model = matrix.compose("ViT", config, None, tokenizer=tokenizer)
+        processor = VLMProcessor.from_backbones(matrix.encoder_of("ViT"), config, model.config, tokenizer=tokenizer)
+        apply_tuning(model, "frozen", "frozen")
+        items = tiny.ragged_dialogues(image)[:4]
+        trainer = trainer_of(
+            model, processor, items, tmp_path, per_device_train_batch_size=4, label_smoothing_factor=smoothing
+        )
+        trainer.train()
+        losses[smoothing] = trainer.state.log_history[0]["loss"]
+        with torch.no_grad():
+            plain = model.train()(**VLMDataCollator(processor)(items))
+    assert losses[1e-9] == pytest.approx(losses[0.0], rel=1e-6)
+    assert 0.5 * plain.aux_loss > 0.5  # what would be lost
+
+
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+def test_a_step_without_images_gives_every_learning_parameter_a_gradient(composed, image, tmp_path, smoothing):
+    model, processor = composed
+    apply_tuning(model, "last:1", "frozen")
+    trainer = trainer_of(model, processor, [], tmp_path, label_smoothing_factor=smoothing)
+    trainer.compute_loss(model.train(), tiny.collate(processor, [tiny.ragged_dialogues(image)[3]])).backward()
+    assert all((p.grad == 0).all() for p in model.parameters() if p.requires_grad)
 
 
 # -- over two processes -----------------------------------------------------------------------------------------------

@@ -23,7 +23,7 @@ from training_vlm.learning.tuning import apply_tuning
 
 ROOT = Path(__file__).parents[1]
 SHIPPED = [
-    "backbones_vlm.py", "compose_vlm.py", "configuration_vlm.py", "generation_vlm.py", "loading_vlm.py",
+    "backbones_vlm.py", "compose_vlm.py", "configuration_vlm.py", "generation_vlm.py", "loading_vlm.py", "loss_vlm.py",
     "model_error_vlm.py", "modeling_vlm.py", "own_projector_vlm.py", "projector_vlm.py", "vision_vlm.py",
     "data_error_vlm.py", "images_vlm.py", "messages_vlm.py", "processing_vlm.py",
 ]  # fmt: skip

@@ -429,17 +429,27 @@ def test_a_batch_of_nothing_to_learn_does_no_harm(folders, image, tmp_path):
     assert trainer.evaluate()["eval_loss"] == 0.0
 
 
-def test_the_evaluation_loss_knows_weights_and_label_smoothing_refuses_them(pair, folders, image, tmp_path):
+def test_the_evaluation_loss_knows_weights_and_no_smoothing(pair, folders, image, tmp_path):
     items = tiny.ragged_dialogues(image)
     items[0]["messages"][1]["weight"] = 0.5
+    found = [
+        trainer_of(pair, folders, items, tmp_path, label_smoothing_factor=smoothing).evaluate()["eval_loss"]
+        for smoothing in (0.0, 0.1)
+    ]
     trainer = trainer_of(pair, folders, items, tmp_path)
-    found = trainer.evaluate()["eval_loss"]
     batch = trainer.data_collator(items)
     with torch.no_grad():
         expected = trainer.model.eval()(**batch).loss.item()
         del batch["loss_weights"]
         assert abs(trainer.model(**batch).loss.item() - expected) > 1e-4
-    assert abs(found - expected) <= 1e-5 * expected
-    smoothing = trainer_of(pair, folders, items, tmp_path, label_smoothing_factor=0.1)
-    with pytest.raises(ValueError, match="label_smoothing_factor"):
-        smoothing.train()
+    assert found[0] == found[1] and abs(found[0] - expected) <= 1e-5 * expected
+
+
+def test_weights_are_refused_where_another_loss_cannot_know_them(folders, image, tmp_path):
+    items = tiny.ragged_dialogues(image)
+    trainer = trainer_of("vit-gpt2", folders, items, tmp_path)
+    trainer.compute_loss_func = lambda outputs, labels, num_items_in_batch=None: outputs["logits"].float().mean()
+    trainer.train()
+    items[0]["messages"][1]["weight"] = 0.5
+    with pytest.raises(ValueError, match="weights of messages cannot be combined with another loss"):
+        trainer.train()

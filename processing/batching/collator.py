@@ -1,7 +1,8 @@
 """Encoded conversations become one batch: images decoded, sequences padded, labels beside their tokens.
 
-A label sits at its token's own position in the expanded sequence, behind everything that the images take up; the model
-shifts. What is padding is known from lengths, so a pad token that is also the end token is still learned as the end.
+A label sits at its token's own position in the expanded sequence, behind everything that the images take up. Who
+predicts whom is said here and nowhere else: `shift_labels` hold the token after each position, which the model costs.
+What is padding is known from lengths, so a pad token that is also the end token is still learned as the end.
 """
 
 from typing import Any
@@ -34,7 +35,8 @@ class VLMDataCollator:
 
     Returns (from a call with a list of conversations, encoded or not):
         `input_ids`, `attention_mask`, `labels`, each `(batch, tokens)`, padded on the right with labels -100;
-        `loss_weights` of the same shape where a message has a weight; and `pixel_values`
+        `shift_labels` of the same shape, what each position predicts, and `loss_weights`, what that prediction weighs,
+        where a message has a weight; and `pixel_values`
         `(views, channels, height, width)` where the batch has images, with `image_grids` `(images, 2)` where they may
         be tiled. Conversations that cannot be learned from are left out and counted in `dropped`, in worker processes
         too; a batch of nothing else is one pad token with label -100, of which the loss is 0.
@@ -86,8 +88,9 @@ class VLMDataCollator:
             else:
                 items.append(item)
         batch = self._padded(items)
+        batch["shift_labels"] = _of_next(batch["labels"], IGNORE)
         if any(item.get("weights") for item in items):
-            batch["loss_weights"] = self._weights(items, batch["labels"])
+            batch["loss_weights"] = _of_next(self._weights(items, batch["labels"]), 0)
         views = [view for item in items for view in item["views"]]
         for name in views[0] if views else ():
             batch[name] = torch.cat([view[name] for view in views])
@@ -172,3 +175,8 @@ class VLMDataCollator:
         number = self._made if worker is None else self._made * worker.num_workers + worker.id
         self._made += 1
         return number < self.skip_batches
+
+
+def _of_next(values: torch.Tensor, last: int) -> torch.Tensor:
+    """At each position of `(batch, tokens)` the value of the next, which it predicts; none follows the last."""
+    return torch.cat([values[:, 1:], torch.full_like(values[:, :1], last)], dim=1)

@@ -210,7 +210,9 @@ def read_samples(
     collator = VLMDataCollator(encoder, pad_to_multiple_of=pad_to_multiple_of, account=True)
     batch = collator(items)
     encodings = zip(*(batch[name].tolist() for name in ("input_ids", "labels", "attention_mask")))
-    weights = iter(batch["loss_weights"].tolist() if "loss_weights" in batch else itertools.repeat(None))
+    weights = itertools.repeat(None)
+    if "loss_weights" in batch:  # they lie where a token is predicted, and are shown at the token
+        weights = iter(batch["loss_weights"].roll(1, dims=1).tolist())
     pictures = iter(batch.get("pixel_values", ()))
     grids = iter(batch["image_grids"].tolist() if "image_grids" in batch else itertools.repeat((1, 1)))
     samples = []

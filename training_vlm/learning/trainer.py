@@ -2,14 +2,13 @@
 
 Six things differ from the stock Trainer. The head is computed at supervised positions only: the same loss and
 gradients, without the logits of a thousand image positions. The evaluation loss is the mean over tokens, where the
-stock loop averages the means of batches, which makes it depend on the batch size. Label smoothing shifts the labels,
-which the stock one does only for the classes that it knows by name. The accounts of the batches that were trained on
-are added up, and go on with a resumed run. A run on a stream resumes at its next sample without decoding those before
-it. Grouping by length reads no item, and its order depends on seed and epoch alone.
+stock loop averages the means of batches, which makes it depend on the batch size. Label smoothing is the model's, with
+all that its loss has. The accounts of the batches that were trained on are added up, and go on with a resumed run. A
+run on a stream resumes at its next sample without decoding those before it. Grouping by length reads no item, and its
+order depends on seed and epoch alone.
 """
 
 import copy
-import functools
 import json
 import random
 from collections.abc import Iterator
@@ -17,11 +16,11 @@ from pathlib import Path
 
 import torch
 from accelerate.utils import gather_object
-from torch import nn
 from transformers import Trainer, TrainerCallback, TrainerState
 from transformers.trainer_pt_utils import get_length_grouped_indices
 from transformers.trainer_utils import EvalLoopOutput, get_last_checkpoint
 
+from modeling_vlm.loss_vlm import IGNORE, targets_of, token_costs
 from processing.batching.account import Account
 from processing.data_error_vlm import DuetError
 
@@ -36,8 +35,8 @@ class VLMTrainer(Trainer):
         self._only_loss = False
         self._evaluated = None
         self._skip_batches = 0  # of a resumed stream
-        if self.label_smoother is not None and self.compute_loss_func is None:
-            self.compute_loss_func = functools.partial(smoothed_loss, epsilon=self.label_smoother.epsilon)
+        # The model's loss smooths: the stock way knows neither who predicts whom, nor weights, nor a balance loss.
+        self.label_smoother = None
         self.add_callback(_EpochOfData())
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
@@ -45,14 +44,20 @@ class VLMTrainer(Trainer):
         account = inputs.pop("account", None)
         if account is not None and model.training:
             self.account.add_batch(account)
-        labels, loss_weights = inputs.get("labels"), inputs.get("loss_weights")
-        if loss_weights is not None and self.compute_loss_func is not None:
-            raise DuetError("weights of messages cannot be combined with label_smoothing_factor or another loss.")
-        if labels is not None and self.compute_loss_func is None and (model.training or self._only_loss):
-            inputs = {**inputs, "logits_to_keep": supervised_positions(labels)}
+        targets, weights = targets_of(*map(inputs.get, ("labels", "loss_weights", "shift_labels")))
+        if targets is not None and self.compute_loss_func is not None:
+            if weights is not None:
+                raise DuetError("weights of messages cannot be combined with another loss.")
+            inputs = {name: value for name, value in inputs.items() if name != "shift_labels"}
+        elif targets is not None:
+            inputs = dict(inputs)
+            if model.training or self._only_loss:
+                inputs["logits_to_keep"] = targets != IGNORE
+            if model.training:
+                inputs["smoothing"] = self.args.label_smoothing_factor
         loss, outputs = super().compute_loss(model, inputs, True, num_items_in_batch)
-        if labels is not None and not model.training and self._evaluated is not None:
-            self._add_evaluated(labels, outputs["logits"], loss_weights)
+        if targets is not None and not model.training and self._evaluated is not None:
+            self._add_evaluated(targets, weights, outputs["logits"])
         return (loss, outputs) if return_outputs else loss
 
     def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
@@ -144,40 +149,16 @@ class VLMTrainer(Trainer):
         seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
         return LengthGroupedOrder(dataset, batch, seed)
 
-    def _add_evaluated(self, labels, logits, loss_weights):
-        keep = supervised_positions(labels)
+    def _add_evaluated(self, targets, weights, logits):
+        keep = targets != IGNORE
         if logits.ndim == 3:
             logits = logits[keep]
-        targets = nn.functional.pad(labels, (0, 1), value=-100)[:, 1:]
-        losses = nn.functional.cross_entropy(logits.float(), targets[keep], reduction="none")
-        if loss_weights is not None:
-            losses = losses * nn.functional.pad(loss_weights, (0, 1))[:, 1:][keep]
+        costs = token_costs(logits, targets[keep], None if weights is None else weights[keep])
         # A sum and a count for each row, so that rows repeated to fill the last batch are not counted twice.
-        sums = torch.zeros(len(labels), 2, device=logits.device)
-        sums[:, 0].index_add_(0, keep.nonzero()[:, 0], losses)
+        sums = torch.zeros(len(targets), 2, device=logits.device)
+        sums[:, 0].index_add_(0, keep.nonzero()[:, 0], costs)
         sums[:, 1] = keep.sum(1)
         self._evaluated += self.accelerator.gather_for_metrics(sums).cpu().double().sum(0)
-
-
-def supervised_positions(labels: torch.Tensor) -> torch.Tensor:
-    """The positions of `(batch, tokens)` that predict a supervised token, as a bool mask for `logits_to_keep`."""
-    return nn.functional.pad(labels, (0, 1), value=-100)[:, 1:] != -100
-
-
-def smoothed_loss(
-    outputs: dict[str, torch.Tensor],
-    labels: torch.Tensor,
-    num_items_in_batch: torch.Tensor | None = None,
-    *,
-    epsilon: float,
-) -> torch.Tensor:
-    """The token-weighted loss with label smoothing (https://arxiv.org/abs/1512.00567), as a `compute_loss_func`."""
-    targets = nn.functional.pad(labels, (0, 1), value=-100)[:, 1:]
-    total = nn.functional.cross_entropy(
-        outputs["logits"].float().flatten(0, 1), targets.flatten(), reduction="sum", label_smoothing=epsilon
-    )
-    count = (targets != -100).sum() if num_items_in_batch is None else num_items_in_batch
-    return total / torch.as_tensor(count, device=total.device).clamp(min=1)
 
 
 class LengthGroupedOrder(torch.utils.data.Sampler):
