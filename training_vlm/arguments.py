@@ -429,11 +429,10 @@ class VLMTrainingArguments(TrainingArguments):
         except (ValueError, ImportError, RuntimeError, OSError, TypeError, NotImplementedError) as error:
             raise DuetError(f"a training option is refused by transformers: {_in_a_line(error)}") from error
         # `pixel_values` runs over images, not conversations, so batches are made whole in every process.
-        if self.accelerator_config.dispatch_batches:
-            raise DuetError("accelerator_config: dispatch_batches does not fit: a batch with several images a row cannot be cut by row.")
+        for name in ("dispatch_batches", "split_batches"):
+            if getattr(self.accelerator_config, name):
+                raise DuetError(f"accelerator_config has {name}: a batch with several images a row is not cut by row.")
         self.accelerator_config.dispatch_batches = False
-        if self.accelerator_config.split_batches:
-            raise DuetError("accelerator_config: split_batches does not fit: a batch with several images a row cannot be cut by row.")
         self._refuse_missing_packages()
 
     def _refuse_what_cannot_be(self):
