@@ -15,7 +15,10 @@ from processing.batching.account import Record
 from processing.batching.encoding import IGNORE
 from tests import tiny
 from training_vlm.data import encode_data, load_data
-from training_vlm.inspect_data.__main__ import KINDS, Piece, Sample, _pieces, main, write_page, write_terminal
+from training_vlm.inspect_data.__main__ import main
+from training_vlm.inspect_data.page import write_page
+from training_vlm.inspect_data.samples import KINDS, Piece, Sample, pieces_of
+from training_vlm.inspect_data.terminal import write_terminal
 from training_vlm.settings import parse_arguments
 from training_vlm.stages import SFT
 
@@ -145,7 +148,7 @@ def test_the_terminal_marks_exactly_what_is_learned(inspected, data, backbones):
 def test_colours_say_in_the_terminal_what_marks_say_in_a_file():
     processor = tiny.processor_of("byte-level", "default")
     ids = [processor.image_token_id] * 3 + processor.tokenizer("a cat\nsits")["input_ids"]
-    pieces = list(_pieces(processor, [3], ids, [IGNORE] * 4 + ids[4:], [1] * len(ids), None))
+    pieces = list(pieces_of(processor, [3], ids, [IGNORE] * 4 + ids[4:], [1] * len(ids), None))
     plain, coloured = (write_terminal([Sample(Record("tiny", 0), [], pieces)], coloured) for coloured in (False, True))
     shown = coloured[coloured.index("\x1b", coloured.index("---")) :].rstrip()
     assert all(line.startswith("\x1b[38") and line.endswith("\x1b[0m") for line in shown.splitlines())
@@ -158,7 +161,7 @@ def test_the_pieces_of_a_text_are_the_text(kind):
     processor = tiny.processor_of(kind, "default")
     text = f"what is in the picture? {UNICODE}"
     ids = processor.tokenizer(text, add_special_tokens=False)["input_ids"]
-    pieces = list(_pieces(processor, [1], ids, ids, [1] * len(ids), None))
+    pieces = list(pieces_of(processor, [1], ids, ids, [1] * len(ids), None))
     assert "".join(piece.text for piece in pieces) == processor.tokenizer.decode(ids)
     assert [id for piece in pieces for id in piece.ids] == ids
     assert not any("\ufffd" in piece.text for piece in pieces)

@@ -1,0 +1,74 @@
+"""The processor of the model that would train, without its weights."""
+
+from pathlib import Path
+
+from transformers import ViTConfig
+
+from modeling_vlm import VLMConfig, VLMForConditionalGeneration
+from modeling_vlm.compose_vlm import composed_config, shape_of
+from modeling_vlm.own_projector_vlm import trusting
+from processing import VLMProcessor
+from processing.data_error_vlm import DuetError
+
+from ..arguments import DataArguments, ModelArguments, backbone_of
+from ..data import Data
+from ..load import check_composed, check_fit, choose_max_length, tokenizer_from_scratch
+from ..stages import Stage
+
+
+def load_processor(
+    stage: Stage, model_args: ModelArguments, data_args: DataArguments, data: Data
+) -> tuple[VLMProcessor, int]:
+    """
+    The processor of the model that would train, and how many positions a sequence of it may have.
+
+    The model itself is laid out without memory, on the meta device, which tells how many tokens an image takes. Without
+    a vision encoder an image is one token.
+
+    Raises:
+        ValueError, OSError: no model is named, or what is named cannot be loaded.
+    """
+    if model_args.model is not None:
+        check_composed(model_args)
+        name, revision = model_args.model, model_args.model_revision
+        with trusting(Path(name).is_dir() or model_args.trust_remote_code, revision=revision):
+            model = shape_of(VLMForConditionalGeneration, VLMConfig.from_pretrained(name, revision=revision))
+        processor = VLMProcessor.from_pretrained(name, revision=revision)
+        if model_args.chat_template is not None:
+            processor.set_chat_template(model_args.chat_template)
+        check_fit(model, processor)
+    elif model_args.text_model is not None:
+        model, processor = _compose(stage, model_args, data_args, data)
+    else:
+        raise DuetError(
+            "no model is named; add --model FOLDER (a composed model), or --text_model NAME, and --vision_model NAME "
+            "where images are to be shown as the model sees them."
+        )
+    return processor, choose_max_length(model, data_args.max_length)
+
+
+def _compose(stage, model_args, data_args, data):
+    text = backbone_of("text_model", model_args.text_model)
+    if model_args.vision_model is None:
+        vision, settings = ViTConfig(), {"num_prefix_tokens": 0, "image_seq_length": 1, "vision_modules_left_out": []}
+    else:
+        vision, settings = model_args.vision_models(), model_args.composition()
+    tokenizer = model_args.tokenizer
+    if tokenizer is None and not isinstance(text, str):
+        tokenizer = tokenizer_from_scratch(stage, data_args, data, text)
+    shared = {
+        "tokenizer": tokenizer,
+        "image_token": model_args.image_token,
+        "vision_kwargs": model_args.backbone_kwargs("vision"),
+        "text_kwargs": model_args.backbone_kwargs("text"),
+    }
+    model = shape_of(VLMForConditionalGeneration, composed_config(vision, text, **shared, **settings))
+    processor = VLMProcessor.from_backbones(
+        vision,
+        text,
+        model.config,
+        chat_template=model_args.chat_template,
+        image_mode=model_args.image_mode,
+        **shared,
+    )
+    return model, processor
