@@ -244,16 +244,23 @@ def test_the_loss_is_that_of_the_labels_alone(composed, image):
 # -- mistakes ---------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("parts, images", [(2, 1), (0, 1), (1, 0)])
-def test_images_that_do_not_match_their_parts_give_one_line(processor, image, parts, images):
+@pytest.mark.parametrize("parts, images", [(2, 1), (1, 0)])
+def test_images_that_do_not_match_their_parts_are_a_bad_row_and_in_what_is_encoded_an_error(
+    processor, image, parts, images
+):
     sample = conversation(["image"] * parts + ["what?"], "a", images=[image()] * images)
-    line = f"a conversation with {parts} image parts and {images} images was found; expected one image for each part"
+    collator = VLMDataCollator(processor)
+    assert len(collator([sample, conversation("hi", "hello")])["input_ids"]) == 1
+    assert collator.dropped == {"malformed row": 1}
+    line = f"the batch, row 1: found {parts} image part.s. in the messages but {images} image.s. in the row; expected"
     with pytest.raises(ValueError, match=line) as caught:
-        VLMDataCollator(processor)([sample])
+        VLMDataCollator(processor, on_bad_sample="error")([conversation("hi", "hello"), sample])
     one_line(caught)
     encoded = {**encode_dialogue(processor, sample), "images": sample["images"]}
-    with pytest.raises(ValueError, match=line):
+    line = f"a conversation with {parts} image parts and {images} images was found; expected one image for each part"
+    with pytest.raises(ValueError, match=f"the batch, row 0: {line}") as caught:
         VLMDataCollator(processor)([encoded])
+    one_line(caught)
 
 
 def test_an_image_that_cannot_be_read_is_counted_or_gives_one_line_that_names_it(processor, tmp_path):

@@ -1,20 +1,28 @@
-"""Encoded conversations become one batch: images decoded, sequences padded, labels beside their tokens.
+"""Rows, conversations or encodings become one batch: images seen, sequences padded, labels beside their tokens.
 
-A label sits at its token's own position in the expanded sequence, behind everything that the images take up. Who
-predicts whom is said here and nowhere else: `shift_labels` hold the token after each position, which the model costs.
-What is padding is known from lengths, so a pad token that is also the end token is still learned as the end.
+What is not read yet is read here, and what is not encoded encoded. A label sits at its token's own position in the
+expanded sequence, behind everything that the images take up. Who predicts whom is said here and nowhere else:
+`shift_labels` hold the token after each position, which the model costs. What is padding is known from lengths, so a
+pad token that is also the end token is still learned as the end.
 """
 
+import dataclasses
 from typing import Any
 
 import torch
+from transformers.utils import logging
 
 from ..data_error_vlm import DuetError
 from ..image_files_vlm import BadImage, load_image
 from ..processing_vlm import VLMProcessor
+from ..reading.items import Reading, is_item
 from .account import BAD_SAMPLE_REASONS, DROP_REASONS, BatchAccount, Record
 from .encoding import IGNORE, Encode, Encoder, encode_dialogue, encode_item, place
 
+
+logger = logging.get_logger(__name__)
+
+_OF_BATCH = Reading(source="the batch", own_paths=True)
 
 ON_BAD_SAMPLE = ("skip", "error")
 _MAX_WORKERS = 256
@@ -22,7 +30,11 @@ _MAX_WORKERS = 256
 
 class VLMDataCollator:
     """
-    Makes a batch of conversations for `Trainer` or a `DataLoader`.
+    Makes a batch for `Trainer` or a `DataLoader`, of rows of any known layout, conversations or encoded ones.
+
+    A row is read as everywhere else, so one with several captions gives several conversations; its image paths are the
+    caller's own. `read_rows` reads rows before, where a folder, a prompt or names of columns have to be said. `Trainer`
+    has to be told `remove_unused_columns=False`.
 
     Args:
         processor: the model's processor; or an `Encoder`, which holds one and says the next two.
@@ -33,7 +45,7 @@ class VLMDataCollator:
             counts it, `"error"` raises.
         account: add the batch's `BatchAccount` under `"account"`, for `VLMTrainer`, which takes it out again.
 
-    Returns (from a call with a list of conversations, encoded or not):
+    Returns (from a call with a list of such):
         `input_ids`, `attention_mask`, `labels`, each `(batch, tokens)`, padded on the right with labels -100;
         `shift_labels` of the same shape, what each position predicts, and `loss_weights`, what that prediction weighs,
         where a message has a weight; and `pixel_values`
@@ -42,7 +54,7 @@ class VLMDataCollator:
         too; a batch of nothing else is one pad token with label -100, of which the loss is 0.
 
     Raises:
-        ValueError: with `on_bad_sample="error"`, a row or an image that cannot be read, by name.
+        DuetError: with `on_bad_sample="error"`, a row or an image that cannot be read, by name; or rows of nothing.
     """
 
     def __init__(
@@ -63,6 +75,7 @@ class VLMDataCollator:
         self.account = account
         self.skip_batches = 0
         self._made = 0  # in this process
+        self._said: set[str] = set()
         # One row a worker: each writes its own, in memory that all processes see.
         self._dropped = torch.zeros(_MAX_WORKERS + 1, len(DROP_REASONS), dtype=torch.long).share_memory_()
 
@@ -76,13 +89,15 @@ class VLMDataCollator:
         counts = self._dropped.sum(0).tolist()
         return {reason: count for reason, count in zip(DROP_REASONS, counts) if count}
 
-    def __call__(self, conversations: list[dict[str, Any]]) -> dict[str, Any]:
+    def __call__(self, rows: list[dict[str, Any]]) -> dict[str, Any]:
         if self._is_skipped():
             return {}
         items, records = [], []
-        for conversation in conversations:
+        for conversation in self._read(rows):
             item, record = self._opened(conversation)
             records.append(record)
+            if not self.account:
+                self._warn(record)
             if item is None:
                 self._count(record)
             else:
@@ -98,6 +113,33 @@ class VLMDataCollator:
             padding = batch["labels"].numel() - sum(record.tokens for record in records)
             batch["account"] = BatchAccount(records, padding)
         return batch
+
+    def _read(self, rows):
+        """The items of the batch; what has no name of its own is called by its place in it."""
+        for index, row in enumerate(rows):
+            if isinstance(row, dict) and not row:
+                raise DuetError(
+                    "the collator was given a row without any column, as Trainer leaves it where it removes what it "
+                    "does not know; add remove_unused_columns=False to the TrainingArguments."
+                )
+            is_named = isinstance(row, dict) and row.get("source") and row.get("row") is not None
+            if is_item(row):
+                yield row if is_named else {**row, "source": _OF_BATCH.source, "row": index}
+            elif is_named:
+                cells = {name: value for name, value in row.items() if name not in ("source", "row")}
+                yield from dataclasses.replace(_OF_BATCH, source=str(row["source"])).items(cells, row["row"])
+            else:
+                yield from _OF_BATCH.items(row, index)
+
+    def _warn(self, record):
+        """Say once of each kind what is wrong with a sample: without an account nobody would know."""
+        lines = {note: note for note in record.notes}
+        if record.dropped is not None:
+            lines[record.dropped] = f"left out: {record.detail or place(record._asdict()) + record.dropped}"
+        for kind, line in lines.items():
+            if kind not in self._said:
+                self._said.add(kind)
+                logger.warning(line)
 
     def _opened(self, item) -> tuple[dict[str, Any] | None, Record]:
         """An item with ids and what is seen of its images, or `None`; and its record."""

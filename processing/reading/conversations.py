@@ -61,6 +61,8 @@ _SPEAKERS = {
     **dict.fromkeys(("gpt", "assistant", "bot", "chatgpt", "model"), "assistant"),
 }
 
+_NO_PATH = re.compile(r"[a-z][a-z0-9+.-]*://|data:", re.IGNORECASE)
+
 # LLaVA sets a line end between the image and the text; it belongs to neither.
 _PLACEHOLDER = re.compile(r"\n?<image>\n?")
 
@@ -103,6 +105,7 @@ def conversations_from_row(
     columns: dict[str, str] | None = None,
     image_dir: Path | str | None = None,
     allow_urls: bool = False,
+    own_paths: bool = False,
 ) -> list[dict[str, Any]]:
     """The conversations that a row holds: one, or one for each caption of an image.
 
@@ -116,6 +119,8 @@ def conversations_from_row(
         columns: a name of `LAYOUTS` -> the data set's column for it, where the data set has names of its own. A column
             goes by that name alone, and what is named here is preferred to what is recognised.
         image_dir, allow_urls: where image references may lead, see `images.resolve_reference`.
+        own_paths: whether the row is the caller's own, so that without a folder its paths may lead anywhere, relative
+            ones from the working directory.
 
     Raises:
         MalformedRow: the layout is unknown, or the row does not keep to it.
@@ -131,7 +136,8 @@ def conversations_from_row(
         if caption_choice == "first":
             conversations = conversations[:1]
         for conversation in conversations:
-            conversation["images"] = [_resolved(image, image_dir, allow_urls) for image in conversation["images"]]
+            images = conversation["images"]
+            conversation["images"] = [_resolved(image, image_dir, allow_urls, own_paths) for image in images]
     except MalformedRow as error:
         place = f"{source}, row {index}" if source else f"row {index}"
         raise MalformedRow(f"{place}: {error}") from None
@@ -420,7 +426,11 @@ def _check_reference(image: Any, place: str) -> None:
         raise _malformed(_found(image, place), "an image: its path, or its bytes")
 
 
-def _resolved(image: Any, image_dir: Path | str | None, allow_urls: bool) -> Any:
+def _resolved(image: Any, image_dir: Path | str | None, allow_urls: bool, own_paths: bool) -> Any:
+    path = image.get("path") if isinstance(image, dict) and image.get("bytes") is None else image
+    if own_paths and image_dir is None and isinstance(path, (str, os.PathLike)) and not _NO_PATH.match(str(path)):
+        image = os.path.realpath(path)
+        image_dir = os.path.dirname(image)
     try:
         return resolve_reference(image, image_dir, allow_urls)
     except ValueError as error:
@@ -473,7 +483,7 @@ def _message(message: Any, place: str) -> dict[str, Any]:
         raise _malformed(_found(message["train"], f"train of {place}"), "true or false")
     weight = message.get("weight", 1)
     if isinstance(weight, bool) or not isinstance(weight, (int, float)) or not 0 <= weight <= MAX_WEIGHT:
-        raise _malformed(_found(weight, f"weight of {place}"), f"a number from 0 to {MAX_WEIGHT:,.0f}")
+        raise _malformed(_found(weight, f"weight of {place}"), f"a number, at least 0 and at most {MAX_WEIGHT:,.0f}")
     if isinstance(content, str):
         content = [{"type": "text", "text": content}]
     if not isinstance(content, list):

@@ -1,9 +1,22 @@
-"""The rows of one source become items: conversations, and in the place of what cannot be read the reason why."""
+"""Rows become items: conversations, and in the place of what cannot be read the reason why.
+
+An item goes through a run as it is: read, encoded (see `batching/encoding`) or dropped. What is special: whoever is
+given rows or items tells them apart with `is_item`, so that a row is read once, wherever it first comes in.
+"""
 
 import dataclasses
+from collections.abc import Mapping
 from typing import Any
 
-from .conversations import ROW, Conversation, Dropped, MalformedRow, caption_column, conversations_from_row
+from .conversations import (
+    ROLES,
+    ROW,
+    Conversation,
+    Dropped,
+    MalformedRow,
+    caption_column,
+    conversations_from_row,
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -16,21 +29,71 @@ class Reading:
     columns: dict[str, str] | None = None
     image_dir: str | None = None
     allow_urls: bool = False
+    own_paths: bool = False
 
-    def conversations(self, row: dict[str, Any], index: int) -> list[Conversation | Dropped]:
+    def conversations(self, row: dict[str, Any], index: int | str) -> list[Conversation | Dropped]:
         """The conversations of a row, named by the number that its source gave it; see `conversations_from_row`."""
         return conversations_from_row(row, index=row.get(ROW, index), **dataclasses.asdict(self))
 
-    def items(self, row: dict[str, Any], index: int) -> list[Conversation | Dropped]:
+    def items(self, row: Mapping[str, Any], index: int | str) -> list[Conversation | Dropped]:
         """The same; of a row that cannot be read as many items with the reason as it would have given."""
+        if not isinstance(row, Mapping):
+            line = f"{self.source}, row {index}: found a {type(row).__name__}; expected a mapping of columns to values"
+            return [self._dropped(index, line)]
+        row = dict(row)
+        index = row.get(ROW, index)
         try:
             return self.conversations(row, index)
         except MalformedRow as error:
             column = caption_column(row, self.columns) if self.caption_choice == "all" else None
             captions = row.get(column)
             count = max(1, len(captions)) if isinstance(captions, list) else 1
-            row_number = row.get(ROW, index)
-            return [{"source": self.source, "row": row_number, "dropped": ("malformed row", str(error))}] * count
+            return [self._dropped(index, str(error))] * count
+        except RecursionError:
+            line = f"{self.source}, row {index}: found values nested too deeply to be read; expected texts and parts"
+            return [self._dropped(index, line)]
+
+    def _dropped(self, index: int | str, line: str) -> Dropped:
+        return {"source": self.source, "row": index, "dropped": ("malformed row", line)}
 
 
-__all__ = ["Reading"]
+def is_item(row: Any) -> bool:
+    """Whether something is an item already, so that nothing is left to be read in it; else it is a row."""
+    if not isinstance(row, dict):
+        return False
+    if isinstance(row.get("dropped"), tuple) or row.keys() >= {"input_ids", "labels"}:
+        return True
+    if not _OF_CONVERSATIONS >= row.keys() >= {"messages"}:
+        return False
+    if row.keys() >= {"images", "group", "source", "row"}:
+        return True
+    messages, images = row["messages"], row.get("images", [])
+    return (
+        isinstance(messages, list)
+        and isinstance(images, list)
+        and all(map(_is_read, messages))
+        and sum(part["type"] == "image" for message in messages for part in message["content"]) == len(images)
+    )
+
+
+_OF_CONVERSATIONS = Conversation.__annotations__.keys()
+
+
+def _is_read(message: Any) -> bool:
+    """Whether a message is as `conversations_from_row` gives it: with parts, of which no image holds its own."""
+    return (
+        isinstance(message, dict)
+        and message.keys() <= {"role", "content", "train", "weight"}
+        and message.get("role") in ROLES
+        and isinstance(message.get("content"), list)
+        and all(_is_plain(part) for part in message["content"])
+    )
+
+
+def _is_plain(part: Any) -> bool:
+    if not isinstance(part, dict) or part.get("type") != "text":
+        return part == {"type": "image"}
+    return len(part) == 2 and isinstance(part.get("text"), str)
+
+
+__all__ = ["Reading", "is_item"]
