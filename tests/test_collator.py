@@ -355,8 +355,7 @@ def test_the_first_all_or_a_random_caption(processor, tmp_path, encode, prompt):
     first = encoded(rows, processor, encode, prompt=prompt, caption_choice="first")
     assert [caption_of(processor, item) for item in first] == [f"row {row} caption 0" for row in range(5)]
     one, same, other = (
-        encoded(rows, processor, encode, prompt=prompt, caption_choice="random", seed=seed)
-        for seed in (1, 1, 2)
+        encoded(rows, processor, encode, prompt=prompt, caption_choice="random", seed=seed) for seed in (1, 1, 2)
     )
     shown = []
     for epoch in range(4):
