@@ -90,7 +90,7 @@ def write_model_card(
         ask=stage.ask,
         stage=stage.number,
         trained=f"Learned: {', '.join(learned)}.",
-        settings="\n".join(f"| {key} | {value} |" for key, value in settings.items()),
+        settings="\n".join(f"| {key} | {_cell(value)} |" for key, value in settings.items()),
         results=f"## Results\n\n{results}" if results else "",
         samples=f"## Samples\n\n| asked | expected | generated |\n|---|---|---|\n{shown}\n\n![samples](samples.png)"
         if samples
@@ -108,5 +108,13 @@ def read_base_models(model: str) -> list[str]:
     return found if isinstance(found, list) else [found] if found else []
 
 
-def _cell(text):
-    return " ".join(text.replace("|", "\\|").split())
+# Written as entities, which Markdown takes for the characters themselves and for no mark of its own.
+_MARKS = {ord(mark): f"&#{ord(mark)};" for mark in "\\`*_{}[]()<>#|~$:@&\"'"}
+_LONGEST = 600
+
+
+def _cell(text: Any) -> str:
+    """A text of the data, or a model's, as it can stand in a table: in one line, and nothing but text."""
+    line = " ".join("".join(c if c.isprintable() else " " for c in str(text)).split())
+    line = line if len(line) <= _LONGEST else f"{line[: _LONGEST - 3]}..."
+    return line.translate(_MARKS).replace("www.", "www&#46;")
