@@ -9,7 +9,7 @@
 Every option of `TrainingArguments` works; `--help` lists them with Duet's own.
 """
 
-from training_vlm.data import encode_data, load_data
+from training_vlm.data import encode_data, encode_test, load_data
 from training_vlm.finish import finish
 from training_vlm.load import choose_max_length, load_model
 from training_vlm.run import build_trainer, one_line_errors, prepare, report, train
@@ -27,12 +27,13 @@ def main(argv: list[str] | None = None) -> None:
     model, processor = load_model(PRETRAIN, model_args, data_args, data)
     encoder = PRETRAIN.encoder(processor, data_args, choose_max_length(model, data_args.max_length))
     train_set, eval_set = encode_data(data, encoder, data_args, training_args)
-    surveys = survey_data(PRETRAIN, train_set, eval_set, encoder, data_args, training_args)
+    test_set = encode_test(data, encoder, training_args)
+    surveys = survey_data(PRETRAIN, train_set, eval_set, test_set, encoder, data_args, training_args)
 
     trainer = build_trainer(arguments, model, encoder, train_set, eval_set)
     report(PRETRAIN, trainer, surveys)
-    losses = train(trainer)
-    finish(PRETRAIN, arguments, trainer, data, losses)
+    result = train(trainer)
+    finish(PRETRAIN, arguments, trainer, data, test_set, result)
 
 
 if __name__ == "__main__":

@@ -11,10 +11,10 @@ from typing import Any, NamedTuple
 
 import torch
 from PIL import Image, ImageDraw, ImageFont
-from transformers import PreTrainedModel
+from transformers import GenerationConfig, PreTrainedModel
 
 from processing.batching.encoding import IGNORE
-from processing.image_files_vlm import load_image
+from processing.image_files_vlm import BadImage, load_image
 from processing.processing_vlm import VLMProcessor
 
 
@@ -48,40 +48,82 @@ def find_questions(items: Iterable[dict[str, Any]], processor: VLMProcessor, kin
     return questions
 
 
+def greedy(model: PreTrainedModel, processor: VLMProcessor, max_new_tokens: int) -> GenerationConfig:
+    """Settings that take the likeliest token at each step: of the model's own only the token ids, and no penalty."""
+    config = GenerationConfig(
+        bos_token_id=model.generation_config.bos_token_id,
+        eos_token_id=model.generation_config.eos_token_id,
+        max_new_tokens=max_new_tokens,
+    )
+    processor.update_generation_config(config)
+    return config
+
+
 @torch.no_grad()
 def generate_answers(
-    model: PreTrainedModel, processor: VLMProcessor, questions: list[Question], batch_size: int, **generate
-) -> list[str]:
+    model: PreTrainedModel,
+    processor: VLMProcessor,
+    questions: list[Question],
+    batch_size: int,
+    config: GenerationConfig,
+) -> list[str | None]:
     """
-    The model's answers, in the order of the questions.
+    The model's answers, in the order of the questions; none where an image cannot be read, which is printed.
+
+    An answer is as long as the positions of the language model allow, and empty where a question fills all of them.
 
     Args:
         batch_size: questions answered at a time; those of like length go together.
-        **generate: arguments of `model.generate`.
+        config: the settings of generation, instead of the model's own.
     """
     model.eval()
-    answers = [""] * len(questions)
+    limit = model.model.max_positions
+    answers: list[str | None] = [None] * len(questions)
+    full = 0
     order = sorted(range(len(questions)), key=lambda index: len(questions[index].ids))
     for begin in range(0, len(order), batch_size):
-        chosen = order[begin : begin + batch_size]
-        opened = [[load_image(reference) for reference in questions[index].images] for index in chosen]
-        counts = [[processor.image_tokens(image.height, image.width) for image in images] for images in opened]
-        ids = [questions[index].ids for index in chosen]
-        rows = [processor.expand_images(of_row, counts=images)[0] for of_row, images in zip(ids, counts)]
-        length = max(map(len, rows))
-        pad = processor.tokenizer.pad_token_id
-        inputs = {
-            "input_ids": torch.tensor([[pad] * (length - len(row)) + row for row in rows]),
-            "attention_mask": torch.tensor([[0] * (length - len(row)) + [1] * len(row) for row in rows]),
-        }
-        images = [image for of_row in opened for image in of_row]
-        if images:
-            inputs.update(processor.process_images(images).to(model.dtype))
-        inputs = {name: tensor.to(model.device) for name, tensor in inputs.items()}
-        written = model.generate(**inputs, **generate)[:, length:].tolist()
-        for index, ids in zip(chosen, written):
-            answers[index] = _text(processor, ids)
+        groups: dict[int, list[tuple[int, list[int], list[Image.Image]]]] = {}
+        for index in order[begin : begin + batch_size]:
+            try:
+                images = [load_image(reference) for reference in questions[index].images]
+            except BadImage as error:
+                print(f"a question is left out: {error}")
+                continue
+            counts = [processor.image_tokens(image.height, image.width) for image in images]
+            (row,) = processor.expand_images(questions[index].ids, counts=counts)
+            # Each has its own room, so those with less than the rest are answered apart.
+            room = config.max_new_tokens if limit is None else min(config.max_new_tokens, limit - len(row))
+            groups.setdefault(room, []).append((index, row, images))
+        for room, group in groups.items():
+            if room < 1:
+                written = [[] for _ in group]
+                full += len(group)
+            else:
+                written = _written(model, processor, [(row, images) for _, row, images in group], config, room)
+            for (index, _, _), ids in zip(group, written):
+                answers[index] = _text(processor, ids)
+    if full:
+        print(f"{full:,} of {len(questions):,} questions fill all {limit:,} positions: their answers are empty")
     return answers
+
+
+def _written(model, processor, asked, config, max_new_tokens) -> list[list[int]]:
+    """The ids that the model goes on with, for each prompt and its images."""
+    length = max(len(row) for row, _ in asked)
+    pad = processor.tokenizer.pad_token_id
+    inputs = {
+        "input_ids": torch.tensor([[pad] * (length - len(row)) + row for row, _ in asked]),
+        "attention_mask": torch.tensor([[0] * (length - len(row)) + [1] * len(row) for row, _ in asked]),
+    }
+    images = [image for _, of_row in asked for image in of_row]
+    if images:
+        inputs.update(processor.process_images(images).to(model.dtype))
+    inputs = {name: tensor.to(model.device) for name, tensor in inputs.items()}
+    own, model.generation_config = model.generation_config, config  # which `generate` would take what is not said from
+    try:
+        return model.generate(**inputs, max_new_tokens=max_new_tokens)[:, length:].tolist()
+    finally:
+        model.generation_config = own
 
 
 def _text(processor, ids):

@@ -24,6 +24,7 @@ from .backbones_vlm import (
     vision_config_of,
 )
 from .configuration_vlm import VLMConfig, kind_of
+from .generation_vlm import savable
 from .model_error_vlm import DuetError
 from .own_projector_vlm import find_own_projector
 from .projector_vlm import select_features
@@ -112,7 +113,7 @@ def compose(
     check_logits(model, causal_lm)
     grow_embeddings(model, config.image_token_id)
     generation_config.suppress_tokens = sorted({*(generation_config.suppress_tokens or []), config.image_token_id})
-    model.generation_config = generation_config
+    model.generation_config, _ = savable(generation_config)
     description = describe(model.eval())
     if os.environ.get("RANK", "0") == "0":  # tried in every process, said in one
         print(description)

@@ -1,11 +1,12 @@
-"""Generation: beams and samples repeat each prompt, and its images go with it.
+"""Generation: beams and samples repeat each prompt, and its images go with it; settings are such as can be saved.
 
-The library repeats every input row by row, and a prompt may have any number of images, each of any number of views. The
-file travels with every checkpoint.
+The library repeats every input row by row, and a prompt may have any number of images, each of any number of views. It
+refuses to save settings that contradict each other, as language models ship them (a temperature and no `do_sample`).
+The file travels with every checkpoint.
 """
 
 import torch
-from transformers import GenerationMixin
+from transformers import GenerationConfig, GenerationMixin
 
 from .backbones_vlm import CACHE
 
@@ -41,6 +42,38 @@ class VLMGenerationMixin(GenerationMixin):
             if grids is not None:
                 kwargs["image_grids"] = _repeated(grids, images_of, expand_size)
         return input_ids, kwargs
+
+
+def savable(config: GenerationConfig) -> tuple[GenerationConfig, list[str]]:
+    """
+    Settings that the library agrees to save, and the names of those that had to be left out.
+
+    A temperature or the like without a word about `do_sample` means to sample; beside `do_sample=False` it is left out.
+    """
+    given = {name: value for name, value in vars(config).items() if value is not None and not name.startswith("_")}
+    if "do_sample" not in given and not _agrees(given) and _agrees({**given, "do_sample": True}):
+        given["do_sample"] = True
+    kept = {name: given[name] for name in ("do_sample", "num_beams") if name in given}  # that others depend on
+    for name, value in given.items():
+        if _agrees({**kept, name: value}):
+            kept[name] = value
+    return _config_of(kept), [name for name in given if name not in kept]
+
+
+def _config_of(settings):
+    config = GenerationConfig()
+    vars(config).update(settings)  # its constructor would speak of each contradiction
+    return config
+
+
+def _agrees(settings):
+    try:
+        config = _config_of(settings)
+        config.validate(strict=True)
+        config.to_json_string()
+    except (ValueError, TypeError, AttributeError):  # of a value, of its type, of a mapping in place of an object
+        return False
+    return True
 
 
 def in_one_row(features: torch.Tensor | list[torch.Tensor]) -> torch.Tensor:

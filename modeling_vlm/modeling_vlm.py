@@ -25,7 +25,7 @@ from transformers.modeling_outputs import (
     ModelOutput,
 )
 from transformers.processing_utils import Unpack
-from transformers.utils import TransformersKwargs, can_return_tuple, torch_compilable_check
+from transformers.utils import TransformersKwargs, can_return_tuple, logging, torch_compilable_check
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from .backbones_vlm import (
@@ -37,13 +37,16 @@ from .backbones_vlm import (
 )
 from .compose_vlm import check_room, compose, count_visual_tokens, fit_vision_tower
 from .configuration_vlm import VLMConfig
-from .generation_vlm import VLMGenerationMixin, in_one_row, views_of
+from .generation_vlm import VLMGenerationMixin, in_one_row, savable, views_of
 from .loading_vlm import take_saved_weights
 from .loss_vlm import balance_loss, mean_loss, targets_of, zero_of
 from .model_error_vlm import DuetError
 from .own_projector_vlm import trusting
 from .projector_vlm import Resampler, build_projector, select_features
 from .vision_vlm import build_vision_tower, forward_names, leave_out, run_tower
+
+
+logger = logging.get_logger(__name__)
 
 
 @dataclass
@@ -472,6 +475,13 @@ class VLMForConditionalGeneration(VLMPreTrainedModel, VLMGenerationMixin):
             image_size=image_size,
             max_tiles=max_tiles,
         )
+
+    def save_pretrained(self, *args, **kwargs):
+        """See `PreTrainedModel.save_pretrained`; settings of generation never stand between weights and the disk."""
+        self.generation_config, left_out = savable(self.generation_config)
+        if left_out:
+            logger.warning(f"left out of generation_config.json, as the library refuses them: {', '.join(left_out)}.")
+        super().save_pretrained(*args, **kwargs)
 
     def get_input_embeddings(self) -> nn.Module:
         return self.model.get_input_embeddings()

@@ -474,7 +474,7 @@ class MyProjector(nn.Module):
         return self.gate(self.linear(features))[:, :6] + self.shift
 '''
 
-LAYERS = '''import torch
+LAYERS = """import torch
 from torch import nn
 
 
@@ -485,7 +485,7 @@ class Gate(nn.Module):
 
     def forward(self, states):
         return states * self.factor
-'''
+"""
 
 
 @pytest.fixture
@@ -743,7 +743,7 @@ def test_a_name_alone_finds_no_file():
 # -- where neither the package nor the user's file is -----------------------------------------------------------------
 
 
-CHILD = '''
+CHILD = """
 import json, traceback
 from pathlib import Path
 
@@ -769,7 +769,7 @@ for name in names:
     except Exception:
         found[name] = traceback.format_exc()
 (work / "found.json").write_text(json.dumps(found))
-'''
+"""
 SAVED = ["composed", "checkpoint-1", "end_of_training", "me/own@v1"]
 
 
@@ -785,9 +785,7 @@ def elsewhere(folders, tmp_path_factory):
     from PIL import Image
 
     items = [tiny.dialogue("what is it?", "a cat", Image.fromarray(picture))] * 2
-    model, processor = tiny.compose(
-        *folders("siglip-llama"), projector_type=f"{code / 'my_projector.py'}:MyProjector"
-    )
+    model, processor = tiny.compose(*folders("siglip-llama"), projector_type=f"{code / 'my_projector.py'}:MyProjector")
     batch = tiny.collate(processor, items)
     batch.pop("labels")
     torch.save(batch, work / "batch.pt")

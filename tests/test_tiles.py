@@ -19,7 +19,7 @@ from transformers.image_processing_utils import select_best_resolution
 
 import train_pretrain
 import train_sft
-from evaluation_vlm.questions import Question, find_questions, generate_answers
+from evaluation_vlm.questions import Question, find_questions, generate_answers, greedy
 from processing import VLMDataCollator, VLMProcessor
 from processing.batching.account import Account
 from processing.batching.dataset import ConversationDataset, Reading, StreamedDataset
@@ -194,9 +194,7 @@ def test_an_image_takes_as_many_positions_wherever_they_are_counted(counting, tm
 @pytest.mark.slow
 @settings(max_examples=1500, **shared)
 @given(**each_example)
-def test_any_image_takes_as_many_positions_wherever_they_are_counted(
-    counting, tmp_path, size, seed, lying, most, mode
-):
+def test_any_image_takes_as_many_positions_wherever_they_are_counted(counting, tmp_path, size, seed, lying, most, mode):
     model, processor = counting(most)
     processor.image_mode = mode
     check_positions(model, processor, size, seed, lying, tmp_path)
@@ -637,7 +635,7 @@ def test_an_image_that_is_a_url_is_fetched_once_and_never_ahead(processor, tmp_p
         _, data_args, _, training_args = parse_arguments(SFT, [*argv, "--eval_share", "0", "--use_cpu", *more])
         settings = SFT.encoder(processor, data_args, 500), data_args, training_args
         sets = encode_data(load_data(SFT, data_args, training_args), *settings)
-        return sets[0], survey_data(SFT, *sets, *settings)
+        return sets[0], survey_data(SFT, *sets, None, *settings)
 
     train, surveys = encoded()
     assert fetched == [] and not train.is_encoded and surveys["training"].account.total["samples"] == 1
@@ -777,14 +775,15 @@ def test_views_and_grids_move_with_their_prompt(lively):
 def test_questions_about_tiled_images_are_answered_as_alone(lively):
     model, processor = lively
     no_words = [*processor.tokenizer.all_special_ids, *range(len(processor.tokenizer), model.lm_head.out_features)]
-    options = {"do_sample": False, "max_new_tokens": 6, "suppress_tokens": no_words}
+    config = greedy(model, processor, max_new_tokens=6)
+    config.suppress_tokens = no_words
     samples = [interleaved(number, turns=1, seed=number) for number in (2, 0, 1, 3)]
     questions = find_questions(
         [{**encode_dialogue(processor, sample), "images": sample["images"]} for sample in samples], processor
     )
     assert len(questions) == 4 and isinstance(questions[0], Question)
-    together = generate_answers(model, processor, questions, 4, **options)
-    alone = [generate_answers(model, processor, [one], 1, **options)[0] for one in questions]
+    together = generate_answers(model, processor, questions, 4, config)
+    alone = [generate_answers(model, processor, [one], 1, config)[0] for one in questions]
     assert together == alone and len(set(alone)) == 4
     for sample, answer in zip(samples, alone):
         images = iter(sample["images"])
@@ -792,7 +791,8 @@ def test_questions_about_tiled_images_are_answered_as_alone(lively):
             {"type": "image", "image": next(images)} if part["type"] == "image" else part
             for part in sample["messages"][0]["content"]
         ]
-        (row,) = written(model, encode(processor, [[{"role": "user", "content": content}]]), **options)
+        prompt = encode(processor, [[{"role": "user", "content": content}]])
+        (row,) = written(model, prompt, max_new_tokens=6, suppress_tokens=no_words)
         assert processor.decode(row, skip_special_tokens=True).strip() == answer
 
 
@@ -892,13 +892,9 @@ def test_both_stages_train_on_tiles_and_the_inspector_shows_them(pictures, folde
         "3", "--save_strategy", "no", "--dataloader_num_workers", "0", "--disable_tqdm", "True", "--eval_share", "0",
     ]  # fmt: skip
     aligned, assistant = str(tmp_path / "aligned"), str(tmp_path / "assistant")
-    train_pretrain.main(
-        [*backbones, *quick, "--dataset", str(pictures / "captions.jsonl"), "--output_dir", aligned]
-    )
+    train_pretrain.main([*backbones, *quick, "--dataset", str(pictures / "captions.jsonl"), "--output_dir", aligned])
     dialogues = ["--dataset", str(pictures / "dialogues.jsonl")]
-    train_sft.main(
-        ["--model", aligned, *quick, *dialogues, "--test_split", "train[:4]", "--output_dir", assistant]
-    )
+    train_sft.main(["--model", aligned, *quick, *dialogues, "--test_split", "train[:4]", "--output_dir", assistant])
     assert "exactly right (4 questions" in capsys.readouterr().out
     saved = VLMProcessor.from_pretrained(assistant)
     assert (saved.max_tiles, saved.image_mode) == (4, "pad")

@@ -264,10 +264,13 @@ class DataArguments:
         ):
             if (value := getattr(self, name)) not in choices:
                 raise DuetError(f"{name}={value!r}: expected one of {', '.join(choices)}.")
-        if self.eval_share is None:
-            self.eval_share = 0.0 if self.streaming else 0.01
-        if not 0 <= self.eval_share < 1:
+        if self.eval_share is not None and not 0 <= self.eval_share < 1:
             raise DuetError(f"eval_share={self.eval_share}: expected a share from 0 to below 1.")
+
+    @property
+    def held_out_share(self) -> float:
+        """The share of the training rows that is held out where no split is named for the evaluation."""
+        return self.eval_share if self.eval_share is not None else 0.0 if self.streaming else 0.01
 
     def sources(self) -> list["SourceArguments"]:
         """
@@ -376,19 +379,43 @@ class GenerationArguments:
     """How the trained model answers, in the samples after training and as the saved default."""
 
     max_new_tokens: int = field(default=64, metadata={"help": "Longest answer."})
-    temperature: float = field(default=0.0, metadata={"help": "0 takes the likeliest token; above, it is sampled."})
-    top_p: float = field(default=1.0, metadata={"help": "Sample from the likeliest tokens of this total probability."})
-    num_beams: int = field(default=1, metadata={"help": "Beams of a beam search."})
+    temperature: float | None = field(
+        default=None,
+        metadata={
+            "help": "0 takes the likeliest token; above, it is sampled. If nothing is said of sampling and beams, the "
+            "samples are the likeliest tokens, and the saved defaults are those of the language model."
+        },
+    )
+    top_p: float | None = field(
+        default=None, metadata={"help": "Sample from the likeliest tokens of this total probability."}
+    )
+    num_beams: int | None = field(default=None, metadata={"help": "Beams of a beam search."})
 
-    def to_generate(self) -> dict[str, Any]:
-        """Arguments of `generate`."""
-        sampling = {"temperature": self.temperature, "top_p": self.top_p} if self.temperature > 0 else {}
-        return {
-            "max_new_tokens": self.max_new_tokens,
-            "num_beams": self.num_beams,
-            "do_sample": self.temperature > 0,
-            **sampling,
-        }
+    def __post_init__(self):
+        for name, fits, wanted in (
+            ("max_new_tokens", self.max_new_tokens >= 1, "1 or more"),
+            ("temperature", self.temperature is None or self.temperature >= 0, "0 or more"),
+            ("top_p", self.top_p is None or 0 < self.top_p <= 1, "a share above 0 and up to 1"),
+            ("num_beams", self.num_beams is None or self.num_beams >= 1, "1 or more"),
+        ):
+            if not fits:
+                raise DuetError(f"{name}={getattr(self, name)}: expected {wanted}.")
+        if self.temperature == 0 and self.top_p is not None:
+            raise DuetError("top_p is about sampling, and temperature=0 takes the likeliest token; leave one out.")
+
+    def told(self) -> dict[str, Any]:
+        """What was said of generation, as settings of a `GenerationConfig`."""
+        settings = {"max_new_tokens": self.max_new_tokens}
+        if self.temperature is not None or self.top_p is not None:
+            settings["do_sample"] = self.temperature != 0
+        elif self.num_beams is not None:
+            settings["do_sample"] = False
+        if self.temperature:
+            settings["temperature"] = self.temperature
+        for name in ("top_p", "num_beams"):
+            if getattr(self, name) is not None:
+                settings[name] = getattr(self, name)
+        return settings
 
 
 @dataclass

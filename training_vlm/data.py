@@ -56,6 +56,7 @@ def load_data(stage: Stage, data_args: DataArguments, training_args: VLMTraining
             "a streamed data set is not encoded ahead, so it cannot be grouped by length either; leave out "
             "--streaming, or --encode_ahead and --train_sampling_strategy group_by_length."
         )
+    asked = evaluation_is_asked(data_args, training_args)
     with training_args.main_process_first(desc="loading the data"):
         if data_args.download:
             named = filter(None, (data_args.train_split, data_args.eval_split, data_args.test_split))
@@ -67,7 +68,8 @@ def load_data(stage: Stage, data_args: DataArguments, training_args: VLMTraining
             if source.eval_split is not None:
                 held = _open(stage, data_args, source, source.eval_split, data_args.max_eval_samples)
             else:
-                rows, held = hold_out(part.rows, data_args.eval_share, data_args.sample_seed)
+                share, at_least = data_args.held_out_share, 1 if asked and data_args.held_out_share else 0
+                rows, held = hold_out(part.rows, share, data_args.sample_seed, at_least)
                 held = limited(held, data_args.max_eval_samples, data_args.sample_seed)
                 part, held = part._replace(rows=rows), part._replace(rows=held)
             train.append(part)
@@ -78,8 +80,31 @@ def load_data(stage: Stage, data_args: DataArguments, training_args: VLMTraining
         if test is not None:
             whole = replace(data_args, streaming=False, caption_choice="first")
             test = _open(stage, whole, test, test.split, test.max_samples)
+    if asked and not evaluation:
+        raise DuetError(_nothing_held_out(data_args, training_args))
     weights = [source.weight for source in sources]
     return Data(train, evaluation, test, None if None in weights else weights)
+
+
+def evaluation_is_asked(data_args: DataArguments, training_args: VLMTrainingArguments) -> bool:
+    """Whether an evaluation was asked for, so that a run without one would not be what was asked for."""
+    strategy = training_args.eval_strategy.value
+    return strategy != "no" or bool(data_args.eval_share) or any(source.eval_split for source in data_args.sources())
+
+
+def _nothing_held_out(data_args, training_args):
+    strategy = training_args.eval_strategy.value
+    asked = f"eval_strategy={strategy}" if strategy != "no" else f"eval_share={data_args.eval_share:g}"
+    if data_args.held_out_share:
+        reason = "of a single training row none can be held out"
+    elif data_args.eval_share is None:
+        reason = "of a streamed data set nothing is held out unless it is said"
+    else:
+        reason = "eval_share=0 holds nothing out"
+    return (
+        f"{asked} asks for an evaluation, and there is nothing to evaluate on: {reason}; name an --eval_split, hold "
+        "out a share with --eval_share 0.01, or leave out --eval_strategy."
+    )
 
 
 def _open(
@@ -161,10 +186,17 @@ def encode_data(
     return train, evaluation
 
 
-def encode_test(test: Part, encoder: Encoder) -> ConversationDataset:
-    """The questions that are answered after training; every answer counts, so all of them are supervised."""
-    dataset = ConversationDataset(*test)
-    dataset.encode_ahead(Encoder(encoder.processor, encoder.encode, encoder.max_length))
+def encode_test(data: Data, encoder: Encoder, training_args: VLMTrainingArguments) -> ConversationDataset | None:
+    """
+    The questions that are answered after training, where there is a test set.
+
+    Every answer counts, so all of them are supervised.
+    """
+    if data.test is None:
+        return None
+    dataset = ConversationDataset(*data.test)
+    with training_args.main_process_first(desc="encoding the test data"):
+        dataset.encode_ahead(Encoder(encoder.processor, encoder.encode, encoder.max_length))
     return dataset
 
 
@@ -197,6 +229,7 @@ __all__ = [
     "TrainDataset",
     "encode_data",
     "encode_test",
+    "evaluation_is_asked",
     "joined",
     "load_data",
     "training_texts",

@@ -1,16 +1,36 @@
-"""What happens after training: the folder is saved, questions are answered, and the card says what came of it."""
+"""What happens after training: losses, answers, pictures and card, each by itself.
 
+The model is on disk, whole, before any of it is tried. What fails here is named in a line, costs nothing but itself,
+and makes the run exit with 1.
+"""
+
+import contextlib
 import functools
 import itertools
+import sys
+import traceback
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
+from transformers import GenerationConfig
+from transformers.trainer_utils import TrainOutput
 
-from evaluation_vlm.questions import draw_samples, exact_match, find_questions, format_exact_match, generate_answers
+from evaluation_vlm.questions import (
+    Question,
+    draw_samples,
+    exact_match,
+    find_questions,
+    format_exact_match,
+    generate_answers,
+    greedy,
+)
+from processing.batching.dataset import ConversationDataset
 from processing.batching.encoding import encode_item
-from processing.image_files_vlm import BadImage, load_image
+from processing.data_error_vlm import DuetError
+from processing.image_files_vlm import BadImage, check_image
 
-from .data import Data, encode_test
+from .data import Data
 from .learning.trainer import VLMTrainer
 from .learning.tuning import describe_parts
 from .model_card import read_base_models, write_model_card
@@ -22,89 +42,185 @@ from .survey import write_data_report
 SAMPLES_SHOWN = 8
 
 
-def finish(stage: Stage, arguments: Arguments, trainer: VLMTrainer, data: Data, losses: dict[str, float]) -> None:
+class Attempts:
+    """Things that are tried one by one, of which none stops another."""
+
+    def __init__(self, folder: str):
+        self.folder = folder
+        self.failed: list[str] = []
+
+    @contextlib.contextmanager
+    def trying(self, what: str, together: bool = False) -> Iterator[None]:
+        """
+        Note the failure of the block; what is no person's mistake shows its stack trace.
+
+        Args:
+            together: other processes are in it as well and would wait for this one, so its failure is the end.
+        """
+        try:
+            yield
+        except Exception as error:
+            if not getattr(error, "is_duet_error", False):
+                traceback.print_exc()
+            self.failed.append(f"{what} failed: {' '.join(str(error).split()) or type(error).__name__}")
+            if together:
+                self.exit_if_failed()
+
+    def exit_if_failed(self) -> None:
+        """Name in a line each what failed, and exit with 1."""
+        if self.failed:
+            for line in self.failed:
+                print(f"error: {line}", file=sys.stderr)
+            print(f"The model itself is whole, in {self.folder}.", flush=True)
+            sys.exit(1)
+
+
+def finish(
+    stage: Stage,
+    arguments: Arguments,
+    trainer: VLMTrainer,
+    data: Data,
+    test: ConversationDataset | None,
+    result: TrainOutput,
+) -> None:
     """
-    Leave a folder that needs nothing else: model, processor, card, samples; and say how to go on.
+    Add to the saved model what tells of it: losses, account, answers, pictures and card; and say how to go on.
 
     The test questions are answered by greedy decoding; the samples as `GenerationArguments` say.
+
+    Raises:
+        SystemExit: something failed.
     """
     model_args, _, generation_args, args = arguments
-    processor, folder = trainer.processing_class, Path(args.output_dir)
-    model = trainer.accelerator.unwrap_model(trainer.model)
-    for key, value in generation_args.to_generate().items():
-        setattr(model.generation_config, key, value)
-    trainer.save_model()
+    attempts, losses = Attempts(args.output_dir), {"train_loss": result.training_loss}
+    with attempts.trying("writing the metrics"):
+        trainer.log_metrics("train", result.metrics)
+        trainer.save_metrics("train", result.metrics)
+        trainer.save_state()
+    with attempts.trying("the evaluation", together=args.world_size > 1):
+        losses |= _evaluated(trainer)
     account = trainer.gathered_account()
     if trainer.is_world_process_zero():
-        print(f"\nconsumed\n{write_data_report(folder, account, trainer.train_dataset).table()}")
-        shown, exact = _answer(trainer, model, processor, data, generation_args)
-        answers = generate_answers(
-            model, processor, shown, args.per_device_eval_batch_size, **generation_args.to_generate()
-        )
-        draw_samples(processor, shown, answers, folder / "samples.png")
-        asked = [processor.tokenizer.decode([i for i in q.ids if i != processor.image_token_id]) for q in shown]
-        dataset = ", ".join(part.reading.source for part in data.train)
-        trainer.card = functools.partial(
-            write_model_card,
-            folder,
-            name=args.hub_model_id or args.output_dir,
-            stage=stage,
-            config=model.config,
-            base_models=_base_models(model_args),
-            dataset=dataset,
-            parts=describe_parts(model),
-            settings=_settings(dataset, args),
-            metrics=losses,
-            exact=exact,
-            samples=[(a, q.expected, g) for a, q, g in zip(asked, shown, answers)],
-        )
-        trainer.card()
-        _say_goodbye(stage, args.output_dir)
+        with attempts.trying("the account of the data"):
+            print(f"\nconsumed\n{write_data_report(Path(args.output_dir), account, trainer.train_dataset).table()}")
+        answers = _Answers(generation_args, trainer, test)
+        with attempts.trying("the test questions"):
+            answers.ask_test()
+        with attempts.trying("the samples"):
+            answers.ask_samples()
+        with attempts.trying("samples.png"):
+            answers.draw()
+        with attempts.trying("the model card"):
+            dataset = ", ".join(part.reading.source for part in data.train)
+            trainer.card = functools.partial(
+                write_model_card,
+                Path(args.output_dir),
+                name=args.hub_model_id or args.output_dir,
+                stage=stage,
+                config=trainer.accelerator.unwrap_model(trainer.model).config,
+                base_models=_base_models(model_args),
+                dataset=dataset,
+                parts=describe_parts(trainer.accelerator.unwrap_model(trainer.model)),
+                settings=_settings(dataset, args),
+                metrics=losses,
+                exact=answers.exact,
+                samples=answers.shown(),
+            )
+            trainer.card()
     if args.push_to_hub:
-        trainer.push_to_hub()
+        with attempts.trying("the push to the Hub"):
+            trainer.push_to_hub()
     # A process that exits with its process group open may be aborted, and the launcher then calls the run failed.
     trainer.accelerator.wait_for_everyone()
     trainer.accelerator.end_training()
+    attempts.exit_if_failed()
+    if trainer.is_world_process_zero():
+        _say_goodbye(stage, args.output_dir)
 
 
-def _answer(trainer, model, processor, data, generation_args):
-    """Questions to show, and the exact-match table of the test split where there is one."""
-    if data.test is None:
-        dataset = trainer.eval_dataset or trainer.train_dataset
-        if not isinstance(dataset, torch.utils.data.IterableDataset):
-            dataset = map(dataset.__getitem__, range(len(dataset)))
-        encoder = trainer.data_collator.encoder
-        encoded = (item for item, _ in (encode_item(item, encoder) for item in dataset) if item is not None)
-        return find_questions(itertools.islice(_readable(encoded), SAMPLES_SHOWN), processor)[:SAMPLES_SHOWN], None
-    items = encode_test(data.test, trainer.data_collator.encoder)
-    items = list(_readable(map(items.__getitem__, range(len(items)))))
-    kinds = None
-    if {"kind", "subset"} <= set(data.test.rows.column_names):
-        labels = data.test.rows.select_columns(["kind", "subset"]).with_format(None)
-        labels = list(zip(labels["kind"], labels["subset"]))
-        kinds = [labels[item["position"]] for item in items]
-    questions = find_questions(items, processor, kinds)
-    answers = generate_answers(
-        model,
-        processor,
-        questions,
-        trainer.args.per_device_eval_batch_size,
-        do_sample=False,
-        max_new_tokens=generation_args.max_new_tokens,
-    )
-    shares = exact_match(questions, answers)
-    table = format_exact_match(shares)
-    print(f"\nTest answers exactly right ({len(questions):,} questions, greedy decoding)\n{table}\n")
-    trainer.save_metrics("test", {f"{subset}/{kind}": v for subset, by in shares.items() for kind, v in by.items()})
-    return questions[:SAMPLES_SHOWN], table
+def _evaluated(trainer) -> dict[str, float]:
+    if trainer.eval_dataset is None:
+        return {}
+    metrics = trainer.evaluate()
+    trainer.log_metrics("eval", metrics)
+    trainer.save_metrics("eval", metrics)
+    return {name: metrics[name] for name in ("eval_loss",) if name in metrics}
+
+
+class _Answers:
+    """
+    What the trained model says.
+
+    Attributes:
+        exact (`str`): the exact-match table of the test set, `None` where there is none.
+    """
+
+    def __init__(self, generation_args, trainer, test):
+        self.generation_args, self.trainer, self.test = generation_args, trainer, test
+        self.processor, self.model = trainer.processing_class, trainer.accelerator.unwrap_model(trainer.model)
+        self.exact: str | None = None
+        self.samples: list[tuple[Question, str]] = []
+        self._to_show: list[Question] = []
+
+    def ask_test(self) -> None:
+        """Answer the test questions, print how many answers are exactly right, and keep the first for the samples."""
+        if self.test is None:
+            return
+        items = list(_readable(self.test[index] for index in range(len(self.test))))
+        kinds = None
+        if {"kind", "subset"} <= set(self.test.rows.column_names):
+            labels = self.test.rows.select_columns(["kind", "subset"]).with_format(None)
+            labels = list(zip(labels["kind"], labels["subset"]))
+            kinds = [labels[item["position"]] for item in items]
+        questions = find_questions(items, self.processor, kinds)
+        self._to_show = questions[:SAMPLES_SHOWN]
+        answered = self._answered(questions, greedy(self.model, self.processor, self.generation_args.max_new_tokens))
+        if not answered:
+            raise DuetError("no question could be asked, because no image could be read.")
+        shares = exact_match(*zip(*answered))
+        self.exact = format_exact_match(shares)
+        print(f"\nTest answers exactly right ({len(answered):,} questions, greedy decoding)\n{self.exact}\n")
+        by_name = {f"{subset}/{kind}": share for subset, by in shares.items() for kind, share in by.items()}
+        self.trainer.save_metrics("test", by_name)
+
+    def ask_samples(self) -> None:
+        """Answer some questions as `GenerationArguments` say: of the test set, else what was evaluated or learned."""
+        questions = self._to_show
+        if self.test is None:
+            dataset = self.trainer.eval_dataset or self.trainer.train_dataset
+            if not isinstance(dataset, torch.utils.data.IterableDataset):
+                dataset = map(dataset.__getitem__, range(len(dataset)))
+            encoder = self.trainer.data_collator.encoder
+            encoded = (item for item, _ in (encode_item(item, encoder) for item in dataset) if item is not None)
+            questions = find_questions(itertools.islice(_readable(encoded), SAMPLES_SHOWN), self.processor)
+        config = greedy(self.model, self.processor, self.generation_args.max_new_tokens)
+        vars(config).update(self.generation_args.told())
+        self.samples = self._answered(questions[:SAMPLES_SHOWN], config)
+
+    def _answered(self, questions: list[Question], config: GenerationConfig) -> list[tuple[Question, str]]:
+        """The questions that could be asked, with their answers."""
+        answers = generate_answers(
+            self.model, self.processor, questions, self.trainer.args.per_device_eval_batch_size, config
+        )
+        return [(question, answer) for question, answer in zip(questions, answers) if answer is not None]
+
+    def draw(self) -> None:
+        """Write `samples.png`, where there are samples."""
+        if self.samples:
+            draw_samples(self.processor, *zip(*self.samples), Path(self.trainer.args.output_dir) / "samples.png")
+
+    def shown(self) -> list[tuple[str, str, str]]:
+        """What was asked, expected and answered."""
+        decode, image = self.processor.tokenizer.decode, self.processor.image_token_id
+        return [(decode([id for id in q.ids if id != image]), q.expected, answer) for q, answer in self.samples]
 
 
 def _readable(items):
-    """Those of encoded items whose images can be read: one that cannot must not end a run that is trained."""
+    """Those of encoded items whose images are there: one that is not costs its own questions alone."""
     for item in items:
         try:
             for reference in item["images"]:
-                load_image(reference)
+                check_image(reference)
         except BadImage as error:
             print(f"left out of the questions: {error}")
         else:
@@ -140,4 +256,4 @@ def _say_goodbye(stage, folder):
     print(f"    {command.format(folder=folder)}\n")
 
 
-__all__ = ["finish"]
+__all__ = ["Attempts", "finish"]

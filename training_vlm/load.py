@@ -74,9 +74,7 @@ def check_composed(model_args: ModelArguments) -> None:
     """
     name = model_args.model
     if others := model_args.composing_settings():
-        raise DuetError(
-            f"model and {others[0]} are both given, and {name} is composed already; leave out one of them."
-        )
+        raise DuetError(f"model and {others[0]} are both given, and {name} is composed already; leave out one of them.")
     if not Path(name).exists() and (Path(name).is_absolute() or name.count("/") != 1):
         raise DuetError(
             f"there is no model in {name}; expected the output folder of stage 1: run "
@@ -122,9 +120,7 @@ def _compose(stage, model_args, data_args, data, dtype):
         "vision_kwargs": model_args.backbone_kwargs("vision"),
         "text_kwargs": model_args.backbone_kwargs("text"),
     }
-    model = VLMForConditionalGeneration.from_backbones(
-        vision, text, dtype=dtype, **model_args.composition(), **shared
-    )
+    model = VLMForConditionalGeneration.from_backbones(vision, text, dtype=dtype, **model_args.composition(), **shared)
     processor = VLMProcessor.from_backbones(
         vision,
         text,

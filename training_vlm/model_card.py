@@ -43,6 +43,7 @@ Stage {stage}. {trained}
 {samples}
 """
 
+
 def write_model_card(
     folder: Path,
     *,

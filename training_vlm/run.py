@@ -11,14 +11,17 @@ import sys
 from pathlib import Path
 
 import datasets
-from transformers import TrainerState, set_seed
+from transformers import TrainerCallback, TrainerState, set_seed
+from transformers.trainer_utils import TrainOutput
 from transformers.utils import logging
 
+from modeling_vlm import VLMForConditionalGeneration
+from modeling_vlm.generation_vlm import savable
 from processing import VLMDataCollator
 from processing.batching.encoding import Encoder
 from processing.data_error_vlm import DuetError
 
-from .arguments import VLMTrainingArguments
+from .arguments import GenerationArguments, VLMTrainingArguments
 from .learning.trainer import VLMTrainer
 from .learning.tuning import describe_parts
 from .settings import Arguments
@@ -102,7 +105,8 @@ def _is_complete(checkpoint: Path) -> bool:
 
 def build_trainer(arguments: Arguments, model, encoder: Encoder, train, evaluation) -> VLMTrainer:
     """The Trainer of a stage; its collator and its data agree on how a conversation is encoded."""
-    _, data_args, _, training_args = arguments
+    _, data_args, generation_args, training_args = arguments
+    settle_generation(model, generation_args)
     if not evaluation:
         evaluation = None
         training_args.eval_strategy = "no"
@@ -119,6 +123,13 @@ def build_trainer(arguments: Arguments, model, encoder: Encoder, train, evaluati
         train_dataset=train,
         eval_dataset=evaluation,
     )
+
+
+def settle_generation(model: VLMForConditionalGeneration, generation_args: GenerationArguments) -> None:
+    """Put what was told of generation over what the language model brings: the defaults saved with the model."""
+    config = model.generation_config
+    vars(config).update(generation_args.told(), max_length=None)  # which counted the prompt, and not its images
+    model.generation_config, _ = savable(config)
 
 
 def report(stage: Stage, trainer: VLMTrainer, surveys: dict[str, Survey]) -> None:
@@ -140,19 +151,38 @@ def report(stage: Stage, trainer: VLMTrainer, surveys: dict[str, Survey]) -> Non
     )
 
 
-def train(trainer: VLMTrainer) -> dict[str, float]:
-    """Train, from the checkpoint that `prepare` found where one was asked for; then evaluate. Gives the losses."""
-    result = trainer.train(resume_from_checkpoint=trainer.args.resume_from_checkpoint)
-    trainer.log_metrics("train", result.metrics)
-    trainer.save_metrics("train", result.metrics)
-    trainer.save_state()
-    losses = {"train_loss": result.training_loss}
-    if trainer.eval_dataset is not None:
-        metrics = trainer.evaluate()
-        trainer.log_metrics("eval", metrics)
-        trainer.save_metrics("eval", metrics)
-        losses["eval_loss"] = metrics["eval_loss"]
-    return losses
+def train(trainer: VLMTrainer) -> TrainOutput:
+    """Train, from the checkpoint that `prepare` found where one was asked for; the model is on disk afterwards."""
+    first = WeightsFirst(trainer)
+    trainer.add_callback(first)
+    try:
+        result = trainer.train(resume_from_checkpoint=trainer.args.resume_from_checkpoint)
+    except Exception:
+        if first.saved and trainer.is_world_process_zero():
+            print(f"All steps are done, and the model is in {trainer.args.output_dir}; what failed came after them.")
+        raise
+    trainer.remove_callback(first)
+    best = trainer.args.load_best_model_at_end and trainer.state.best_model_checkpoint is not None
+    if best or not first.saved:
+        trainer.save_model(_internal_call=True)
+    return result
+
+
+class WeightsFirst(TrainerCallback):
+    """
+    Saves the model after the last step, before the evaluation and the checkpoint that follow it can fail.
+
+    Attributes:
+        saved (`bool`): whether it did.
+    """
+
+    def __init__(self, trainer: VLMTrainer):
+        self.trainer, self.saved = trainer, False
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if state.global_step >= state.max_steps:
+            self.trainer.save_model(_internal_call=True)  # which does not push it
+            self.saved = True
 
 
 __all__ = ["build_trainer", "one_line_errors", "prepare", "report", "train"]

@@ -10,14 +10,14 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from processing.batching.account import Account
-from processing.batching.dataset import StreamedDataset
+from processing.batching.account import Account, Record
+from processing.batching.dataset import ConversationDataset, StreamedDataset
 from processing.batching.encoding import Encoder, encode_item
 from processing.data_error_vlm import DuetError
-from processing.image_files_vlm import check_image, is_url
+from processing.image_files_vlm import BadImage, check_image, is_url
 
 from .arguments import DataArguments, VLMTrainingArguments
-from .data import EvalDataset, TrainDataset
+from .data import EvalDataset, TrainDataset, evaluation_is_asked
 from .stages import Stage
 
 
@@ -36,22 +36,32 @@ def survey_data(
     stage: Stage,
     train: TrainDataset,
     evaluation: EvalDataset,
+    test: ConversationDataset | None,
     encoder: Encoder,
     data_args: DataArguments,
     training_args: VLMTrainingArguments,
 ) -> dict[str, Survey]:
     """
-    What the training and evaluation data hold.
+    What the training, evaluation and test data hold.
 
     Raises:
-        ValueError: nothing could be learned, or everything would be.
+        ValueError: nothing could be learned or asked, or everything would be learned.
     """
+    first = training_args.process_index == 0
     surveys = {"training": _survey(train, encoder)}
-    if evaluation:
-        surveys["evaluation"] = _survey(evaluation, encoder)
-    _check_account(stage, surveys["training"].account, data_args)
-    if training_args.process_index == 0:
+    _check_account(train, surveys["training"].account, "learn from")
+    _check_questions(stage, surveys["training"].account, data_args)
+    if first:
         _check_images(train, data_args.on_bad_sample)
+    if evaluation is not None:
+        surveys["evaluation"] = _survey(evaluation, encoder)
+        if evaluation_is_asked(data_args, training_args):
+            _check_account(evaluation, surveys["evaluation"].account, "evaluate on")
+            if first:
+                _check_images(evaluation, data_args.on_bad_sample)
+    if test is not None:
+        surveys["test"] = Survey(_without_bad_images(test, encoder) if first else test.account, sampled=False)
+        _check_account(test, surveys["test"].account, "ask")
     return surveys
 
 
@@ -85,8 +95,26 @@ def _is_stream(dataset):
     return isinstance(dataset, StreamedDataset)
 
 
-def _check_account(stage: Stage, account: Account, data_args: DataArguments) -> None:
-    total = account.total
+def _without_bad_images(test: ConversationDataset, encoder: Encoder) -> Account:
+    """The account of test questions, in which those count as dropped whose images are not there or no images."""
+    account = Account()
+    account.merge(test.account.dropped_only())
+    for index in range(len(test)):
+        item = test[index]
+        record = encode_item(item, encoder)[1]
+        try:
+            for reference in item["images"]:
+                if not is_url(reference):
+                    check_image(reference)
+        except BadImage as error:
+            record = Record(record.source, item["row"], error.reason, str(error))
+        account.add([record])
+    return account
+
+
+def _check_account(dataset, account: Account, purpose: str) -> None:
+    if not account.sources and next(some_items(dataset, 1), None) is None:
+        raise DuetError(f"there is nothing to {purpose}: the data set has no rows.")
     for source, counts in account.sources.items():
         if counts["learned from"]:
             continue
@@ -95,8 +123,12 @@ def _check_account(stage: Stage, account: Account, data_args: DataArguments) -> 
         details = (detail for (place, _), (_, detail) in account.named.items() if place == source and detail)
         example = next(details, "")
         raise DuetError(
-            f"{source}: there is nothing to learn from: {found}" + (f", such as {example}" if example else "")
+            f"{source}: there is nothing to {purpose}: {found}" + (f", such as {example}" if example else "")
         )
+
+
+def _check_questions(stage: Stage, account: Account, data_args: DataArguments) -> None:
+    total = account.total
     # Of every sequence the first token has nothing before it to be predicted from.
     everything = total["tokens"] - total["image_tokens"] - total["learned from"]
     if stage.asks and not data_args.supervise_prompt and 0 < everything <= total["supervised"]:
@@ -108,23 +140,23 @@ def _check_account(stage: Stage, account: Account, data_args: DataArguments) -> 
 
 def _check_images(dataset, on_bad_sample: str) -> None:
     """Open the headers of some images, so that a wrong folder is known now and not in the first epoch."""
-    found, failed = 0, None
+    failed, readable = {}, set()
     for item in some_items(dataset, IMAGES_CHECKED):
-        for reference in item.get("images", ()):
-            if is_url(reference):
+        source = item.get("source")
+        for reference in item.get("images") or ():
+            if is_url(reference) or (source in readable and on_bad_sample == "skip"):
                 continue
-            found += 1
             try:
                 check_image(reference)
-            except ValueError as error:
-                failed = failed or error
+            except BadImage as error:
                 if on_bad_sample == "error":
                     raise
-                continue
-            if on_bad_sample == "skip":
-                return
-    if found and failed is not None:
-        raise failed
+                failed.setdefault(source, error)
+            else:
+                readable.add(source)
+    for source, error in failed.items():
+        if source not in readable:
+            raise error
 
 
 def report_data(surveys: dict[str, Survey]) -> str:

@@ -19,7 +19,7 @@ from transformers.utils import logging
 from processing.data_error_vlm import DuetError
 
 from ..arguments import DataArguments, ModelArguments, VLMTrainingArguments
-from ..data import encode_data, joined, load_data
+from ..data import encode_data, encode_test, joined, load_data
 from ..run import one_line_errors
 from ..settings import parse_arguments
 from ..stages import STAGES, Stage
@@ -72,7 +72,7 @@ def inspect(
 
     failure = None
     try:
-        sets = encode_data(data, encoder, data_args, training_args)
+        sets = [*encode_data(data, encoder, data_args, training_args), encode_test(data, encoder, training_args)]
         account = report_data(survey_data(stage, *sets, encoder, data_args, training_args))
     except (ValueError, OSError) as error:
         account, failure = f"training would end here: {' '.join(str(error).split())}", error

@@ -11,6 +11,7 @@ order depends on seed and epoch alone.
 import copy
 import json
 import random
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -19,10 +20,14 @@ from accelerate.utils import gather_object
 from transformers import Trainer, TrainerCallback, TrainerState
 from transformers.trainer_pt_utils import get_length_grouped_indices
 from transformers.trainer_utils import EvalLoopOutput, get_last_checkpoint
+from transformers.utils import logging
 
 from modeling_vlm.loss_vlm import IGNORE, targets_of, token_costs
 from processing.batching.account import Account
 from processing.data_error_vlm import DuetError
+
+
+logger = logging.get_logger(__name__)
 
 
 class VLMTrainer(Trainer):
@@ -34,6 +39,7 @@ class VLMTrainer(Trainer):
         self.account = Account()  # of this process
         self._only_loss = False
         self._evaluated = None
+        self._evaluated_nothing = False
         self._skip_batches = 0  # of a resumed stream
         # The model's loss smooths: the stock way knows neither who predicts whom, nor weights, nor a balance loss.
         self.label_smoother = None
@@ -74,7 +80,17 @@ class VLMTrainer(Trainer):
         (total, tokens), self._evaluated = self._evaluated.tolist(), None
         if f"{metric_key_prefix}_loss" in output.metrics:
             output.metrics[f"{metric_key_prefix}_loss"] = total / max(tokens, 1)
+            self._evaluated_nothing = not tokens
+            if self._evaluated_nothing:  # a loss of 0 would be the best that there is
+                del output.metrics[f"{metric_key_prefix}_loss"]
+                logger.warning("the evaluation gives no loss: nothing in its data could be learned from.")
         return output
+
+    def _determine_best_metric(self, metrics, trial):
+        # The stock method ends the run where there is no such metric, and an evaluation of nothing has none.
+        if self._evaluated_nothing:
+            return False
+        return super()._determine_best_metric(metrics, trial)
 
     def gathered_account(self) -> Account:
         """The account of every batch that was trained on, of all processes; every process has to ask."""
@@ -132,6 +148,19 @@ class VLMTrainer(Trainer):
         if self.args.process_index == 0:
             for file, _ in _account_files(checkpoint):
                 self.account.merge(Account.from_state(json.loads(file.read_text(encoding="utf-8"))))
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """See `Trainer.save_model`; the output folder itself holds what it held until the new model is whole."""
+        folder = Path(self.args.output_dir)
+        if output_dir is not None and Path(output_dir) != folder:
+            return super().save_model(output_dir, _internal_call)
+        beside = folder / "_saving"
+        super().save_model(str(beside), _internal_call=True)
+        self.accelerator.wait_for_everyone()
+        if self.args.should_save:
+            move_model(beside, folder)
+        if self.args.push_to_hub and not _internal_call:
+            self.push_to_hub(commit_message="Model save", revision=self.args.hub_revision)
 
     def create_model_card(self, *args, **kwargs) -> None:
         """Write the model card: the run's own where there is one, for `push_to_hub` too."""
@@ -191,6 +220,20 @@ class LengthGroupedOrder(torch.utils.data.Sampler):
         self.epoch = epoch
         if hasattr(self.dataset, "set_epoch"):
             self.dataset.set_epoch(epoch)
+
+
+def move_model(source: Path, folder: Path) -> None:
+    """Move a saved model into a folder: its weights first, its config, without which none is found there, last."""
+    old = {path.name for path in folder.glob("model*.safetensors*")}
+    new = sorted(source.iterdir(), key=lambda path: (path.name == "config.json", ".safetensors" not in path.name))
+    for path in new:
+        target = folder / path.name
+        if target.is_dir():
+            shutil.rmtree(target)
+        path.replace(target)
+    for name in old - {path.name for path in new}:  # shards of a model that was there before
+        (folder / name).unlink()
+    source.rmdir()
 
 
 def _account_files(checkpoint):
