@@ -3,14 +3,19 @@
 import base64
 import logging
 import pickle
+import re
+import shutil
+from pathlib import Path
 
 import datasets
 import pytest
 import torch
 from PIL import Image
 from torch.utils.data import DataLoader
+from transformers import Trainer, TrainingArguments
 
-from processing import VLMDataCollator, read_rows
+from modeling_vlm import VLMForConditionalGeneration
+from processing import VLMDataCollator, VLMProcessor, read_rows
 from processing.batching.encoding import IGNORE, encode_caption
 from processing.reading.items import is_item
 from tests import tiny
@@ -245,3 +250,65 @@ def test_a_program_can_name_columns(processor, picture):
     rows = [{"photo": str(picture), "title": "a cat", "extra": None}]
     (item,) = read_rows(rows, columns={"image": "photo", "caption": "title"})
     assert learned(processor, VLMDataCollator(processor)([item])) == ["a cat<|im_end|>"]
+
+
+# -- the README's own program -----------------------------------------------------------------------------------------
+
+
+def readme_program(vision, text):
+    """The README's Python block, for other backbones."""
+    readme = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")
+    (block,) = [code for code in re.findall(r"```python\n(.*?)```", readme, re.DOTALL) if "read_rows" in code]
+    for name, other in (("google/vit-base-patch16-224", vision), ("openai-community/gpt2", text)):
+        assert name in block
+        block = block.replace(name, str(other))
+    return block
+
+
+def test_the_program_of_the_readme_gives_a_model_that_is_trained_saved_and_resumed(
+    folders, picture, tmp_path, monkeypatch
+):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "images").mkdir()
+    Image.open(picture).save(tmp_path / "images" / "cat.jpg")
+    program = readme_program(*folders("vit-gpt2"))
+
+    def run(program):
+        made = {}
+        torch.manual_seed(0)
+        exec(compile(program, "README.md", "exec"), made)
+        return made["trainer"]
+
+    trainer = run(program)
+    assert trainer.state.global_step == 10
+    whole = {name: value.clone() for name, value in trainer.model.state_dict().items()}
+    saved = VLMForConditionalGeneration.from_pretrained("outputs/mine")
+    assert all(torch.equal(value, saved.state_dict()[name]) for name, value in whole.items())
+    assert VLMProcessor.from_pretrained("outputs/mine").image_token_id == saved.config.image_token_id
+    half = VLMForConditionalGeneration.from_pretrained("outputs/mine/checkpoint-5").state_dict()
+    assert any(not torch.equal(value, half[name]) for name, value in whole.items() if "projector" in name)
+    shutil.rmtree(tmp_path / "outputs" / "mine" / "checkpoint-10")
+    resumed = run(program.replace("trainer.train()", "trainer.train(resume_from_checkpoint=True)"))
+    assert all(torch.equal(value, resumed.model.state_dict()[name]) for name, value in whole.items())
+
+
+@pytest.mark.parametrize("kind", ["list", "datasets"])
+def test_the_stock_trainer_learns_the_same_from_rows_as_from_what_was_read_of_them(folders, picture, tmp_path, kind):
+    rows = [{"image": str(picture), "question": f"what is it {n}?", "answer": "a cat " * n} for n in range(6)]
+
+    def trained(data):
+        model, processor = tiny.compose(*folders("vit-gpt2"))
+        args = TrainingArguments(
+            str(tmp_path), max_steps=3, per_device_train_batch_size=2, remove_unused_columns=False, report_to="none",
+            use_cpu=True, logging_steps=1, save_strategy="no", learning_rate=1e-3, disable_tqdm=True,
+        )  # fmt: skip
+        trainer = Trainer(model, args, data_collator=VLMDataCollator(processor), train_dataset=data)
+        trainer.train()
+        return [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+
+    losses = trained(rows if kind == "list" else datasets.Dataset.from_list(rows))
+    assert len(losses) == 3 and losses == trained(read_rows(rows))
+    with pytest.raises(ValueError, match="remove_unused_columns"):
+        model, processor = tiny.compose(*folders("vit-gpt2"))
+        args = TrainingArguments(str(tmp_path), max_steps=1, report_to="none", use_cpu=True)
+        Trainer(model, args, data_collator=VLMDataCollator(processor), train_dataset=rows).train()
