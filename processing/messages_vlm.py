@@ -7,6 +7,9 @@ prompt of every answer is cut exactly where generation would start, so the ids b
 that generation is given. The file travels with every checkpoint and imports nothing of this package.
 """
 
+import ast
+import bisect
+import functools
 import itertools
 import json
 import re
@@ -18,31 +21,152 @@ from tokenizers import Tokenizer
 from .data_error_vlm import DuetError
 
 
-# Marks for the rendering: characters of a private use area and a blank that every `trim` removes and none writes.
+# Marks for the rendering: characters of a private use area, and a blank that every `trim` removes and nobody types.
 MARK = "\ue000{}\ue001"
-_MARK_PATTERN = re.compile("(\u2003?)\ue000(\\d+)\ue001(\u2003?)")
+_MARK_PATTERN = re.compile("\ue000(\\d+)\ue001")
 _BLANK = "\u2003"
+_STAND_IN = "\ue002"
+_MARGIN = 64  # ids
+
+CONTEXT_ONLY = "an answer is context only"
+"""Noted once for each answer that is not learned, because generation would be asked for it in other words."""
+
+# Texts that a template may treat apart for being empty, in the order of trying: none; those of others than the
+# assistant, of nothing at all or of blanks; the same of everyone.
+_HIDES = (None, ("nothing", False), ("blank", False), ("nothing", True), ("blank", True))
+
+_LONG = 64  # messages above which an answer's prompt is compared with its neighbours alone
 
 
 class _Slot(NamedTuple):
-    """The place of one message text in the rendered template, and whether the template trims it there."""
+    """The place of some words in the rendered template, and what the template strips there (`None`: all blanks)."""
 
-    text: int
-    lstrip: bool
-    rstrip: bool
+    word: int
+    left: str | None
+    right: str | None
 
 
-def _fill(literals: Sequence[str], slots: Sequence[_Slot], texts: Sequence[str]) -> list[str]:
-    """The texts as the template writes them; what is trimmed reaches through parts that stand side by side."""
-    filled, trims = [texts[slot.text] for slot in slots], False
+class _Layout(NamedTuple):
+    """`literal, slot, literal, ..., slot, literal`; and the literals that were typed, by the words before them."""
+
+    literals: tuple[str, ...]
+    slots: tuple[_Slot, ...]
+    typed: dict[int, str]
+
+
+class _Reading(NamedTuple):
+    """How a template is followed: where texts are cut, which empty ones are left out, whether it strips blanks."""
+
+    template: str
+    kwargs: dict
+    cut: str | None
+    hides: tuple[str, bool] | None
+    strips: bool
+
+
+class _Marked(NamedTuple):
+    """Messages with marks in place of words; the words, whose they are, which have no mark, what is between two."""
+
+    messages: list[dict]
+    words: list[str]
+    owners: list[int]
+    hidden: list[int]
+    between: dict[int, str]
+
+
+def _mark(messages, reading, before="", after="", shows=None, swaps=None) -> _Marked:
+    """
+    Marked messages.
+
+    Args:
+        before, after: what is put around each mark.
+        shows: the number of words that get a mark though they would be left out.
+        swaps: the number of words behind which something else stands than was typed.
+    """
+    marked = _Marked([], [], [], [], {})
+    for number, message in enumerate(messages):
+        content = []
+        for part in message["content"]:
+            if part["type"] == "text":
+                pieces = re.split(reading.cut, part["text"]) if reading.cut else [part["text"]]
+                hidden, text = _is_hidden(message, part["text"], reading.hides), ""
+                for words, typed in itertools.zip_longest(pieces[0::2], pieces[1::2], fillvalue=""):
+                    index = len(marked.words)
+                    if hidden and shows != index:
+                        marked.hidden.append(index)
+                    else:
+                        text += before + MARK.format(index) + after + (_STAND_IN if swaps == index else typed)
+                    if typed:
+                        marked.between[index] = typed
+                    marked.words.append(words)
+                    marked.owners.append(number)
+                part = {"type": "text", "text": text}
+            content.append(part)
+        marked.messages.append({**message, "content": content})
+    return marked
+
+
+def _is_hidden(message, text, hides):
+    if hides is None or (message["role"] == "assistant" and not hides[1]):
+        return False
+    return not text if hides[0] == "nothing" else not text.strip()
+
+
+def _fill(literals: Sequence[str], slots: Sequence[_Slot], words: Sequence[str]) -> list[str]:
+    """The words as the template writes them; what is stripped reaches through parts that stand side by side."""
+    filled, strips = [words[slot.word] for slot in slots], ""
     for index, slot in enumerate(slots):
-        trims = slot.lstrip or (trims and not filled[index - 1] and not literals[index])
-        filled[index] = filled[index].lstrip() if trims else filled[index]
-    trims = False
+        reached = index and not filled[index - 1] and not literals[index]
+        strips = slot.left if slot.left != "" else strips if reached else ""
+        filled[index] = filled[index].lstrip(strips)
+    strips = ""
     for index, slot in reversed(list(enumerate(slots))):
-        trims = slot.rstrip or (trims and not filled[index + 1] and not literals[index + 1])
-        filled[index] = filled[index].rstrip() if trims else filled[index]
+        reached = index + 1 < len(slots) and not filled[index + 1] and not literals[index + 1]
+        strips = slot.right if slot.right != "" else strips if reached else ""
+        filled[index] = filled[index].rstrip(strips)
     return filled
+
+
+def _written(literals, filled):
+    return "".join(a + b for a, b in zip(literals, [*filled, ""]))
+
+
+@functools.lru_cache
+def _looked_for(template):
+    """The strings that a template looks for in texts (`'</think>' in content`, `content.split('</think>')`)."""
+    quoted = r"'(?:[^'\\]|\\.)*'|\"(?:[^\"\\]|\\.)*\""
+    found = re.findall(rf"({quoted})\s+(?:not\s+)?in\b", template)
+    found += re.findall(rf"(?:split|partition|startswith|endswith|replace)\(\s*({quoted})", template)
+    strings = {ast.literal_eval(string) for string in found}
+    return sorted((string for string in strings if string.strip()), key=lambda string: (-len(string), string))
+
+
+def _cuts(template, messages):
+    """Where texts may be cut, as patterns: nowhere, and then at what the template looks for."""
+    yield None
+    texts = [part["text"] for part in all_parts(messages) if part["type"] == "text"]
+    there = [re.escape(string) for string in _looked_for(template) if any(string in text for text in texts)]
+    if there:
+        yield "(" + "|".join(there) + ")"
+
+
+def _start(prompt, literals, slots, first):
+    """Where in literal `first` the answer starts, whose prompt this is; `None` where that does not begin the whole."""
+    begins = (
+        prompt.slots == tuple(slots[:first])
+        and prompt.literals[:-1] == tuple(literals[:first])
+        and literals[first].startswith(prompt.literals[-1])
+    )
+    return len(prompt.literals[-1]) if begins else None
+
+
+def _around(messages, turns, index):
+    """Of a long dialogue its beginning, the turns next to a message, and its end; and where the message is in it."""
+    turn = bisect.bisect_right(turns, index) - 1
+    kept = {0, 1, *range(turn - 2, turn + 2), len(turns) - 2, len(turns) - 1}
+    ends = [*turns[1:], len(messages)]
+    chosen = [*range(turns[0]), *(i for t in sorted(kept) if 0 <= t < len(turns) for i in range(turns[t], ends[t]))]
+    return [messages[i] for i in chosen], chosen.index(index)
 
 
 class TextEncoder:
@@ -113,7 +237,7 @@ class TextEncoder:
             if piece
         ]
 
-    def encode(self, text: str, after: str | None = None) -> list[int]:
+    def encode(self, text: str, after: str | None = None, at_most: int | None = None) -> list[int]:
         """
         The ids of plain text.
 
@@ -121,7 +245,17 @@ class TextEncoder:
             text (`str`): read as text, also where it spells a control token.
             after (`str`, *optional*): what stands before it: nothing (`None`), `"control"` or `"text"`. A tokenizer
                 that puts a blank before words does so at a beginning only, never inside a text.
+            at_most (`int`, *optional*): so many ids are wanted; what is much longer than them is not read to its end.
         """
+        if at_most is not None:
+            size = 8 * (at_most + _MARGIN)
+            while size < len(text):
+                # Cut before a blank, where pieces end; the last few ids are left out, which could see the cut.
+                cut = max(text.rfind(blank, size // 2, size) for blank in " \n")
+                ids = self.encode(text[: cut if cut > 0 else size], after)
+                if len(ids) >= at_most + _MARGIN:
+                    return ids[:at_most]
+                size *= 4
         if not text:
             return []
         backend = {None: self._first, "control": self._after_control, "text": self._inner}[after]
@@ -129,12 +263,16 @@ class TextEncoder:
         ids = encoding.ids
         if self._forbidden.isdisjoint(ids):
             return ids
-        # The model's own vocabulary spells a control token: break it in two and read each half as text.
-        start, end = next(span for id, span in zip(ids, encoding.offsets) if id in self._forbidden)
-        middle = (start + end + 1) // 2
-        if not 0 < middle < len(text):
+        # The model's own vocabulary spells control tokens: break each in two and read what is between as text.
+        spans = [span for id, span in zip(ids, encoding.offsets) if id in self._forbidden]
+        middles = [(start + end + 1) // 2 for start, end in spans]
+        middles = [middle for middle in dict.fromkeys(middles) if 0 < middle < len(text)]
+        if not middles:
             return [id for id in ids if id not in self._forbidden]
-        return self.encode(text[:middle], after) + self.encode(text[middle:], "text")
+        ids = self.encode(text[: middles[0]], after)
+        for start, end in itertools.pairwise([*middles, len(text)]):
+            ids += self.encode(text[start:end], "text")
+        return ids
 
 
 def _without_prefix_space(state: dict) -> tuple[bool, bool]:
@@ -173,6 +311,7 @@ class MessageEncoder:
         self.image_token_id = tokenizer.convert_tokens_to_ids(image_token)
         self.text = TextEncoder(tokenizer)
         self._layouts = {}
+        self._reads = {}
 
     def encode_messages(
         self,
@@ -182,17 +321,23 @@ class MessageEncoder:
         add_generation_prompt: bool = False,
         continue_final_message: bool = False,
         supervise_prompt: bool = False,
+        max_length: int | None = None,
+        notes: list[str] | None = None,
         **template_kwargs,
     ) -> tuple[list[int], list[float]]:
         """See `VLMProcessor.encode_messages`."""
         messages = with_parts(messages)
-        texts = [part["text"] for part in all_parts(messages) if part["type"] == "text"]
-        literals, slots, empty = self._follow(messages, texts, template, add_generation_prompt, template_kwargs)
+        reading, layout = self._follow(messages, template, add_generation_prompt, template_kwargs)
+        literals, slots, marked = list(layout.literals), list(layout.slots), _mark(messages, reading)
         if continue_final_message:
             literals[-1] = ""
-        answers = self._find_answers(messages, literals, slots, template, template_kwargs, empty)
-        pieces = _Pieces(self.image_token_id, prompt_weight=float(supervise_prompt))
-        self._encode_pieces(pieces, texts, literals, slots, answers, open_end=continue_final_message)
+        answers = self._find_answers(messages, marked.owners, literals, slots, reading, notes)
+        filled = _fill(literals, slots, marked.words)
+        for position, slot in enumerate(slots[:-1]):
+            if literals[position + 1] == layout.typed.get(slot.word) and slots[position + 1].word == slot.word + 1:
+                filled[position], literals[position + 1] = filled[position] + literals[position + 1], ""
+        pieces = _Pieces(self.image_token_id, prompt_weight=float(supervise_prompt), max_length=max_length)
+        self._encode_pieces(pieces, literals, filled, answers, open_end=continue_final_message)
         images = sum(part["type"] == "image" for part in all_parts(messages))
         if pieces.ids.count(self.image_token_id) != images:
             raise DuetError(
@@ -201,87 +346,168 @@ class MessageEncoder:
             )
         return pieces.ids, pieces.weights
 
-    def encode_caption(self, content: list[dict]) -> tuple[list[int], list[float]]:
+    def encode_caption(self, content: list[dict], max_length: int | None = None) -> tuple[list[int], list[float]]:
         """See `VLMProcessor.encode_caption`."""
-        ids = list(self.text.prefix_ids)
-        weights, after = [0.0] * len(ids), None
+        pieces = _Pieces(self.image_token_id, prompt_weight=1.0, max_length=max_length)
+        pieces.add(self.text.prefix_ids, None)
+        pieces.weights = [0.0] * len(pieces.ids)
         for part in content:
             if part["type"] == "image":
-                piece, after = [self.image_token_id], "control"
+                pieces.add([self.image_token_id], "control")
             else:
-                piece, after = self.text.encode(part["text"], after), "text"
-            ids = ids + piece
-            weights += [float(part["type"] == "text")] * len(piece)
-        return ids + [self.tokenizer.eos_token_id], weights + [1.0]
+                pieces.add(self.text.encode(part["text"], pieces.after, pieces.room), "text")
+        pieces.add([self.tokenizer.eos_token_id], "control")
+        return pieces.ids, pieces.weights
+
+    # -- rendering ------------------------------------------------------------------------------------------------
 
     def render(self, messages: list[dict], template: str, **kwargs) -> str:
-        """The text that a template makes of normalised messages; what it raises becomes a `ValueError`."""
-        shown = [
-            {**m, "content": [p if p["type"] == "text" else {"type": "image"} for p in m["content"]]} for m in messages
-        ]
+        """
+        The text that a template makes of normalised messages; what it raises becomes a `DuetError`.
+
+        Contents are given as lists of parts to a template that reads them so, else as strings, with the image token in
+        the place of an image.
+        """
+        reads = self.reads_parts(template)
+        return self._render([self._shown(m, reads.get(m["role"], reads["user"])) for m in messages], template, **kwargs)
+
+    def _shown(self, message, as_parts):
+        content = [p if p["type"] == "text" else {"type": "image"} for p in message["content"]]
+        if not as_parts:
+            content = "".join(self.image_token if part["type"] == "image" else part["text"] for part in content)
+        return {**message, "content": content}
+
+    def _render(self, shown, template, **kwargs):
         try:
             return self.tokenizer.apply_chat_template(shown, chat_template=template, tokenize=False, **kwargs)
         except Exception as error:  # a template may raise whatever it likes
-            roles = ", ".join(str(message.get("role")) for message in messages)
             reason = " ".join(str(error).split())
-            raise DuetError(f"the chat template refuses these messages (roles: {roles}): {reason}") from error
+            missing = re.search(r"'(\w+_token)' is undefined", reason)
+            if missing:
+                raise DuetError(
+                    f"the chat template needs {missing[1]}, and the tokenizer has none; give the tokenizer one, or "
+                    "choose another template (--chat_template)."
+                ) from error
+            roles = ", ".join(str(message.get("role")) for message in shown[:8]) + (", ..." if len(shown) > 8 else "")
+            raise DuetError(f"the chat template refuses these messages (roles: {roles}): {reason[:300]}") from error
 
-    def _layout(self, messages, template, add_generation_prompt, kwargs, empty):
+    def reads_parts(self, template: str) -> dict[str, bool]:
         """
-        The rendered conversation as literals and slots: `literal, slot, literal, ..., slot, literal`.
+        For each role whether a template reads a content given as parts, found by trying.
 
-        It depends on roles and parts, not on the words, so it is found once for each shape of conversation.
+        Raises:
+            `DuetError`: it places the text and the image of a user message in neither way, or cannot be rendered.
         """
-        shape = [{**m, "content": [p["type"] for p in m["content"]], "train": None, "weight": None} for m in messages]
-        key = json.dumps([shape, template, add_generation_prompt, kwargs, sorted(empty)], default=repr, sort_keys=True)
-        if key in self._layouts:
-            return self._layouts[key]
+        if template not in self._reads:
+            user = {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": MARK.format(0)}]}
+            found, errors = {}, []
+            for as_parts in (True, False):
+                try:
+                    text = self._render([self._shown(user, as_parts)], template)
+                except DuetError as error:
+                    errors.append(error)
+                    continue
+                if text.count(self.image_token) == 1 and text.count(MARK.format(0)) == 1 and "'type'" not in text:
+                    found["user"] = as_parts
+                    break
+            if not found and len(errors) == 2:
+                raise errors[-1]
+            if not found:
+                raise DuetError(
+                    "the chat template loses the text or the image of a user message; expected a jinja template that "
+                    "writes `message['content']`, given as a string or as a list of parts."
+                )
+            for role in ("system", "assistant") if found["user"] else ():
+                found[role] = not self._only_as_string(role, template)
+            self._reads[template] = found
+        return self._reads[template]
 
-        def render(mark):
-            marks = itertools.count()
-            marked = []
-            for message in messages:
-                content = []
-                for part in message["content"]:
-                    if part["type"] == "text":
-                        index = next(marks)
-                        part = {"type": "text", "text": "" if index in empty else mark.format(index)}
-                    content.append(part)
-                marked.append({**message, "content": content})
-            return self.render(marked, template, add_generation_prompt=add_generation_prompt, **kwargs)
+    def _only_as_string(self, role, template):
+        """Whether a template that reads a user's content as parts wants another role's as a string."""
+        content = [{"type": "text", "text": MARK.format(index)} for index in (1, 2)]
+        user = {"role": "user", "content": [{"type": "text", "text": MARK.format(0)}]}
+        for as_parts in (True, False):
+            said = [self._shown(user, True), self._shown({"role": role, "content": content}, as_parts)]
+            try:
+                text = self._render(said if role == "assistant" else said[::-1], template)
+            except DuetError:
+                continue
+            if all(text.count(MARK.format(index)) == 1 for index in range(3)) and "'type'" not in text:
+                return not as_parts
+        return False
 
-        pieces = _MARK_PATTERN.split(render(MARK))
-        trimmed = _MARK_PATTERN.split(render(_BLANK + MARK + _BLANK))
-        literals = tuple(pieces[0::4])
-        if tuple(trimmed[0::4]) != literals:
-            raise DuetError("the chat template changes with the text of the messages; choose another template.")
-        slots = tuple(
-            _Slot(int(index), lstrip=not left, rstrip=not right)
-            for left, index, right in zip(trimmed[1::4], trimmed[2::4], trimmed[3::4])
-        )
-        if len(self._layouts) > 4096:
-            self._layouts.clear()
-        self._layouts[key] = literals, slots
-        return literals, slots
+    # -- what of it is whose --------------------------------------------------------------------------------------
 
-    def _follow(self, messages, texts, template, add_generation_prompt, kwargs):
-        """The layout of these very messages, and which texts it leaves out: some templates treat empty ones apart."""
+    def _follow(self, messages, template, add_generation_prompt, kwargs):
+        """How the template reads these very messages, and the layout that gives just what it writes of them."""
         rendered = self.render(messages, template, add_generation_prompt=add_generation_prompt, **kwargs)
-        owners = [message["role"] for message in messages for part in message["content"] if part["type"] == "text"]
-        blank = frozenset(index for index, text in enumerate(texts) if not text.strip())
-        nothing = frozenset(index for index in blank if not texts[index])
-        answers = frozenset(index for index in blank if owners[index] == "assistant")
-        for empty in dict.fromkeys((frozenset(), nothing - answers, blank - answers, nothing, blank)):
-            literals, slots = self._layout(messages, template, add_generation_prompt, kwargs, empty)
-            filled = [*_fill(literals, slots, texts), ""]
-            if "".join(a + b for a, b in zip(literals, filled)) == rendered:
-                return list(literals), list(slots), empty
+        for cut in _cuts(template, messages):
+            for hides, strips in itertools.product(_HIDES, (False, True)):
+                reading = _Reading(template, kwargs, cut, hides, strips)
+                words = _mark(messages, reading).words
+                if strips and all(word == word.strip() for word in words):
+                    continue
+                layout = self._layout(messages, reading, add_generation_prompt)
+                if _written(layout.literals, _fill(layout.literals, layout.slots, words)) == rendered:
+                    return reading, layout
         raise DuetError(
             "the chat template rewrites the text of a message, so its tokens cannot be told apart; expected a template "
             "that writes texts as they are, or trimmed."
         )
 
-    def _find_answers(self, messages, literals, slots, template, kwargs, empty):
+    def _layout(self, messages, reading, prompt):
+        """The rendered conversation; it depends on roles and parts, so it is found once for each shape of these."""
+        messages = [{**message, "train": None, "weight": None} for message in messages]
+        marked = _mark(messages, reading)
+        key = (json.dumps(marked.messages, default=repr, sort_keys=True), repr(reading), prompt)
+        if key not in self._layouts:
+            if len(self._layouts) > 4096:
+                self._layouts.clear()
+            self._layouts[key] = self._make_layout(messages, reading, prompt, marked)
+        return self._layouts[key]
+
+    def _make_layout(self, messages, reading, prompt, marked):
+        def split(**marks):
+            shown = _mark(messages, reading, **marks).messages
+            text = self.render(shown, reading.template, add_generation_prompt=prompt, **reading.kwargs)
+            pieces = _MARK_PATTERN.split(text)
+            return pieces[0::2], [int(index) for index in pieces[1::2]]
+
+        literals, words = split()
+        left, right = [""] * len(words), [""] * len(words)
+        for blank in (" ", "\n", _BLANK) if reading.strips else ():
+            before, there = split(before=blank)
+            if there == words and all(a in (b, b + blank) for a, b in zip(before, literals)):
+                left = [chars + blank * (a == b) for chars, a, b in zip(left, before, literals)]
+            after, there = split(after=blank)
+            if there == words and all(a in (b, blank + b) for a, b in zip(after, literals)):
+                right = [chars + blank * (a == b) for chars, a, b in zip(right, after[1:], literals[1:])]
+        # What strips a blank that nobody types strips every kind.
+        left, right = ([None if _BLANK in chars else chars for chars in side] for side in (left, right))
+        slots = list(map(_Slot, words, left, right))
+
+        typed = {}
+        for position, (word, following) in enumerate(zip(words, words[1:])):
+            between = marked.between.get(word)
+            if following == word + 1 and literals[position + 1] == between:
+                swapped = [*literals[: position + 1], _STAND_IN, *literals[position + 2 :]]
+                if split(swaps=word) == (swapped, words):  # the template takes no notice of it
+                    typed[word] = between
+
+        # An empty answer that the template was not shown has a place as well: before what follows such an answer.
+        places = []
+        for word in marked.hidden:
+            shown, there = split(shows=word)
+            at = there.index(word) if word in there else len(literals)
+            if messages[marked.owners[word]]["role"] == "assistant" and shown[:at] == literals[:at]:
+                if at < len(literals) and literals[at].endswith(shown[at + 1]):
+                    places.append((at, len(literals[at]) - len(shown[at + 1]), word))
+        for at, start, word in sorted(places, reverse=True):
+            literals[at : at + 1] = [literals[at][:start], literals[at][start:]]
+            slots.insert(at, _Slot(word, "", ""))
+        return _Layout(tuple(literals), tuple(slots), typed)
+
+    def _find_answers(self, messages, owners, literals, slots, reading, notes):
         """
         For each assistant message: the pieces from which to which it goes, and its weight in the loss.
 
@@ -289,41 +515,58 @@ class MessageEncoder:
         before the text (a blank, an empty thought) belongs to the answer. If the last answer's generation prompt is no
         beginning of the conversation, it takes that beginning's place; an earlier such answer is only context.
         """
-        owner = [i for i, message in enumerate(messages) for part in message["content"] if part["type"] == "text"]
-        answers = []
-        for index in reversed([i for i, message in enumerate(messages) if message["role"] == "assistant"]):
-            own = [position for position, slot in enumerate(slots) if owner[slot.text] == index]
-            if not own:
-                continue
-            first, last = own[0], own[-1]
-            if index:
-                prompt_literals, prompt_slots = self._layout(messages[:index], template, True, kwargs, empty)
-            else:  # nothing can be asked before it; what the template writes before its text is given
-                prompt_literals, prompt_slots = tuple(literals[: first + 1]), tuple(slots[:first])
-            begins = (
-                prompt_slots == tuple(slots[:first])
-                and prompt_literals[:-1] == tuple(literals[:first])
-                and literals[first].startswith(prompt_literals[-1])
-            )
-            if not begins and index == len(messages) - 1:
-                literals[: first + 1], slots[:first] = prompt_literals, prompt_slots
-                last += len(prompt_slots) - first
-                first, begins = len(prompt_slots), True
-            start = len(prompt_literals[-1]) if begins else len(literals[first])
-            message = messages[index]
+        places, answers = {}, []
+        for position, slot in enumerate(slots):
+            places[owners[slot.word]] = (places.get(owners[slot.word], (position,))[0], position)
+        roles = [message["role"] for message in messages]
+        turns = [i for i, role in enumerate(roles) if role == "user" and roles[max(0, i - 1)] != "user"] or [0]
+        for index in reversed([i for i, role in enumerate(roles) if role == "assistant"]):
+            message, start = messages[index], None
             weight = 1.0 if message.get("weight") is None else float(message["weight"])
-            weight = 0.0 if message.get("train") is False or not begins else weight
-            answers.append(_Answer(first, start, last, weight))
+            weight = 0.0 if message.get("train") is False else weight
+            if index in places:
+                first, last = places[index]
+                if not index:  # nothing can be asked before it; what the template writes before its text is given
+                    start = len(literals[first])
+                elif index < len(messages) - 1:
+                    start = self._start_of(messages, turns, index, reading, literals, slots, first)
+                else:
+                    prompt = self._layout(messages[:index], reading, True)
+                    start = _start(prompt, literals, slots, first)
+                    if start is None:
+                        literals[: first + 1], slots[:first] = prompt.literals, prompt.slots
+                        start, shift = len(prompt.literals[-1]), len(prompt.slots) - first
+                        first, last = first + shift, last + shift
+                answers.append(
+                    _Answer(first, len(literals[first]), last, 0.0)
+                    if start is None
+                    else _Answer(first, start, last, weight)
+                )
+            if start is None and weight and notes is not None:
+                notes.append(CONTEXT_ONLY)
         return answers
 
-    def _encode_pieces(self, pieces, texts, literals, slots, answers, open_end):
+    def _start_of(self, messages, turns, index, reading, literals, slots, first):
+        """Where an answer within the conversation starts; of a long one the turns far away are left out to see."""
+        if len(messages) > _LONG:
+            short, at = _around(messages, turns, index)
+            owners = _mark(short, reading).owners
+            try:
+                layout, prompt = self._layout(short, reading, False), self._layout(short[:at], reading, True)
+                there = next(i for i, slot in enumerate(layout.slots) if owners[slot.word] == at)
+            except (DuetError, StopIteration):  # not to be shortened
+                there = None
+            if there is not None and layout.literals[there] == literals[first]:
+                return _start(prompt, layout.literals, layout.slots, there)
+        return _start(self._layout(messages[:index], reading, True), literals, slots, first)
+
+    def _encode_pieces(self, pieces, literals, filled, answers, open_end):
         """Tokenise what stands between control tokens and the ends of answers, piece by piece."""
-        encoder = self.text
-        buffer, filled = "", _fill(literals, slots, texts)
+        encoder, buffer = self.text, ""
 
         def flush():
             nonlocal buffer
-            pieces.add(encoder.encode(buffer, pieces.after), "text")
+            pieces.add(encoder.encode(buffer, pieces.after, pieces.room), "text")
             buffer = ""
 
         def write(literal):
@@ -346,7 +589,7 @@ class MessageEncoder:
                 written = starts[position].start
             write(literal[written:])
             written = 0
-            if position < len(slots):
+            if position < len(filled):
                 buffer += filled[position]
             if position in ends:
                 # A blank between an answer and its end token is the answer's: a blank alone could not end one.
@@ -356,7 +599,7 @@ class MessageEncoder:
                     written = len(piece)
                 flush()
                 pieces.answer_weight = None
-                at_end = position == len(slots) - 1 and not literals[-1]
+                at_end = position == len(filled) - 1 and not literals[-1]
                 if literals[position + 1] or at_end:
                     pieces.end_weight = ends[position].weight
                 if at_end and not open_end:
@@ -379,8 +622,8 @@ class _Pieces:
     prompt's; none for an image.
     """
 
-    def __init__(self, image_token_id, prompt_weight):
-        self.image_token_id, self.prompt_weight = image_token_id, prompt_weight
+    def __init__(self, image_token_id, prompt_weight, max_length=None):
+        self.image_token_id, self.prompt_weight, self.max_length = image_token_id, prompt_weight, max_length
         self.ids, self.weights = [], []
         self.after, self.answer_weight, self.end_weight = None, None, None
 
@@ -395,6 +638,15 @@ class _Pieces:
             self.weights.append(weight)
             self.after = kind
 
+    @property
+    def room(self) -> int | None:
+        """
+        Ids of a text that matter: those that `max_length` keeps and one more, which shows that there are more.
+
+        Past these, one of each text, so that it is known whether there is anything to learn.
+        """
+        return None if self.max_length is None else max(1, self.max_length + 1 - len(self.ids))
+
 
 def with_parts(messages: list[dict]) -> list[dict]:
     """Messages with contents as lists of parts, without the null keys that `datasets` adds."""
@@ -408,7 +660,8 @@ def with_parts(messages: list[dict]) -> list[dict]:
             part = {key: value for key, value in part.items() if value is not None}
             kind = part.get("type")
             if kind == "image_url":
-                part = {"type": "image", "url": part["image_url"]["url"]}
+                found = part["image_url"]
+                part = {"type": "image", "url": found["url"] if isinstance(found, dict) else found}
             elif kind not in ("image", "text") or (kind == "text" and not isinstance(part.get("text"), str)):
                 raise DuetError(
                     f'a content part of type {kind!r} was found; expected {{"type": "text", "text": ...}} or '
@@ -424,4 +677,4 @@ def all_parts(messages: list[dict]) -> list[dict]:
     return [part for message in messages for part in message["content"]]
 
 
-__all__ = ["MARK", "MessageEncoder", "TextEncoder", "all_parts", "with_parts"]
+__all__ = ["CONTEXT_ONLY", "MARK", "MessageEncoder", "TextEncoder", "all_parts", "with_parts"]

@@ -31,27 +31,21 @@ from transformers.processing_utils import MultiModalData
 
 from .data_error_vlm import DuetError
 from .images_vlm import IMAGE_MODES, choose_grid, cut_tiles, fit, to_rgb
-from .messages_vlm import MARK, MessageEncoder, all_parts, with_parts
+from .messages_vlm import MessageEncoder, all_parts, with_parts
 
 
 TEMPLATES = Path(__file__).parent / "templates"
 
-# Put before a template that reads plain strings only: it joins the parts of a content, the image token in its place.
-_JOIN_PARTS = """\
-{%- set joined = namespace(messages=[]) -%}
-{%- for message in messages -%}
-{%- set content = namespace(text='') -%}
-{%- if message['content'] is string -%}
-{%- set content.text = message['content'] -%}
-{%- else -%}
-{%- for part in message['content'] -%}
-{%- set content.text = content.text + ('IMAGE_TOKEN' if part['type'] == 'image' else part['text']) -%}
-{%- endfor -%}
-{%- endif -%}
-{%- set joined.messages = joined.messages + [dict(message, content=content.text)] -%}
-{%- endfor -%}
-{%- set messages = joined.messages -%}
-"""
+# Earlier versions put a part of their own before a language model's template.
+_EARLIER_PART = re.compile(
+    r"\A{%- set joined = namespace\(messages=\[\]\) -%}\n.*?{%- set messages = joined\.messages -%}\n", re.DOTALL
+)
+
+_OPTIONS = ("padding", "max_length", "truncation", "padding_side", "pad_to_multiple_of", "add_special_tokens")
+_OPTIONS += ("return_mm_token_type_ids", "images", "images_kwargs")
+_IMAGE_KEYS = ("image", "path", "url", "base64")
+_MEDIA = ("videos", "audio", "audios")
+_NO_BOUND = 1e20  # a tokenizer that knows no bound names a larger one
 
 
 class VLMProcessor(ProcessorMixin):
@@ -94,7 +88,9 @@ class VLMProcessor(ProcessorMixin):
         self.image_token = image_token
         self.image_token_id = tokenizer.convert_tokens_to_ids(image_token)
         self.image_seq_length = image_seq_length
-        super().__init__(image_processor, tokenizer, chat_template=chat_template)
+        for holder, template in ((self, chat_template), (tokenizer, tokenizer.chat_template)):
+            holder.chat_template = _EARLIER_PART.sub("", template, 1) if isinstance(template, str) else template
+        super().__init__(image_processor, tokenizer, chat_template=self.chat_template)
         self._encoder = self._encoder_of = None
 
     def __getstate__(self):
@@ -166,7 +162,7 @@ class VLMProcessor(ProcessorMixin):
         """
         template = chat_template or self.tokenizer.chat_template or "default"
         if isinstance(template, dict):
-            template = template["default"]
+            template = template.get("default", "default")
         if "{" not in template:
             file = TEMPLATES / f"{template}.jinja"
             file = file if file.is_file() else Path(template)
@@ -176,25 +172,33 @@ class VLMProcessor(ProcessorMixin):
             template = file.read_text(encoding="utf-8")
             if file.parent == TEMPLATES and self.encoder.text.prefix_ids:
                 template = "{{- bos_token -}}\n" + template  # what this tokenizer starts every text with
-        for candidate in (template, _JOIN_PARTS.replace("IMAGE_TOKEN", self.image_token) + template):
-            if self._places_images(candidate):
-                # On both, so that `AutoTokenizer` renders what the processor renders.
-                self.chat_template = self.tokenizer.chat_template = candidate
-                return
-        raise DuetError(
-            "the chat template loses the text or the image of a user message; expected a jinja template that writes "
-            "`message['content']`, given as a string or as a list of parts."
-        )
-
-    def _places_images(self, template):
-        content = [{"type": "image"}, {"type": "text", "text": MARK.format(0)}]
-        try:
-            text = self.encoder.render([{"role": "user", "content": content}], template)
-        except ValueError:
-            return False
-        return text.count(self.image_token) == 1 and text.count(MARK.format(0)) == 1 and "'type'" not in text
+        self.encoder.reads_parts(template)
+        # On both, byte for byte, so that other programs know the language model's template by its text.
+        self.chat_template = self.tokenizer.chat_template = template
 
     # -- texts and images, as every processor ---------------------------------------------------------------------
+
+    def __call__(self, images=None, text=None, videos=None, audio=None, **kwargs) -> BatchFeature:
+        """
+        Images and texts, with an image token for each image, to tensors, as every processor; an empty list is none.
+
+        Raises:
+            `ValueError`: videos or audio, or another number of image tokens than images.
+        """
+        _refuse_media({"videos": videos, "audio": audio, "audios": kwargs.pop("audios", None)})
+        return super().__call__(images if _holds_any(images) else None, text, **kwargs)
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path, *args, **kwargs) -> "VLMProcessor":
+        """
+        A saved processor, as every processor's `from_pretrained`.
+
+        This class is here already, so the folder's code is run only with `trust_remote_code=True`.
+        """
+        if not kwargs.setdefault("trust_remote_code", False):
+            # Its parts say themselves of which class they are; the model's config would have to be run to be read.
+            kwargs.setdefault("config", PreTrainedConfig())
+        return super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
 
     @property
     def model_input_names(self) -> list[str]:
@@ -303,23 +307,30 @@ class VLMProcessor(ProcessorMixin):
         Args:
             conversation: messages, or a list of conversations. A content is a string or a list of parts; an image part
                 carries a PIL image, a path or a URL under `image`, `path`, `url` or `image_url`.
+            tokenize (`bool`): tensors, of one conversation a batch of one, in place of the prompt.
             chat_template (`str`, *optional*): instead of the processor's own.
             add_generation_prompt (`bool`): end with what the assistant's answer starts after.
             continue_final_message (`bool`): end inside the last message, which the model goes on writing.
             return_assistant_tokens_mask (`bool`): add `assistant_masks`, 1 on the tokens that training supervises.
-            processor_kwargs (`dict`): `padding` (batches pad to the longest, on the left, unless `False`),
-                `max_length` for `padding="max_length"`, `return_mm_token_type_ids`.
-            **kwargs: passed to the template.
+            processor_kwargs (`dict`): as for every processor, `padding` (tensors of several conversations are padded
+                unless it is `False`), `truncation`, `max_length`, `padding_side`, `pad_to_multiple_of`,
+                `return_mm_token_type_ids`, `images_kwargs`, and `images` for image parts that name none.
+            **kwargs: the same, or passed to the template.
 
         Raises:
-            `ValueError`: the template cannot render these messages, or truncation is asked for.
+            `ValueError`: the template cannot render these messages, `max_length` would cut an image, or something is
+                given that is neither text nor image.
         """
         template = chat_template or self.chat_template
         options = dict(processor_kwargs or {})
-        for key in ("padding", "max_length", "truncation", "padding_side", "return_mm_token_type_ids"):
-            if key in kwargs:
-                options.setdefault(key, kwargs.pop(key))
-        batched = bool(conversation) and isinstance(conversation[0], (list, tuple))
+        for key in ("common_kwargs", "text_kwargs"):
+            options |= options.pop(key, {})
+        options |= {key: kwargs.pop(key) for key in (*_OPTIONS, *_MEDIA) if key in kwargs}
+        _refuse_media(options)
+        for key in ("sanitize_control_tokens", "load_audio_from_video"):  # what is typed is text here, always
+            kwargs.pop(key, None)
+        return_tensors = options.get("return_tensors") if return_tensors in (None, "auto") else return_tensors
+        batched = bool(conversation) and not isinstance(conversation[0], dict)
         conversations = [with_parts(c) for c in (conversation if batched else [conversation])]
         rendering = dict(
             add_generation_prompt=add_generation_prompt, continue_final_message=continue_final_message, **kwargs
@@ -327,16 +338,24 @@ class VLMProcessor(ProcessorMixin):
         if not tokenize:
             prompts = [self.encoder.render(messages, template, **rendering) for messages in conversations]
             return prompts if batched else prompts[0]
-        if options.get("truncation"):
-            raise DuetError("truncation could cut an image's tokens; shorten the messages instead.")
-
+        most, length = self._bounds(options, len(conversations) > 1 and return_tensors is not None)
+        if self.tokenizer.truncation_side == "right":
+            rendering["max_length"] = most
         encoded = [self.encode_messages(m, chat_template=template, **rendering) for m in conversations]
-        opened = [[_open(part) for part in all_parts(m) if part["type"] == "image"] for m in conversations]
+        given = iter(make_flat_list_of_images(options["images"]) if _holds_any(options.get("images")) else ())
+        opened = [
+            [_open(part if _names_image(part) else {**part, "image": next(given, None)}) for part in parts_of_images]
+            for parts_of_images in ([p for p in all_parts(m) if p["type"] == "image"] for m in conversations)
+        ]
         counts = [[self.image_tokens(image.height, image.width) for image in images] for images in opened]
         expanded = [self.expand_images(*pair, counts=of_row) for of_row, pair in zip(counts, encoded)]
-        side = options.get("padding_side") or self.tokenizer.padding_side
-        length = self._padded_length(expanded, options, return_tensors)
+        expanded = [self._cut(*pair, most) for pair in expanded]
         rows = [ids for ids, _ in expanded]
+        if length is None:
+            length = max(map(len, rows), default=0)
+        multiple = options.get("pad_to_multiple_of") or 1
+        length = -(-length // multiple) * multiple
+        side = options.get("padding_side") or self.tokenizer.padding_side
         data = {
             "input_ids": [_pad(ids, length, self.tokenizer.pad_token_id, side) for ids in rows],
             "attention_mask": [_pad([1] * len(ids), length, 0, side) for ids in rows],
@@ -354,17 +373,29 @@ class VLMProcessor(ProcessorMixin):
             data.update(self.process_images(images, None, **options.get("images_kwargs", {})))
         if not return_dict:
             data = {"input_ids": data["input_ids"]}
-        if not batched and return_tensors is None:
-            of_images = ("pixel_values", "image_grids")
-            data = {key: value if key in of_images else value[0] for key, value in data.items()}
         features = BatchFeature(data, tensor_type=return_tensors)
         return features if return_dict else features["input_ids"]
 
-    def _padded_length(self, expanded, options, return_tensors):
-        padding = options.get("padding", len(expanded) > 1 and return_tensors is not None)
-        if padding == "max_length":
-            return options["max_length"]
-        return max(len(ids) for ids, _ in expanded) if padding in (True, "longest") else 0
+    def _bounds(self, options, pads):
+        """The positions to which conversations are cut (`None`: not), and padded (`None`: to the longest; 0: not)."""
+        most = options.get("max_length") or self.tokenizer.model_max_length
+        most = None if most > _NO_BOUND else most
+        cuts = options.get("truncation") not in (None, False, "do_not_truncate")
+        padding = options.get("padding", pads)
+        length = {"max_length": most or 0, "longest": None, True: None}.get(padding, 0)
+        return most if cuts else None, length
+
+    def _cut(self, ids, weights, most):
+        if most is None or len(ids) <= most:
+            return ids, weights
+        kept = slice(0, most) if self.tokenizer.truncation_side == "right" else slice(len(ids) - most, None)
+        found, left = ids.count(self.image_token_id), ids[kept].count(self.image_token_id)
+        if left < found:
+            raise DuetError(
+                f"max_length={most} would cut an image: {found} positions are images', {left} of them would be left; "
+                "give a greater max_length, or fewer images."
+            )
+        return ids[kept], weights[kept]
 
     def encode_messages(
         self,
@@ -373,6 +404,8 @@ class VLMProcessor(ProcessorMixin):
         add_generation_prompt: bool = False,
         continue_final_message: bool = False,
         supervise_prompt: bool = False,
+        max_length: int | None = None,
+        notes: list[str] | None = None,
         chat_template: str | None = None,
         **template_kwargs,
     ) -> tuple[list[int], list[float]]:
@@ -385,6 +418,9 @@ class VLMProcessor(ProcessorMixin):
 
         Args:
             supervise_prompt (`bool`): everything but images and answers left out is supervised, the prompts too.
+            max_length (`int`): where the caller cuts; of texts past it only the beginning is read.
+            notes (`list`): to which `CONTEXT_ONLY` is added for each answer that is not learned, because generation
+                would be asked for it in other words than stand before it here.
 
         Returns:
             `(ids, weights)`, two lists of one length, the weight 0 where nothing is learned; see `expand_images`.
@@ -401,21 +437,24 @@ class VLMProcessor(ProcessorMixin):
             add_generation_prompt=add_generation_prompt,
             continue_final_message=continue_final_message,
             supervise_prompt=supervise_prompt,
+            max_length=max_length,
+            notes=notes,
             **template_kwargs,
         )
 
-    def encode_caption(self, content: list[dict]) -> tuple[list[int], list[float]]:
+    def encode_caption(self, content: list[dict], max_length: int | None = None) -> tuple[list[int], list[float]]:
         """
         Ids of stage 1's sequence, which has no roles: what the tokenizer starts with, image, caption, eos.
 
         Args:
             content: parts in their order, image parts and the caption; every text and the eos are supervised.
+            max_length (`int`): see `encode_messages`.
 
         Returns:
             `(ids, weights)` as `encode_messages`; the ids before the caption are those of
             `processor(images=..., text="<image>")`.
         """
-        return self.encoder.encode_caption(content)
+        return self.encoder.encode_caption(content, max_length)
 
     def expand_images(self, ids: list[int], *parallel: list, counts: list[int] | None = None) -> tuple[list, ...]:
         """
@@ -528,8 +567,23 @@ def _scaled(processor, height, width):
     return {"size": {"shortest_edge": round(edge * scale)}, "crop_size": {"height": height, "width": width}}
 
 
+def _holds_any(media) -> bool:
+    """Whether something is in there, however deep the lists."""
+    return any(map(_holds_any, media)) if isinstance(media, (list, tuple)) else media is not None
+
+
+def _refuse_media(options):
+    given = [name for name in _MEDIA if _holds_any(options.get(name))]
+    if given:
+        raise DuetError(f"{' and '.join(given)} were given; Duet reads images and text, so leave them out.")
+
+
+def _names_image(part) -> bool:
+    return any(key in part for key in _IMAGE_KEYS)
+
+
 def _open(part):
-    found = next((part[key] for key in ("image", "path", "url", "base64") if key in part), None)
+    found = next((part[key] for key in _IMAGE_KEYS if key in part), None)
     if isinstance(found, Image.Image):
         return to_rgb(found)
     if not isinstance(found, (str, Path)):

@@ -355,9 +355,7 @@ def check(kind, template, messages, picture):
         assert (ids, supervised) == expected(processor, bare, template, messages)
 
     # No control token but where the template has one with harmless texts.
-    harmless = tokenizer.apply_chat_template(
-        replaced(messages, lambda message, text: text and "a"), chat_template=processor.chat_template, tokenize=False
-    )
+    harmless = processor.apply_chat_template(replaced(messages, lambda message, text: text and "a"))
     found = [id for id in tokenizer(harmless, add_special_tokens=False)["input_ids"] if id in special]
     assert [id for id in ids if id in special] in (found, [*found, tokenizer.eos_token_id])
     assert ids.count(processor.image_token_id) == count_images(messages)
@@ -388,7 +386,7 @@ def check(kind, template, messages, picture):
 
     # And with pixels, `apply_chat_template` gives just these ids, `image_seq_length` an image.
     pictured = with_pictures(messages[:index], [picture] * 9)
-    prompt = processor.apply_chat_template(pictured, add_generation_prompt=True, tokenize=True)
+    (prompt,) = processor.apply_chat_template(pictured, add_generation_prompt=True, tokenize=True)
     assert prompt == processor.expand_images(asked)[0]
     assert prompt.count(processor.image_token_id) == count_images(messages) * processor.image_seq_length
 

@@ -3,8 +3,11 @@
 import base64
 import functools
 import io
+import subprocess
+import sys
 import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 
 import pytest
 import torch
@@ -178,7 +181,6 @@ def test_a_tokenizer_without_end_is_refused():
         "{% for m in messages %}{{ m['content'][:3] }}{% endfor %}",
         "{% for m in messages %}{% for p in m['content'] %}{{ p['text'] }}{% endfor %}{% endfor %}",  # no image
         "{% for m in messages %}{% for p in m['content'] if p['type'] == 'image' %}<image>{% endfor %}{% endfor %}",
-        "{{ raise_exception('no') }}",
     ],
 )
 def test_a_template_that_loses_text_or_image_is_refused(template):
@@ -187,6 +189,26 @@ def test_a_template_that_loses_text_or_image_is_refused(template):
         processor.set_chat_template(template)
     one_line(caught)
     assert "im_start" in processor.chat_template
+
+
+@pytest.mark.parametrize(
+    "template, reason",
+    [
+        ("{{ raise_exception('no') }}", "refuses these messages .*no"),
+        (
+            "{{ bos_token + 'a' }}{% for m in messages %}{{ m['content'] }}{% endfor %}",
+            "needs bos_token, and the token",
+        ),
+        ("{% for m in messages %}{{ m['content'] }}{% endfro %}", "Encountered unknown tag 'endfro'"),
+    ],
+)
+def test_a_template_that_cannot_be_rendered_is_refused_with_the_true_reason(template, reason):
+    tokenizer = tiny.byte_level_tokenizer()
+    tokenizer.bos_token = None
+    processor = tiny.processor_of(tokenizer)
+    with pytest.raises(ValueError, match=reason) as caught:
+        processor.set_chat_template(template)
+    assert "loses" not in one_line(caught)
 
 
 def test_a_template_is_a_name_a_file_or_jinja(tmp_path):
@@ -207,7 +229,7 @@ def test_a_template_is_a_name_a_file_or_jinja(tmp_path):
 def test_without_a_template_the_default_one_starts_as_the_tokenizer_starts_a_text(kind):
     processor = tiny.processor_of(kind)
     ids = ask(processor, [user("a")], add_generation_prompt=False, return_tensors=None)["input_ids"]
-    assert ids[0] == processor(text="User: a")["input_ids"][0][0]
+    assert ids[0][0] == processor(text="User: a")["input_ids"][0][0]
     assert processor.apply_chat_template([user("a")]).removeprefix(processor.tokenizer.bos_token) == "User: a"
 
 
@@ -353,19 +375,98 @@ def test_the_shapes_that_the_library_gives(image):
     one, other = [user("a")], [user(pictured(image()), "what?")]
     assert isinstance(processor.apply_chat_template(one), str)
     assert [*map(type, processor.apply_chat_template([one, other], tokenize=False))] == [str, str]
-    assert isinstance(processor.apply_chat_template(one, tokenize=True)[0], int)
-    assert [len(ids) for ids in processor.apply_chat_template([one, other], tokenize=True)] == [
-        len(processor.apply_chat_template(messages, tokenize=True)) for messages in (one, other)
-    ]
+    alone = [processor.apply_chat_template(messages, tokenize=True) for messages in (one, other)]
+    assert [len(batch) for batch in alone] == [1, 1] and isinstance(alone[0][0][0], int)
+    assert processor.apply_chat_template([one, other], tokenize=True) == [*alone[0], *alone[1]]
     assert processor.apply_chat_template(one, tokenize=True, return_tensors="pt").shape[0] == 1
     plain = processor.apply_chat_template(other, tokenize=True, return_dict=True)
     assert set(plain) == {"input_ids", "attention_mask", "pixel_values"}
+    assert plain["input_ids"] == alone[1] and plain["attention_mask"] == [[1] * len(alone[1][0])]
     padded = ask(processor, one, processor_kwargs={"padding": "max_length", "max_length": 40})
     assert padded["input_ids"].shape == (1, 40) and padded["attention_mask"].sum() < 40
     right = ask(processor, [one, other], processor_kwargs={"padding": True, "padding_side": "right"})
     assert right["attention_mask"][0, 0] == 1 and right["attention_mask"][0, -1] == 0
-    with pytest.raises(ValueError, match="truncation could cut an image"):
-        ask(processor, one, processor_kwargs={"truncation": True, "max_length": 4})
+    assert isinstance(ask(processor, one, return_tensors=None, return_dict=False)[0], list)
+
+
+@pytest.mark.parametrize("direct", [True, False])
+def test_text_is_cut_where_asked_and_an_image_never_is(direct, image):
+    processor = processor_of("byte-level", "chatml")
+    one = [user(pictured(image()), "what is it?"), assistant("a red circle.")]
+    options = {"add_generation_prompt": False, "return_assistant_tokens_mask": True}
+    whole = ask(processor, one, **options)
+    ids = whole["input_ids"][0].tolist()
+    last = max(place for place, id in enumerate(ids) if id == processor.image_token_id)
+    for length in range(1, len(ids) + 3):
+        given = {"truncation": True, "max_length": length}
+        given = given if direct else {"processor_kwargs": {"text_kwargs": given}}
+        if length <= last:
+            with pytest.raises(ValueError, match=rf"max_length={length} would cut an image: 3 positions") as caught:
+                ask(processor, one, **options, **given)
+            one_line(caught)
+            continue
+        cut = ask(processor, one, **options, **given)
+        for name in ("input_ids", "attention_mask", "assistant_masks"):
+            assert torch.equal(cut[name], whole[name][:, :length]), name
+        assert torch.equal(cut["pixel_values"], whole["pixel_values"])
+    text = [user("what is it?")]
+    assert ask(processor, text, truncation=True, max_length=3)["input_ids"].shape == (1, 3)
+    assert torch.equal(ask(processor, text, truncation=True)["input_ids"], ask(processor, text)["input_ids"])
+    processor = tiny.processor_of("byte-level", "chatml")
+    processor.tokenizer.truncation_side = "left"
+    ids = ask(processor, text)["input_ids"]
+    assert torch.equal(ask(processor, text, truncation=True, max_length=5)["input_ids"], ids[:, -5:])
+
+
+def test_padding_is_what_the_library_pads(image):
+    processor = processor_of("byte-level", "chatml")
+    rows = [[user("a")], [user("how many objects are there?")]]
+    ids = [ask(processor, row)["input_ids"][0].tolist() for row in rows]
+    for options in (
+        {"padding": True}, {"padding": "longest"}, {"padding": "max_length", "max_length": 31}, {"padding": False},
+        {"padding": "do_not_pad"}, {"padding": True, "pad_to_multiple_of": 8},
+        {"padding": True, "padding_side": "right"},
+    ):  # fmt: skip
+        expected = processor.tokenizer.pad({"input_ids": ids}, **{"padding": False, **options})
+        for given in (options, {"processor_kwargs": options}, {"processor_kwargs": {"common_kwargs": options}}):
+            found = ask(processor, rows, return_tensors=None, **given)
+            assert found["input_ids"] == expected["input_ids"], options
+            assert found["attention_mask"] == [[int(side) for side in row] for row in expected["attention_mask"]]
+
+
+@pytest.mark.parametrize("empty", [{"audios": []}, {"videos": []}, {"audio": None}, {"audio": []}, {"videos": [[]]}])
+def test_no_audio_and_no_video_is_nothing(empty, image):
+    processor = processor_of("byte-level", "chatml")
+    plain = processor(images=image(), text=IMAGE_TOKEN, return_tensors="pt")
+    given = processor(images=image(), text=IMAGE_TOKEN, return_tensors="pt", **empty)
+    assert plain.keys() == given.keys() and all(torch.equal(plain[name], given[name]) for name in plain)
+    for options in (empty, {"processor_kwargs": empty}):
+        assert torch.equal(
+            ask(processor, [user("a")], **options)["input_ids"], ask(processor, [user("a")])["input_ids"]
+        )
+    for filled in ({"audios": ["a.wav"]}, {"videos": ["a.mp4"]}, {"audio": ["a.wav"]}):
+        with pytest.raises(ValueError, match=r"were given; Duet reads images and text") as caught:
+            processor(text="a", **filled)
+        one_line(caught)
+        with pytest.raises(ValueError, match=r"were given; Duet reads images and text"):
+            ask(processor, [user("a")], processor_kwargs=filled)
+
+
+def test_no_images_is_a_text(image):
+    processor = processor_of("byte-level", "chatml")
+    for empty in ([], [[]], [[], []], None):
+        text = ["a", "b"] if empty == [[], []] else "a"
+        assert set(processor(images=empty, text=text)) == {"input_ids", "attention_mask"}
+        assert "pixel_values" not in ask(processor, [user("a")], processor_kwargs={"images": empty})
+
+
+def test_images_may_be_given_beside_the_messages(image):
+    processor = processor_of("byte-level", "chatml")
+    inside = ask(processor, [user(pictured(image(1)), "a", pictured(image(2)))])
+    beside = ask(
+        processor, [user({"type": "image"}, "a", {"type": "image"})], processor_kwargs={"images": [image(1), image(2)]}
+    )
+    assert all(torch.equal(inside[name], beside[name]) for name in inside)
 
 
 def test_masks_of_answers_and_of_images_lie_beside_their_tokens(image):
@@ -470,11 +571,57 @@ def test_a_saved_processor_gives_the_same_tensors(template, tmp_path, image):
     loaded.save_pretrained(again)
     assert VLMProcessor.from_pretrained(again).encode_messages(messages[:2]) == processor.encode_messages(messages[:2])
 
-    shown = [{**m, "content": [{k: v for k, v in p.items() if k != "image"} for p in m["content"]]} for m in messages]
-    for tokenizer in (processor.tokenizer, loaded.tokenizer, AutoTokenizer.from_pretrained(tmp_path)):
-        for prompt in (True, False):
-            rendered = tokenizer.apply_chat_template(shown, tokenize=False, add_generation_prompt=prompt)
-            assert rendered == processor.apply_chat_template(messages, add_generation_prompt=prompt)
+
+@pytest.mark.parametrize("template", tiny.TEMPLATES)
+def test_the_language_models_template_is_saved_byte_for_byte(template, tmp_path):
+    """So other programs know it by its text, and whoever loads the tokenizer alone renders what it says."""
+    written, tokens = tiny.TEMPLATES[template]
+    tokenizer = tiny.byte_level_tokenizer()
+    tokenizer.add_tokens(tokens, special_tokens=True)
+    tokenizer.chat_template = None if template in ("default", "plain") else written
+    processor = tiny.processor_of(tokenizer)
+    processor.save_pretrained(tmp_path)
+    for loaded in (processor, VLMProcessor.from_pretrained(tmp_path), AutoTokenizer.from_pretrained(tmp_path)):
+        assert loaded.chat_template == (tokenizer.chat_template or processor.chat_template)
+    said = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+    if template == "parts":
+        said = [{**message, "content": [text(message["content"])]} for message in said]
+    for prompt in (True, False):
+        expected = AutoTokenizer.from_pretrained(tmp_path).apply_chat_template(
+            said, tokenize=False, add_generation_prompt=prompt
+        )
+        assert processor.apply_chat_template(said, add_generation_prompt=prompt) == expected
+
+
+EARLIER_PART = """\
+{%- set joined = namespace(messages=[]) -%}
+{%- for message in messages -%}
+{%- set content = namespace(text='') -%}
+{%- if message['content'] is string -%}
+{%- set content.text = message['content'] -%}
+{%- else -%}
+{%- for part in message['content'] -%}
+{%- set content.text = content.text + ('<image>' if part['type'] == 'image' else part['text']) -%}
+{%- endfor -%}
+{%- endif -%}
+{%- set joined.messages = joined.messages + [dict(message, content=content.text)] -%}
+{%- endfor -%}
+{%- set messages = joined.messages -%}
+"""
+
+
+@pytest.mark.parametrize("template", ["chatml", "llama3", "gemma", "llama2"])
+def test_a_folder_of_an_earlier_version_is_read_without_what_that_put_before_the_template(template, tmp_path, image):
+    processor = tiny.processor_of("unigram-always", template)
+    own = processor.chat_template
+    messages = [user("a <image> ", pictured(image()), "b"), assistant(" c"), user("d")]
+    ids = ask(processor, messages)["input_ids"]
+    processor.chat_template = processor.tokenizer.chat_template = EARLIER_PART + own
+    assert torch.equal(ask(processor, messages)["input_ids"], ids)
+    processor.save_pretrained(tmp_path)
+    loaded = VLMProcessor.from_pretrained(tmp_path)
+    assert loaded.chat_template == loaded.tokenizer.chat_template == own
+    assert torch.equal(ask(loaded, messages)["input_ids"], ids)
 
 
 def test_a_saved_processor_keeps_a_prompt_open(tmp_path):
@@ -482,6 +629,28 @@ def test_a_saved_processor_keeps_a_prompt_open(tmp_path):
     loaded = VLMProcessor.from_pretrained(tmp_path)
     ids = loaded(text="a")["input_ids"][0]
     assert ids[-1] != loaded.tokenizer.sep_token_id and ids[0] == loaded.tokenizer.cls_token_id
+
+
+LOADS = """
+import builtins, sys
+from processing import VLMProcessor
+builtins.input = lambda *asked: sys.exit(f"asked: {asked}")
+processor = VLMProcessor.from_pretrained(sys.argv[1])
+assert not [name for name in sys.modules if name.startswith(("modeling_vlm", "transformers_modules"))]
+print("loaded", processor.image_seq_length)
+"""
+
+
+def test_a_folder_is_loaded_without_a_question_and_without_its_code(composed, tmp_path):
+    """With nothing but `processing` imported."""
+    model, processor = composed
+    model.save_pretrained(tmp_path)
+    processor.save_pretrained(tmp_path)
+    for file in tmp_path.glob("*.py"):
+        file.write_text("raise SystemExit('the code of the folder was run')\n", encoding="utf-8")
+    command = [sys.executable, "-c", LOADS, str(tmp_path)]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parents[1], timeout=120)
+    assert (done.stdout, done.stderr) == (f"loaded {processor.image_seq_length}\n", "")
 
 
 # -- inference engines ------------------------------------------------------------------------------------------------

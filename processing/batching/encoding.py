@@ -79,7 +79,7 @@ def encode_caption(
             "set with an image and a caption column, or train on dialogues with train_sft.py.",
         )
     (answer,) = answers
-    ids, weights = processor.encode_caption([*images, *answer["content"]])
+    ids, weights = processor.encode_caption([*images, *answer["content"]], max_length)
     weight = 0.0 if answer.get("train") is False else 1.0 if answer.get("weight") is None else float(answer["weight"])
     weights = [weight * learned for learned in weights]
     _check_weights(conversation, weights)
@@ -125,7 +125,7 @@ def encode_dialogue(
         ]
     while True:
         try:
-            ids, weights = processor.encode_messages(messages, supervise_prompt=supervise_prompt)
+            ids, weights = processor.encode_messages(messages, supervise_prompt=supervise_prompt, max_length=max_length)
         except ValueError as error:
             raise SampleDropped("the chat template refuses it", f"{place(conversation)}{error}") from error
         _check_weights(conversation, weights)
