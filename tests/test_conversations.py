@@ -1,46 +1,18 @@
-"""Rows of every known layout become the conversations they hold; anything else is one line that says what is wrong."""
+"""A row becomes the conversations it holds, or one line that says what is wrong."""
 
-import copy
-import io
-import json
-import os
-import tarfile
-
-import datasets
 import pytest
-from hypothesis import HealthCheck, given, settings
-from hypothesis import strategies as st
 from PIL import Image
 
-from processing.reading.conversations import (
-    IMAGE_COLUMNS,
-    LAYOUTS,
-    MalformedRow,
-    caption_column,
-    conversations_from_row,
-)
-
-
-IMAGE = {"bytes": b"...", "path": "/a.jpg"}
-OTHER = {"bytes": b"other", "path": None}
-
-
-def user(*content):
-    return {"role": "user", "content": [{"type": "image"} if part == "image" else text(part) for part in content]}
-
-
-def assistant(answer):
-    return {"role": "assistant", "content": [text(answer)]}
-
-
-def text(words):
-    return {"type": "text", "text": words}
+from processing.reading.cells import MalformedRow
+from processing.reading.conversations import caption_column, conversations_from_row
+from processing.reading.layouts import LAYOUTS
+from tests.rows import IMAGE, SHOWN, assistant, messages, spoken, text, turns, user
 
 
 def test_a_row_with_captions_gives_adjacent_conversations_of_one_group():
     row = {"image": IMAGE, "caption": ["A dog.", " A brown dog. \n"], "sentids": ["1", "2"], "split": "train"}
     conversations = conversations_from_row(row, source="flickr", index=7)
-    assert conversations == [
+    assert [spoken(conversation) for conversation in conversations] == [
         {"images": [IMAGE], "messages": [user("image"), assistant(answer)], "group": 7, "source": "flickr", "row": 7}
         for answer in ("A dog.", "A brown dog.")
     ]
@@ -93,7 +65,7 @@ def test_messages_are_read_as_datasets_returns_them():
         "caption": None,
     }
     (conversation,) = conversations_from_row(row, source="s", index=3)
-    assert conversation == {
+    assert spoken(conversation) == {
         "images": [IMAGE],
         "messages": [
             {"role": "system", "content": [text("Be brief.")]},
@@ -176,384 +148,6 @@ def test_an_image_object_stays_the_object_it_is():
 def test_a_typed_image_token_stays_text():
     (conversation,) = conversations_from_row({"messages": [user("What is <image>?"), assistant("A word.")]})
     assert conversation["messages"][0] == user("What is <image>?")
-
-
-# --- real layouts
-
-
-def turns(*said, speakers=("human", "gpt")):
-    return [{"from": speakers[number % 2], "value": text} for number, text in enumerate(said)]
-
-
-def messages(*said):
-    return [{"role": ("user", "assistant")[number % 2], "content": text} for number, text in enumerate(said)]
-
-
-DIALOGUE = [user("What?"), assistant("A dog."), user("Sure?"), assistant("Yes.")]
-CAPTIONED = [user("image"), assistant("A dog.")]
-SHOWN = [user("image", "What?"), *DIALOGUE[1:]]
-
-# Rows of a data set, each with the images and the messages that it holds. Where rows differ, `datasets` adds nulls.
-FORMATS = {
-    "TRL messages, content as text": [
-        ({"messages": messages("What?", "A dog.", "Sure?", "Yes."), "images": [IMAGE]}, [IMAGE], SHOWN),
-        ({"messages": messages("Hi.", "Hello."), "images": []}, [], [user("Hi."), assistant("Hello.")]),
-        (
-            {"messages": [{**user("Hi."), "content": "Hi."}, {**messages("", "")[1], "train": False, "weight": 0.5}]},
-            [],
-            [user("Hi."), {**assistant(""), "train": False, "weight": 0.5}],
-        ),
-    ],
-    "TRL messages, content as parts": [
-        (
-            {"images": [IMAGE, OTHER], "messages": [user("image", "and", "image"), assistant("Dogs.")]},
-            [IMAGE, OTHER],
-            [user("image", "and", "image"), assistant("Dogs.")],
-        ),
-        ({"images": None, "messages": [user("Hi."), assistant("Hello.")]}, [], [user("Hi."), assistant("Hello.")]),
-        # llava-instruct-mix-vsft numbers its image parts.
-        (
-            {
-                "images": [IMAGE],
-                "messages": [
-                    {"role": "user", "content": [{"type": "text", "text": "Look"}, {"type": "image", "index": 0}]},
-                    {"role": "assistant", "content": [{"type": "text", "text": "Yes."}]},
-                ],
-            },
-            [IMAGE],
-            [user("Look", "image"), assistant("Yes.")],
-        ),
-    ],
-    "messages with their images in the parts": [
-        (
-            {
-                "messages": [
-                    {"role": "user", "content": [{"type": "image", "path": "/a.jpg"}, text("What?")]},
-                    assistant("A dog."),
-                    {"role": "user", "content": [text("And"), {"type": "image", "image": OTHER}]},
-                    assistant("Another."),
-                ]
-            },
-            ["/a.jpg", OTHER],
-            [user("image", "What?"), assistant("A dog."), user("And", "image"), assistant("Another.")],
-        ),
-        (
-            {
-                "messages": [
-                    {"role": "user", "content": [{"type": "image", "url": "https://x.org/a.jpg"}, text("What?")]},
-                    {"role": "user", "content": [{"type": "image", "base64": "AAAA"}]},
-                ]
-            },
-            ["https://x.org/a.jpg", "data:image/*;base64,AAAA"],
-            [user("image", "What?"), user("image")],
-        ),
-        ({"messages": [user("Hi."), assistant("Hello.")]}, [], [user("Hi."), assistant("Hello.")]),
-    ],
-    "OpenAI messages": [
-        (
-            {
-                "messages": [
-                    {
-                        "role": "user",
-                        "content": [
-                            text("What?"),
-                            {"type": "image_url", "image_url": {"url": "data:image/png;base64,AA", "detail": "low"}},
-                            {"type": "image_url", "image_url": {"url": "https://x.org/a.jpg"}},
-                        ],
-                    },
-                    assistant("A dog."),
-                ]
-            },
-            ["data:image/png;base64,AA", "https://x.org/a.jpg"],
-            [user("What?", "image", "image"), assistant("A dog.")],
-        )
-    ],
-    "messages as JSON": [
-        ({"messages": json.dumps(messages("What?", "A dog.")), "image": IMAGE}, [IMAGE], SHOWN[:2]),
-    ],
-    "TRL prompt and completion, texts": [
-        ({"prompt": "What?", "completion": "A dog.", "image": IMAGE}, [IMAGE], SHOWN[:2]),
-        ({"prompt": "Hi.", "completion": ""}, [], [user("Hi."), assistant("")]),
-    ],
-    "TRL prompt and completion, messages": [
-        (
-            {
-                "prompt": [{"role": "system", "content": "Be brief."}, *messages("What?", "A dog.", "Sure?")],
-                "completion": [{"role": "assistant", "content": "Yes."}],
-                "images": [IMAGE],
-            },
-            [IMAGE],
-            [
-                {"role": "system", "content": [text("Be brief.")]},
-                user("image", "What?"),
-                {**assistant("A dog."), "train": False},
-                user("Sure?"),
-                assistant("Yes."),
-            ],
-        ),
-        (
-            {
-                "prompt": [{"role": "user", "content": "Hi."}],
-                "completion": [{"role": "assistant", "content": "Hello.", "weight": 2.0}],
-            },
-            [],
-            [user("Hi."), {**assistant("Hello."), "weight": 2.0}],
-        ),
-    ],
-    "LLaVA": [
-        (
-            {"id": "1", "image": "/coco/1.jpg", "conversations": turns("<image>\nWhat?", "A dog.", "Sure?", "Yes.")},
-            ["/coco/1.jpg"],
-            SHOWN,
-        ),
-        (
-            {"image": "/coco/2.jpg", "conversations": turns("What?\n<image>", "A")},
-            ["/coco/2.jpg"],
-            [user("What?", "image"), assistant("A")],
-        ),
-        ({"image": "/coco/3.jpg", "conversations": turns("What?", "A dog.")}, ["/coco/3.jpg"], SHOWN[:2]),
-        # mix665k's dialogues without image
-        (
-            {"id": "4", "model": "", "conversations": turns("What is <image>?", "A tag.")},
-            [],
-            [user("What is <image>?"), assistant("A tag.")],
-        ),
-    ],
-    "LLaVA with several images": [
-        (
-            {
-                "image": [IMAGE, OTHER, IMAGE],
-                "conversations": turns("<image>\n<image>\n\nBoth", "<image> is said.", " then <image>now", "Yes."),
-            },
-            [IMAGE, OTHER, IMAGE],
-            [
-                user("image", "image", "\nBoth"),
-                assistant("<image> is said."),
-                user(" then ", "image", "now"),
-                assistant("Yes."),
-            ],
-        ),
-        ({"image": [], "conversations": turns("Hi.", "Hello.")}, [], [user("Hi."), assistant("Hello.")]),
-        (
-            {"image": [IMAGE], "conversations": turns("<image>", "A dog.")},
-            [IMAGE],
-            [user("image"), assistant("A dog.")],
-        ),
-        ({"image": [IMAGE], "conversations": turns("", "A dog.")}, [IMAGE], [user("image", ""), assistant("A dog.")]),
-    ],
-    "LLaVA-OneVision": [
-        (
-            {"id": "1", "image": IMAGE, "conversations": turns("<image>\nWhat?", "A dog."), "data_source": "x"},
-            [IMAGE],
-            SHOWN[:2],
-        ),
-        (
-            {"id": "2", "image": None, "conversations": turns("Hi.", "Hello."), "data_source": "y"},
-            [],
-            [user("Hi."), assistant("Hello.")],
-        ),
-    ],
-    "MiniCPM": [
-        ({"image": "/a.jpg", "conversations": messages("<image>\nWhat?", "A dog.")}, ["/a.jpg"], SHOWN[:2]),
-    ],
-    "ShareGPT": [
-        (
-            {"conversations": [{"from": "system", "value": "Be brief."}, *turns("What?", "A dog.")], "system": ""},
-            [],
-            [{"role": "system", "content": [text("Be brief.")]}, *DIALOGUE[:2]],
-        ),
-        (
-            {
-                "conversations": [
-                    {**turn, "weight": 1.0} for turn in turns("What?", "A dog.", speakers=("user", "model"))
-                ],
-                "system": "Be kind.",
-            },
-            [],
-            [{"role": "system", "content": [text("Be kind.")]}, *[{**m, "weight": 1.0} for m in DIALOGUE[:2]]],
-        ),
-        ({"conversations": turns("What?", "A dog.", "Sure?", "Yes.", speakers=("user", "chatgpt"))}, [], DIALOGUE),
-    ],
-    "ShareGPT in the singular": [
-        (
-            {"conversation": turns("What?", "A dog.", "Sure?", speakers=("human", "bot")), "system_prompt": None},
-            [],
-            DIALOGUE[:3],
-        ),
-        (
-            {"conversation": turns("What?", speakers=("human", "assistant")), "system_prompt": "Hm."},
-            [],
-            [{"role": "system", "content": [text("Hm.")]}, *DIALOGUE[:1]],
-        ),
-    ],
-    "the_cauldron": [
-        (
-            {
-                "images": [IMAGE],
-                "texts": [
-                    {"user": "What?", "assistant": "A dog.", "source": "AI2D"},
-                    {"user": "Sure?", "assistant": "Yes.", "source": "AI2D"},
-                ],
-            },
-            [IMAGE],
-            SHOWN,
-        ),
-        (
-            {"images": [IMAGE, OTHER], "texts": [{"user": "Hm", "assistant": ""}]},
-            [IMAGE, OTHER],
-            [user("image", "image", "Hm"), assistant("")],
-        ),
-    ],
-    "FineVision": [
-        (
-            {
-                "images": [IMAGE],
-                "texts": [{"user": "What?", "assistant": "A dog."}],
-                "source": "a",
-                "relevance_ratings": [5],
-                "relevance_min": 5,
-            },
-            [IMAGE],
-            SHOWN[:2],
-        ),
-        (
-            {"images": [], "texts": [{"user": "Hi.", "assistant": "Hello."}], "source": "b"},
-            [],
-            [user("Hi."), assistant("Hello.")],
-        ),
-    ],
-    "VQA-RAD": [
-        ({"image": IMAGE, "question": "What?", "answer": "A dog."}, [IMAGE], SHOWN[:2]),
-        ({"image": None, "question": "Hi.", "answer": ""}, [], [user("Hi."), assistant("")]),
-    ],
-    "TextVQA": [
-        ({"image": IMAGE, "question": "What?", "answers": ["cat", "A dog.", "bird", "A dog."]}, [IMAGE], SHOWN[:2]),
-        ({"image": IMAGE, "question": "What?", "answers": ["A dog.", "cat"]}, [IMAGE], SHOWN[:2]),
-    ],
-    "VQAv2": [
-        (
-            {
-                "question_type": "what is",
-                "multiple_choice_answer": "A dog.",
-                "answers": [
-                    {"answer": a, "answer_confidence": "yes", "answer_id": n} for n, a in enumerate(["cat", "A dog."])
-                ],
-                "image": IMAGE,
-                "question": "What?",
-            },
-            [IMAGE],
-            SHOWN[:2],
-        ),
-        (
-            {"answers": [{"answer": a} for a in ("cat", "A dog.", "A dog.")], "image": IMAGE, "question": "What?"},
-            [IMAGE],
-            SHOWN[:2],
-        ),
-    ],
-    "VQAv2 with a sequence of structs": [
-        (
-            {
-                "answers": {"answer": ["cat", "A dog.", "A dog."], "answer_id": [1, 2, 3]},
-                "image": IMAGE,
-                "question": "What?",
-            },
-            [IMAGE],
-            SHOWN[:2],
-        ),
-    ],
-    "WebDataset of captions": [
-        (
-            {
-                "__key__": "0",
-                "__url__": "x.tar",
-                "jpg": IMAGE,
-                "png": None,
-                "txt": "A dog.\n",
-                "json": {"caption": "no", "width": 3},
-            },
-            [IMAGE],
-            CAPTIONED,
-        ),
-        ({"__key__": "1", "__url__": "x.tar", "jpg": None, "png": OTHER, "txt": "A dog.\n"}, [OTHER], CAPTIONED),
-    ],
-    "WebDataset of dialogues": [
-        (
-            {
-                "__key__": "0",
-                "__url__": "x.tar",
-                "jpeg": IMAGE,
-                "json": {"image": "0.jpg", "__x__": 1, "conversations": turns("<image>\nWhat?", "A dog.")},
-            },
-            [IMAGE],
-            SHOWN[:2],
-        ),
-        (
-            {"__key__": "1", "__url__": "x.tar", "jpeg": IMAGE, "json": {"question": "What?", "answer": "A dog."}},
-            [IMAGE],
-            SHOWN[:2],
-        ),
-    ],
-    "Flickr30k": [
-        (
-            {
-                "image": IMAGE,
-                "caption": ["A dog."],
-                "sentids": ["1"],
-                "split": "train",
-                "img_id": "0",
-                "filename": "0.jpg",
-            },
-            [IMAGE],
-            CAPTIONED,
-        ),
-    ],
-}
-ROWS = [(name, row) for name, rows in FORMATS.items() for row, _, _ in rows]
-
-
-@pytest.mark.parametrize("name", FORMATS)
-@pytest.mark.parametrize("stored", [False, True], ids=["plain", "through datasets"])
-def test_a_real_row_becomes_the_conversation_it_holds(name, stored):
-    rows = [row for row, _, _ in FORMATS[name]]
-    if stored:
-        names = {column: None for row in rows for column in row}
-        rows = list(datasets.Dataset.from_list([{**names, **row} for row in rows]))
-        assert all(row.keys() == names.keys() for row in rows), "as in a data set, every row has every column"
-    for index, (row, (_, images, said)) in enumerate(zip(rows, FORMATS[name])):
-        before = copy.deepcopy(row)
-        (conversation,) = conversations_from_row(row, source="s", index=index, allow_urls=True)
-        assert conversation == {"images": images, "messages": said, "group": index, "source": "s", "row": index}
-        assert row == before, "the row itself is left as it is"
-
-
-def test_a_json_column_gives_every_message_its_own_kind_of_content():
-    """Text in one message and parts in the next: Arrow has no type for it, and `datasets` stores JSON."""
-    said = [messages("What?")[0], assistant("A dog."), {**messages("Sure?")[0], "weight": 1}, assistant("Yes.")]
-    features = datasets.Features({"messages": datasets.Json(), "image": datasets.Value("string")})
-    rows = datasets.Dataset.from_list([{"messages": said, "image": "/a.jpg"}], features=features)
-    (conversation,) = conversations_from_row(rows[0])
-    assert conversation["images"] == ["/a.jpg"]
-    assert conversation["messages"] == [*SHOWN[:2], {**DIALOGUE[2], "weight": 1}, DIALOGUE[3]]
-
-
-def test_a_webdataset_is_read_as_datasets_reads_it(tmp_path):
-    picture = io.BytesIO()
-    Image.new("RGB", (2, 2)).save(picture, "png")
-    members = {
-        "0.png": picture.getvalue(),
-        "0.json": json.dumps({"image": "0.png", "conversations": turns("<image>\nWhat?", "A dog.")}).encode(),
-        "1.png": picture.getvalue(),
-        "1.json": json.dumps({"image": "1.png", "conversations": turns("What?", "A dog.")}).encode(),
-    }
-    with tarfile.open(tmp_path / "train.tar", "w") as archive:
-        for name, content in members.items():
-            member = tarfile.TarInfo(name)
-            member.size = len(content)
-            archive.addfile(member, io.BytesIO(content))
-    rows = datasets.load_dataset("webdataset", data_files=str(tmp_path / "train.tar"), split="train")
-    for row in rows.cast_column("png", datasets.Image(decode=False)):
-        (conversation,) = conversations_from_row(row)
-        assert conversation["images"][0]["bytes"] == picture.getvalue() and conversation["messages"] == SHOWN[:2]
 
 
 # --- images
@@ -675,12 +269,12 @@ MALFORMED = [
     ({"caption": "A dog."}, "found columns caption; expected a known layout, such as image + caption, captions or"),
     ({"image": None, "caption": "A dog."}, "found no image"),
     ({"image": [], "caption": "A dog."}, "found no image"),
-    ({"image": "", "caption": "A dog."}, "found '' as image; expected an image: its path, or its bytes"),
-    ({"image": {"bytes": None, "path": None}, "caption": "A dog."}, "as image; expected an image"),
+    ({"image": "", "caption": "A dog."}, "found no image; expected an image for the caption"),
+    ({"image": {"bytes": None, "path": None}, "caption": "A dog."}, "found no image"),
     ({"image": 3, "caption": "A dog."}, "found 3 as image"),
     ({"image": "/a.jpg", "caption": None}, "found None as caption; expected a text, or a list of texts"),
     ({"image": "/a.jpg", "caption": []}, "found an empty list in caption"),
-    ({"image": "/a.jpg", "caption": ["A dog.", None]}, "found None as caption"),
+    ({"image": "/a.jpg", "caption": ["", None]}, "found '' as caption"),
     ({"image": "/a.jpg", "caption": " \n"}, r"found ' \n' as caption"),
     ({"image": "/a.jpg", "text": True}, "found True as text; expected a text, or a list of texts"),
     ({"image": "/a.jpg", "text": float("nan")}, "found nan as text"),
@@ -688,8 +282,8 @@ MALFORMED = [
     (chat(), "found [] as messages"),
     (chat("Hello."), "found 'Hello.' as message 0; expected a message with role and content"),
     (
-        chat({"role": "human", "content": "Hi."}),
-        "found role 'human' in message 0; expected one of system, user, assist",
+        chat({"role": "tool", "content": "Hi."}),
+        "found role 'tool' in message 0; expected one of system, human, user, ",
     ),
     (chat({"content": "Hi."}), "found role None in message 0"),
     (chat(user("Hi."), {"role": "assistant", "content": None}), "found None as content of message 1"),
@@ -709,7 +303,7 @@ MALFORMED = [
     (chat(user("image")), "found 1 image part(s) in the messages but 0 image(s)"),
     (chat(assistant("Hi."), image="/a.jpg"), "found 1 image(s) and no user message"),
     (chat({"role": "user", "content": [{"type": "image", "index": 1}]}, image="/a.jpg"), "image part 0 with index 1"),
-    (chat(user("Hi."), image=[None]), "found None as image"),
+    (chat(user("Hi."), image=[3]), "found 3 as image"),
     (parts({"type": "image", "image": "/a.jpg", "url": "/b.jpg"}), "found a part {'type': 'image', 'image': '/a.jpg'"),
     (parts({"type": "image", "image": 3}), "found 3 as image in message 0; expected an image: its path, or its bytes"),
     (parts({"type": "image_url", "image_url": {"url": None}}), "found None as image in message 0; expected an image"),
@@ -800,157 +394,3 @@ def test_what_python_cannot_write_out_is_still_one_line():
             conversations_from_row({"question": value, "answer": ""})
     with pytest.raises(MalformedRow, match=r"found '\[\[\["):
         conversations_from_row({"messages": "[" * 100_000})
-
-
-# --- any row at all
-
-
-WORDS = st.text(max_size=8) | st.sampled_from(["<image>\nHi.", "[{}]", "[1]"])
-ROLES = st.sampled_from(["system", "user", "assistant", "human", "gpt"])
-REFERENCES = st.sampled_from(["/a.jpg", "../a.jpg", "https://x.org/a.jpg", "data:image/png;base64,AA", IMAGE, OTHER])
-SCALARS = (
-    st.none() | st.booleans() | st.integers() | st.floats() | st.binary(max_size=4) | WORDS | ROLES | REFERENCES
-) | st.sampled_from(["image", "text", "image_url"])
-PART_KEYS = ["type", "text", "image", "image_url", "path", "url", "bytes", "base64", "index"]
-KEYS = st.sampled_from(
-    ["role", "content", "from", "value", "user", "assistant", "answer", "train", "weight", *PART_KEYS]
-)
-VALUES = st.recursive(
-    SCALARS, lambda inner: st.lists(inner, max_size=4) | st.dictionaries(KEYS, inner, max_size=5), max_leaves=12
-)
-NAMES = sorted({name for layout in LAYOUTS for family in layout.needs for name in family} | {"system", "system_prompt"})
-
-
-def listed(**keys):
-    return st.lists(st.fixed_dictionaries(keys), max_size=3)
-
-
-# What a column should hold, often enough to come to the end of every reader.
-IMAGES = REFERENCES | st.lists(REFERENCES, max_size=3)
-PARTS = st.fixed_dictionaries({"type": st.just("text"), "text": WORDS}) | st.fixed_dictionaries(
-    {"type": st.just("image")}, optional={"url": st.none() | REFERENCES, "index": st.integers(0, 2)}
-)
-CONTENT = WORDS | st.lists(PARTS, max_size=3)
-MESSAGES = listed(role=ROLES, content=CONTENT, train=st.none() | st.booleans(), weight=st.none() | st.floats())
-TURNS = listed(**{"from": ROLES, "value": CONTENT}) | MESSAGES
-RIGHT = {
-    **dict.fromkeys(IMAGE_COLUMNS, IMAGES),
-    "messages": MESSAGES,
-    **dict.fromkeys(("prompt", "completion"), WORDS | MESSAGES),
-    **dict.fromkeys(("conversation", "conversations"), TURNS),
-    "texts": listed(user=WORDS, assistant=WORDS),
-    "answers": st.lists(WORDS | st.fixed_dictionaries({"answer": WORDS})),
-}
-
-
-@st.composite
-def any_rows(draw):
-    """The columns of a layout and some more, each with what it should hold or with anything."""
-    layout = draw(st.sampled_from(LAYOUTS))
-    names = [draw(st.sampled_from(family)) for family in layout.needs]
-    names += draw(st.lists(st.sampled_from([*NAMES, "foo", "__key__"]), max_size=3))
-    row = {name: draw(RIGHT.get(name, WORDS | st.lists(WORDS)) | VALUES) for name in names}
-    inside = draw(st.lists(st.sampled_from(list(row)), max_size=2, unique=True))
-    if inside:
-        row["json"] = {name: row.pop(name) for name in inside}
-    return row
-
-
-@st.composite
-def mutated_rows(draw):
-    """A real row in which up to three random nodes are deleted, replaced or put into another type."""
-    row = copy.deepcopy(draw(st.sampled_from([row for _, row in ROWS])))
-    for _ in range(draw(st.integers(1, 3))):
-        nodes = list(places(row))
-        if not nodes:
-            break
-        holder, key = draw(st.sampled_from(nodes))
-        change = draw(st.sampled_from(["delete", "replace", "wrap", "unwrap", "write", "repeat"]))
-        value = holder[key]
-        if change == "delete":
-            del holder[key]
-        elif change == "replace":
-            holder[key] = copy.deepcopy(draw(VALUES))
-        elif change == "wrap":
-            holder[key] = [value]
-        elif change == "unwrap" and isinstance(value, (list, dict)) and value:
-            holder[key] = draw(st.sampled_from(list(value.values()) if isinstance(value, dict) else value))
-        elif change == "write":
-            holder[key] = json.dumps(value, default=str)
-        elif change == "repeat":
-            holder[key] = [copy.deepcopy(value), value]
-    return row
-
-
-def places(node):
-    """Every (holder, key) below a node."""
-    for key, value in list(node.items() if isinstance(node, dict) else enumerate(node)):
-        yield node, key
-        if isinstance(value, (dict, list)):
-            yield from places(value)
-
-
-def check_row(row, columns, image_dir, allow_urls):
-    before = repr(row)
-    try:
-        found = conversations_from_row(
-            row, source="s", index=5, columns=columns, image_dir=image_dir, allow_urls=allow_urls
-        )
-    except MalformedRow as error:
-        line = str(error)
-        assert line.startswith("s, row 5: ") and len(line.splitlines()) == 1 and len(line) < 700
-    else:
-        cell = row.get(caption_column(row, columns))
-        assert len(found) == (len(cell) if isinstance(cell, list) and cell else 1)
-        for conversation in found:
-            check_conversation(conversation, allow_urls)
-    assert repr(row) == before
-
-
-def check_conversation(conversation, allow_urls):
-    assert {key: conversation[key] for key in ("group", "source", "row")} == {"group": 5, "source": "s", "row": 5}
-    assert conversation.keys() == {"images", "messages", "group", "source", "row"}
-    shown = 0
-    assert conversation["messages"]
-    for message in conversation["messages"]:
-        assert message["role"] in ("system", "user", "assistant")
-        assert message.get("train", True) in (True, False) and float(message.get("weight", 1)) >= 0
-        assert None not in message.values()
-        for part in message["content"]:
-            assert part == {"type": "image"} or part.keys() == {"type", "text"} and part["type"] == "text"
-            assert isinstance(part.get("text", ""), str)
-            shown += part["type"] == "image"
-    assert shown == len(conversation["images"])
-    for image in conversation["images"]:
-        if isinstance(image, dict):
-            assert isinstance(image["bytes"], bytes)
-        else:
-            starts = ("data:image/", "https://") if allow_urls else ("data:image/",)
-            assert os.path.isabs(image) or image.startswith(starts)
-
-
-FUZZED = {"deadline": None, "derandomize": True, "suppress_health_check": list(HealthCheck)}
-READING = {
-    "columns": st.none() | st.dictionaries(st.sampled_from(NAMES), st.sampled_from(NAMES), max_size=2),
-    "image_dir": st.sampled_from([None, "/data"]),
-    "allow_urls": st.booleans(),
-}
-
-
-@settings(max_examples=200, **FUZZED)
-@given(row=any_rows(), **READING)
-def test_any_row_is_a_valid_conversation_or_one_line(row, columns, image_dir, allow_urls):
-    check_row(row, columns, image_dir, allow_urls)
-
-
-@settings(max_examples=200, **FUZZED)
-@given(row=mutated_rows(), **READING)
-def test_a_real_row_with_anything_changed_is_a_valid_conversation_or_one_line(row, columns, image_dir, allow_urls):
-    check_row(row, columns, image_dir, allow_urls)
-
-
-@pytest.mark.slow
-@settings(max_examples=20_000, **FUZZED)
-@given(row=any_rows() | mutated_rows(), **READING)
-def test_very_many_rows_are_valid_conversations_or_one_line(row, columns, image_dir, allow_urls):
-    check_row(row, columns, image_dir, allow_urls)

@@ -121,7 +121,7 @@ def test_encoding_ahead_reads_no_image(processor, folder):
     assert dataset[2]["images"] == [image] * 2
 
 
-def test_a_row_of_captions_of_which_one_is_none_counts_as_often_as_it_would_have(processor, folder):
+def test_a_caption_that_is_none_costs_itself_alone_and_a_row_without_any_counts_once(processor, folder):
     captions = (["a", None, "b"], [])
     rows = datasets.Dataset.from_list([{"image": f"{n}.png", "caption": caption} for n, caption in enumerate(captions)])
     later, ahead = ConversationDataset(rows, reading_of(folder)), ConversationDataset(rows, reading_of(folder))
@@ -129,7 +129,9 @@ def test_a_row_of_captions_of_which_one_is_none_counts_as_often_as_it_would_have
         ahead.encode_ahead(Encoder(processor, encode_caption), on_bad_sample="error")
     collator = VLMDataCollator(processor, encode=encode_caption)
     collator([later[index] for index in range(len(later))])
-    assert collator.dropped == {"malformed row": 4} and len(later) == 4
+    assert collator.dropped == {"malformed row": 2} and len(later) == 4
+    ahead.encode_ahead(Encoder(processor, encode_caption))
+    assert len(ahead) == 2 and ahead.account.total["learned from"] == 2 and ahead.account.total["samples"] == 4
 
 
 def test_rows_that_cannot_be_read_are_counted_and_named(processor, folder):

@@ -18,6 +18,7 @@ from processing.batching.collator import ON_BAD_SAMPLE
 from processing.batching.encoding import SUPERVISE, TRUNCATIONS
 from processing.data_error_vlm import DuetError
 from processing.reading.conversations import CAPTION_CHOICES
+from processing.reading.layouts import CHOICE_ANSWERS
 
 
 @dataclass
@@ -186,7 +187,10 @@ class DataArguments:
     )
     columns: str | None = field(
         default=None,
-        metadata={"help": "What a column is, where its name does not say it: image=photo,caption=description."},
+        metadata={
+            "help": "What a column is, where its name does not say it: image=photo,caption=description; "
+            "thumbnail=ignore for what is none of a row's content."
+        },
     )
     streaming: bool = field(
         default=False, metadata={"help": "Read the data set while training, from its beginning on; needs --max_steps."}
@@ -224,6 +228,10 @@ class DataArguments:
         default="all",
         metadata={"help": "Captions of an image with several: all, first, or random (another one in each epoch)."},
     )
+    choice_answer: str = field(
+        default="letter",
+        metadata={"help": "What answers a multiple choice: the letter of the right option, or its text."},
+    )
     prompt: str = field(
         default="Describe the image.", metadata={"help": "The question that a caption answers in stage 2."}
     )
@@ -258,6 +266,7 @@ class DataArguments:
         self.columns = _parse_columns(self.columns)
         for name, choices in (
             ("caption_choice", CAPTION_CHOICES),
+            ("choice_answer", CHOICE_ANSWERS),
             ("truncation", TRUNCATIONS),
             ("supervise", SUPERVISE),
             ("on_bad_sample", ON_BAD_SAMPLE),

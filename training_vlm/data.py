@@ -122,6 +122,7 @@ def _open(
         source=found.name,
         prompt=data_args.prompt if stage.asks else "",
         caption_choice=data_args.caption_choice,
+        choice_answer=data_args.choice_answer,
         columns=source.columns,
         image_dir=None if found.image_dir is None else str(found.image_dir),
         allow_urls=data_args.allow_urls,

@@ -15,7 +15,7 @@ import numpy as np
 import pyarrow.compute as pc
 import torch
 
-from ..reading.conversations import ROW, Conversation, Dropped, caption_column
+from ..reading.conversations import ROW, Conversation, Dropped, caption_column, caption_count
 from ..reading.items import Reading
 from .account import Account
 from .encode_ahead import encode_rows
@@ -127,13 +127,20 @@ def _conversation_ends(rows: datasets.Dataset, reading: Reading) -> np.ndarray |
     if isinstance(feature, (datasets.List, datasets.LargeList)):
         counts = [pc.list_value_length(batch[column]).to_numpy() for batch in table.iter(100_000)]
         counts = np.nan_to_num(np.concatenate(counts).astype(float))
-    elif isinstance(feature, datasets.Json):
-        values = (batch[column] for batch in rows.select_columns([column]).with_format(None).iter(10_000))
-        counts = np.array([len(v) if isinstance(v, list) else 1 for batch in values for v in batch])
+    elif isinstance(feature, datasets.Json) or _has_written_lists(table, column):
+        cells = (batch[column] for batch in rows.select_columns([column]).with_format(None).iter(10_000))
+        counts = np.array([caption_count(cell) for batch in cells for cell in batch])
     else:
         return None
     # An empty list is one item, which says so.
     return np.cumsum(np.maximum(counts, 1).astype(np.int64))
+
+
+def _has_written_lists(table: datasets.Dataset, column: str) -> bool:
+    if table.features[column] not in (datasets.Value("string"), datasets.Value("large_string")):
+        return False
+    begins = (pc.match_substring_regex(batch[column], r"^\s*\[") for batch in table.iter(100_000))
+    return any(pc.any(begin).as_py() for begin in begins)
 
 
 class MixedDataset(torch.utils.data.Dataset):

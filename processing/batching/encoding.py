@@ -13,7 +13,8 @@ from typing import Any, Required
 from ..data_error_vlm import DuetError
 from ..image_files_vlm import BadImage, image_size
 from ..processing_vlm import VLMProcessor
-from ..reading.conversations import MAX_WEIGHT, Conversation, Dropped
+from ..reading.conversations import Conversation, Dropped
+from ..reading.messages import MAX_WEIGHT
 from .account import CUT_REASONS, DROP_REASONS, Record
 
 

@@ -8,15 +8,9 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
-from .conversations import (
-    ROLES,
-    ROW,
-    Conversation,
-    Dropped,
-    MalformedRow,
-    caption_column,
-    conversations_from_row,
-)
+from .cells import MalformedRow
+from .conversations import ROW, Conversation, Dropped, caption_column, caption_count, conversations_from_row
+from .messages import ROLES
 
 
 @dataclasses.dataclass(frozen=True)
@@ -26,6 +20,7 @@ class Reading:
     source: str = ""
     prompt: str = ""
     caption_choice: str = "all"
+    choice_answer: str = "letter"
     columns: dict[str, str] | None = None
     image_dir: str | None = None
     allow_urls: bool = False
@@ -46,8 +41,7 @@ class Reading:
             return self.conversations(row, index)
         except MalformedRow as error:
             column = caption_column(row, self.columns) if self.caption_choice == "all" else None
-            captions = row.get(column)
-            count = max(1, len(captions)) if isinstance(captions, list) else 1
+            count = 1 if column is None else caption_count(row.get(column))
             return [self._dropped(index, str(error))] * count
         except RecursionError:
             line = f"{self.source}, row {index}: found values nested too deeply to be read; expected texts and parts"
