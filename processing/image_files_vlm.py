@@ -1,31 +1,33 @@
 """An image reference becomes pixels here, and nowhere else.
 
 Rows and conversations carry references: a PIL image, a path, `{"bytes", "path"}` as the `datasets` library stores
-images, a URL, or the image itself as a `data:` URI. `resolve_reference` says where a row's reference points and refuses
-what leads out of the data set's folder; `load_image` opens it when a batch is made, in the worker processes, so that
-neither a row nor a cache ever holds pixels. Whatever the file is, the model sees upright RGB: EXIF orientation applied,
-transparency laid on white, 16 bits scaled to 8, the first frame of an animation.
+images, a URL, or the image itself as a `data:` URI. What data names is not trusted: `resolve_reference` says where a
+row's reference points, refuses what leads out of the data set's folder, and gives it an `ImagePolicy` to take along.
+`load_image` opens it when a batch is made, in the worker processes, so that neither a row nor a cache holds pixels, and
+looks again at where it leads. A plain path is a person's own and may lie anywhere. Only regular files are opened, and
+only `FORMATS`. Whatever the file is, the model sees upright RGB, see `images_vlm.to_rgb`. The file travels with
+every checkpoint.
 """
 
 import base64
 import binascii
+import functools
 import io
 import os
 import re
-import time
+import stat
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import get_session
-from huggingface_hub.errors import OfflineModeIsEnabled
-from huggingface_hub.utils import httpx
 from PIL import Image
 
 from .data_error_vlm import DuetError
-from .images_vlm import to_rgb
+from .image_urls_vlm import LocalAddress, NotFetched, TooManyBytes, fetch
+from .images_vlm import png_chunk, to_rgb
 
 
 ImageReference = Image.Image | str | os.PathLike | dict[str, Any]
@@ -35,8 +37,8 @@ UNREADABLE = "unreadable image"
 TOO_LARGE = "image too large"
 NOT_FETCHED = "image could not be fetched"
 
-FETCH_SECONDS = 10
-FETCH_BYTES = 20_000_000
+FORMATS = ("AVIF", "BMP", "GIF", "JPEG", "JPEG2000", "MPO", "PNG", "PPM", "TIFF", "WEBP")
+"""What a picture may be, by its content; Pillow knows formats that run other programs, or hold no pictures."""
 
 _EXIF_ORIENTATION = 0x0112
 _LYING = (5, 6, 7, 8)
@@ -59,17 +61,50 @@ class MissingImage(BadImage, FileNotFoundError):
     """There is no such image file."""
 
 
-def resolve_reference(
-    reference: ImageReference, image_dir: str | os.PathLike | None, allow_urls: bool = False
-) -> ImageReference:
+@dataclass(frozen=True)
+class ImagePolicy:
+    """Where the references of a data set may lead."""
+
+    folder: str | os.PathLike | None = None
+    """What relative paths start from, and what no path may lead out of."""
+    allow_urls: bool = False
+    """Whether http and https URLs are fetched."""
+    allow_links: bool = False
+    """Whether links in the folder may lead out of it."""
+    allow_local_urls: bool = False
+    """Whether URLs may lead to this machine and to networks of its own."""
+    caches: tuple[str, ...] = ()
+    """Of what was fetched the folders in which a library keeps it; absolute paths may lie there, too. Where there is
+    neither a folder nor one of these, paths have to be absolute."""
+    own_paths: bool = False
+    """Whether rows are of a person's own making: without a folder paths lead anywhere, relative ones from the working
+    directory."""
+
+
+NO_FOLDER = ImagePolicy()
+
+
+class NamedImage(str):
+    """A path or URL that data names, with the policy of where it may lead; it compares as the text that it is."""
+
+    policy: ImagePolicy
+
+    def __new__(cls, name: str, policy: ImagePolicy):
+        self = super().__new__(cls, name)
+        self.policy = policy
+        return self
+
+    def __getnewargs__(self):
+        return str(self), self.policy
+
+
+def resolve_reference(reference: ImageReference, policy: ImagePolicy) -> ImageReference:
     """
     Where a reference that a row holds points: one that `load_image` can open from any working directory.
 
     Args:
         reference: what the row has. An image that is stored in its row, or given as a `data:` URI, stays as it is.
-        image_dir: the folder that relative paths start from and that no path may lead out of; without it a path has to
-            be absolute.
-        allow_urls: whether http and https URLs may be fetched.
+        policy: where it may lead.
 
     Raises:
         ValueError: a reference of another kind, or one that leads where it may not; one line, without the row.
@@ -86,21 +121,28 @@ def resolve_reference(
     path = os.fspath(path)
     if _is_data_uri(path):
         return path
-    if scheme := re.match(r"([a-z][a-z0-9+.-]*)://|data:", path, re.IGNORECASE):
+    if scheme := re.match(r"([a-z][a-z0-9+.-]*)://|data:|file:", path, re.IGNORECASE):
         if (scheme[1] or "").lower() not in ("http", "https"):
             expected = "a path, an http or https URL, or data:image/...;base64,..."
             raise DuetError(f"the image {_short(path)} is of an unknown scheme; expected {expected}")
-        if not allow_urls:
+        if not policy.allow_urls:
             raise DuetError(
                 f"the image {_short(path)} is a URL; add --allow_urls, or fetch the images and name their folder with "
                 "--image_dir"
             )
-        return path
-    if image_dir is None:
+        return NamedImage(path, policy)
+    if any(_is_in(cache, path) for cache in policy.caches):
+        return NamedImage(path, policy)
+    if policy.folder is None:
+        if policy.own_paths or (os.path.isabs(path) and not policy.caches):
+            return NamedImage(os.path.abspath(path), policy)
         if os.path.isabs(path):
-            return path
+            raise DuetError(
+                f"the image is the file {_short(path)} of this machine, which data may not choose; name the folder "
+                "that holds all images with --image_dir"
+            )
         raise DuetError(f"the image is the path {_short(path)}; name the folder it is relative to with --image_dir")
-    return inside(image_dir, path)
+    return NamedImage(inside(policy.folder, path), policy)
 
 
 def inside(folder: str | os.PathLike, path: str) -> str:
@@ -112,11 +154,37 @@ def inside(folder: str | os.PathLike, path: str) -> str:
     base = os.path.abspath(Path(folder).expanduser())
     full = os.path.normpath(os.path.join(base, path))
     # Where the folder is a link, a path may also name what is behind it.
-    if not any(os.path.commonpath([at(base), at(full)]) == at(base) for at in (str, os.path.realpath)):
+    if not _is_in(base, full) and not _is_in(_real(base), _real(full)):
         raise DuetError(
             f"the image {_short(path)} lies outside {base}; give a folder that holds all of them as --image_dir"
         )
     return full
+
+
+def _is_in(folder, path):
+    """Whether an absolute path lies in a folder, links not followed."""
+    path = os.path.normpath(path)
+    return os.path.isabs(path) and (path == folder or path.startswith(os.path.join(folder, "")))
+
+
+def _real(path):
+    """A path with every link in it followed."""
+    try:
+        return os.path.realpath(path)
+    except ValueError:  # no file can have such a name
+        return ""
+
+
+@functools.lru_cache(maxsize=256)
+def _grounds(policy: ImagePolicy) -> tuple[str, ...]:
+    """The folders that a file may really lie in, whatever links lead to it."""
+    grounds = [policy.folder, *policy.caches]
+    # In the Hub's cache the files of a repository are links from its `snapshots` to its `blobs`.
+    real = Path(_real(policy.folder or ""))
+    for at in (real, *real.parents):
+        if at.name == "snapshots" and "--" in at.parent.name:
+            grounds.append(at.parent / "blobs")
+    return tuple(_real(ground) for ground in grounds if ground is not None)
 
 
 def load_image(reference: ImageReference, size: tuple[int, int] | None = None) -> Image.Image:
@@ -124,13 +192,14 @@ def load_image(reference: ImageReference, size: tuple[int, int] | None = None) -
     The image behind a reference, as an upright RGB image.
 
     Args:
-        reference: what `resolve_reference` gives.
+        reference: what `resolve_reference` gives, or a path, URL or image of one's own.
         size: (height, width) that the caller will scale the image down to. A JPEG that is at least twice as large
             comes reduced to a half, a quarter or an eighth, never below `size`, which is decoded in less time.
 
     Raises:
         MissingImage: a `BadImage` and a `FileNotFoundError`: there is no such file.
-        BadImage: the file is no image, a broken one or a too large one, or it could not be fetched.
+        BadImage: the file is no image, a broken one or a too large one, it leads where it may not, or it could not be
+            fetched.
         ValueError: the reference is none.
     """
     with _opened(reference) as image:
@@ -167,31 +236,23 @@ def _is_lying(image: Image.Image) -> bool:
     if image.format == "TIFF":  # of which Pillow exchanges them itself
         return False
     exif = Image.Image.getexif(image)
-    if image.format == "PNG" and "exif" not in image.info and image.fp is not None:
-        # It may come behind the pixels, which Pillow's own `getexif` would decode to find it.
-        file, place = image.fp, image.fp.tell()
-        file.seek(8)
-        while len(head := file.read(8)) == 8:
-            length = int.from_bytes(head[:4], "big")
-            if head[4:] == b"eXIf":
-                exif.load(b"Exif\x00\x00" + file.read(length))
-                break
-            file.seek(length + 4, os.SEEK_CUR)
-        file.seek(place)
+    # It may come behind the pixels, which Pillow's own `getexif` would decode to find it.
+    if image.format == "PNG" and "exif" not in image.info and (content := png_chunk(image, b"eXIf")):
+        exif.load(b"Exif\x00\x00" + content)
     return exif.get(_EXIF_ORIENTATION) in _LYING
 
 
 @contextmanager
 def _opened(reference: ImageReference) -> Iterator[Image.Image]:
     """The image with its header read, the caller's own object where the reference is one; all errors are `BadImage`."""
-    source = _source(reference)
     image = None
     try:
+        source = _source(reference)
         # Pillow warns of what is odd in a file, and only warns of an image larger than its limit.
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             warnings.simplefilter("error", Image.DecompressionBombWarning)
-            image = source if isinstance(source, Image.Image) else Image.open(source)
+            image = source if isinstance(source, Image.Image) else Image.open(source, formats=_formats())
             yield image
     except (FileNotFoundError, NotADirectoryError):
         message = f"{_name(reference)}: no such image file; check the path, and the folder given as --image_dir"
@@ -202,6 +263,8 @@ def _opened(reference: ImageReference) -> Iterator[Image.Image]:
             "decompression bomb from filling the memory; remove the row or scale the image down",
             TOO_LARGE,
         ) from error
+    except DuetError:
+        raise
     except Exception as error:  # Pillow's decoders raise nearly anything on a broken file
         raise _unreadable(reference, error) from error
     finally:
@@ -222,35 +285,50 @@ def _source(reference: ImageReference) -> Image.Image | str | os.PathLike | io.B
             return io.BytesIO(base64.b64decode(source.partition(",")[2], validate=True))
         except binascii.Error as error:
             raise _unreadable(reference, error) from error
-    return io.BytesIO(_fetch(source)) if is_url(source) else source
+    if is_url(source):
+        return io.BytesIO(_fetch(source))
+    return source if isinstance(source, (Image.Image, io.BytesIO)) else _file(source)
+
+
+def _file(path: str | os.PathLike) -> str | os.PathLike:
+    """The regular file that a path leads to.
+
+    Raises:
+        FileNotFoundError: there is none.
+        BadImage: it is no regular file, which could hold a worker for ever, or lies where data may not reach.
+    """
+    if isinstance(path, NamedImage) and not path.policy.allow_links:
+        real, grounds = os.path.realpath(path), _grounds(path.policy)
+        if grounds and not any(_is_in(ground, real) for ground in grounds):
+            raise BadImage(
+                f"{_short(path)}: a link to {_short(real)}, outside {_short(grounds[0])}; if the link is your own, add "
+                "--allow_links"
+            )
+        path = real
+    if not stat.S_ISREG(os.stat(path).st_mode):
+        raise BadImage(f"{_short(str(path))}: no regular file; remove the row or replace the file")
+    return path
+
+
+@functools.lru_cache(maxsize=1)
+def _formats() -> list[str]:
+    """Those of `FORMATS` that this Pillow opens; it raises at the name of another."""
+    Image.init()
+    return [name for name in FORMATS if name in Image.OPEN]
 
 
 def _fetch(url: str) -> bytes:
-    """What lies at a URL, within `FETCH_SECONDS` (of waiting and in all) and `FETCH_BYTES`."""
+    """What lies at a URL, see `image_urls_vlm`."""
     remedy = "remove the row, or fetch the images and name their folder with --image_dir"
-    until, content = time.monotonic() + FETCH_SECONDS, bytearray()
     try:
-        with get_session().stream("GET", url, timeout=FETCH_SECONDS) as response:
-            response.raise_for_status()
-            for chunk in response.iter_bytes():
-                content += chunk
-                if len(content) > FETCH_BYTES:
-                    raise BadImage(f"{_short(url)}: more than {FETCH_BYTES:,} bytes; {remedy}", TOO_LARGE)
-                if time.monotonic() > until:
-                    raise TimeoutError
-    except httpx.HTTPStatusError as error:
-        why = f"the server answers {error.response.status_code}"
-    except (TimeoutError, httpx.TimeoutException):
-        why = f"not there within {FETCH_SECONDS} seconds"
-    except OfflineModeIsEnabled:
-        why = "HF_HUB_OFFLINE is set"
-    except BadImage:
-        raise
-    except (OSError, ValueError, httpx.HTTPError, httpx.InvalidURL) as error:
-        why = _short(" ".join(str(error).split()) or type(error).__name__)
-    else:
-        return bytes(content)
-    raise BadImage(f"{_short(url)}: the image could not be fetched ({why}); {remedy}", NOT_FETCHED)
+        return fetch(url, isinstance(url, NamedImage) and url.policy.allow_local_urls)
+    except TooManyBytes as error:
+        raise BadImage(f"{_short(url)}: {error}; {remedy}", TOO_LARGE) from None
+    except LocalAddress as error:
+        remedy = "fetch the image yourself, or add --allow_local_urls if the data may reach your own network"
+        raise BadImage(f"{_short(url)}: not fetched ({error}); {remedy}", NOT_FETCHED) from None
+    except NotFetched as error:
+        raise BadImage(f"{_short(url)}: the image could not be fetched ({error}); {remedy}", NOT_FETCHED) from None
 
 
 def is_url(reference: Any) -> bool:
@@ -262,15 +340,17 @@ def _is_data_uri(reference: Any) -> bool:
     return isinstance(reference, str) and re.match("data:image/[^,]*;base64,", reference, re.IGNORECASE) is not None
 
 
-def _no_reference(reference: Any) -> ValueError:
-    return ValueError(
+def _no_reference(reference: Any) -> DuetError:
+    return DuetError(
         f"found {type(reference).__name__} where an image was expected: give a PIL image, a path, "
         '{"bytes": ..., "path": ...}, a URL or a data: URI'
     )
 
 
 def _unreadable(reference: ImageReference, error: Exception) -> BadImage:
-    reason = "its format is not recognised" if isinstance(error, Image.UnidentifiedImageError) else str(error)
+    reason = str(error)
+    if isinstance(error, Image.UnidentifiedImageError):
+        reason = f"its format is not recognised as one of {', '.join(_formats())}"
     reason = " ".join(reason.split()) or type(error).__name__
     return BadImage(
         f"{_name(reference)}: not a readable image ({reason}); remove the row or replace the file", UNREADABLE
@@ -290,3 +370,9 @@ def _short(text: str) -> str:
     most = 40 if _is_data_uri(text) else 200
     text = text if text.isprintable() else repr(text)
     return text if len(text) <= most else f"{text[: most - 3]}..."
+
+
+__all__ = [
+    "NO_FOLDER", "BadImage", "ImagePolicy", "ImageReference", "MissingImage", "NamedImage", "check_image", "image_size",
+    "inside", "is_url", "load_image", "resolve_reference",
+]  # fmt: skip

@@ -5,14 +5,11 @@ template) is. Messages become ids in `messages_vlm.py`, for training and for gen
 `images_vlm.py`. The files travel with every checkpoint.
 """
 
-import base64
 import copy
-import io
 import itertools
 import os
 import re
 from pathlib import Path
-from urllib.request import Request, urlopen
 
 import transformers
 from PIL import Image
@@ -30,7 +27,8 @@ from transformers.image_utils import make_flat_list_of_images
 from transformers.processing_utils import MultiModalData
 
 from .data_error_vlm import DuetError
-from .images_vlm import IMAGE_MODES, choose_grid, cut_tiles, fit, to_rgb
+from .image_files_vlm import BadImage, ImagePolicy, NamedImage, is_url, load_image
+from .images_vlm import IMAGE_MODES, bounded_size, choose_grid, cut_tiles, fit, to_rgb, trim
 from .messages_vlm import MessageEncoder, all_parts, with_parts
 
 
@@ -68,6 +66,9 @@ class VLMProcessor(ProcessorMixin):
     Raises:
         `ValueError`: no such `image_mode`, or less than one tile.
     """
+
+    allow_local_urls = False
+    """Whether the URLs of image parts may lead to this machine and to networks of its own; set it where they may."""
 
     def __init__(
         self,
@@ -214,7 +215,8 @@ class VLMProcessor(ProcessorMixin):
 
     def tile_grid(self, height: int, width: int) -> tuple[int, int]:
         """Rows and columns of the tiles of an image of that many pixels; 1 and 1 where it is not tiled."""
-        return choose_grid((height, width), self.view_size, self.max_tiles) if self.max_tiles > 1 else (1, 1)
+        size = bounded_size(height, width)
+        return choose_grid(size, self.view_size, self.max_tiles) if self.max_tiles > 1 else (1, 1)
 
     def image_tokens(self, height: int, width: int) -> int:
         """Positions that an image of that many pixels takes."""
@@ -241,6 +243,9 @@ class VLMProcessor(ProcessorMixin):
         """
         images = [to_rgb(image) if isinstance(image, Image.Image) else image for image in images]
         if self.image_mode is None and self.max_tiles == 1:
+            if "shortest_edge" in dict(getattr(self.image_processor, "size", None) or {}):
+                # It scales the short side, cuts out the middle, and would make a giant of a line.
+                images = [trim(image) if isinstance(image, Image.Image) else image for image in images]
             return self.image_processor(images, return_tensors=return_tensors, **kwargs)
         if not all(isinstance(image, Image.Image) for image in images):
             # Arrays whose values need no rescaling are shares of 255, which they become here.
@@ -344,7 +349,7 @@ class VLMProcessor(ProcessorMixin):
         encoded = [self.encode_messages(m, chat_template=template, **rendering) for m in conversations]
         given = iter(make_flat_list_of_images(options["images"]) if _holds_any(options.get("images")) else ())
         opened = [
-            [_open(part if _names_image(part) else {**part, "image": next(given, None)}) for part in parts_of_images]
+            [self._open(p if _names_image(p) else {**p, "image": next(given, None)}) for p in parts_of_images]
             for parts_of_images in ([p for p in all_parts(m) if p["type"] == "image"] for m in conversations)
         ]
         counts = [[self.image_tokens(image.height, image.width) for image in images] for images in opened]
@@ -375,6 +380,23 @@ class VLMProcessor(ProcessorMixin):
             data = {"input_ids": data["input_ids"]}
         features = BatchFeature(data, tensor_type=return_tensors)
         return features if return_dict else features["input_ids"]
+
+    def _open(self, part):
+        """The image that an image part carries."""
+        found = next((part[key] for key in _IMAGE_KEYS if key in part), None)
+        if not isinstance(found, (Image.Image, str, Path)):
+            raise DuetError("an image part names no image; expected a PIL image, a path or a URL under 'image'.")
+        reference = found
+        if is_url(found):
+            reference = NamedImage(found, ImagePolicy(allow_local_urls=self.allow_local_urls))
+        elif isinstance(found, str) and not found.startswith("data:") and not os.path.exists(found):
+            reference = f"data:image/*;base64,{found}"
+        try:
+            return load_image(reference)
+        except BadImage as error:
+            raise DuetError(
+                f"{str(found)[:80]}: no readable image file, URL or base64 data was found there ({error})"
+            ) from error
 
     def _bounds(self, options, pads):
         """The positions to which conversations are cut (`None`: not), and padded (`None`: to the longest; 0: not)."""
@@ -580,30 +602,6 @@ def _refuse_media(options):
 
 def _names_image(part) -> bool:
     return any(key in part for key in _IMAGE_KEYS)
-
-
-def _open(part):
-    found = next((part[key] for key in _IMAGE_KEYS if key in part), None)
-    if isinstance(found, Image.Image):
-        return to_rgb(found)
-    if not isinstance(found, (str, Path)):
-        raise DuetError("an image part names no image; expected a PIL image, a path or a URL under 'image'.")
-    try:
-        if os.path.isfile(found):
-            source = found
-        elif str(found).startswith(("http://", "https://")):
-            request = Request(found, headers={"User-Agent": f"transformers/{transformers.__version__}"})
-            with urlopen(request, timeout=60) as response:
-                source = io.BytesIO(response.read())
-        else:
-            source = io.BytesIO(base64.b64decode(str(found).split(",")[-1], validate=True))
-        with Image.open(source) as image:
-            return to_rgb(image)
-    except Exception as error:  # Pillow's decoders raise nearly anything on a broken file
-        reason = " ".join(str(error).split())[:200]
-        raise DuetError(
-            f"{str(found)[:80]}: no readable image file, URL or base64 data was found there ({reason})."
-        ) from error
 
 
 def _pad(row, length, value, side):

@@ -8,6 +8,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from processing.image_files_vlm import ImagePolicy
 from processing.reading.cells import MalformedRow
 from processing.reading.conversations import caption_column, caption_count, conversations_from_row
 from processing.reading.layouts import IMAGE_COLUMNS, LAYOUTS
@@ -103,7 +104,7 @@ def check_row(row, columns, image_dir, allow_urls):
     before = repr(row)
     try:
         found = conversations_from_row(
-            row, source="s", index=5, columns=columns, image_dir=image_dir, allow_urls=allow_urls
+            row, source="s", index=5, columns=columns, images=ImagePolicy(image_dir, allow_urls)
         )
     except MalformedRow as error:
         line = str(error)

@@ -3,6 +3,7 @@
 import pytest
 from PIL import Image
 
+from processing.image_files_vlm import ImagePolicy
 from processing.reading.cells import MalformedRow
 from processing.reading.conversations import caption_column, conversations_from_row
 from processing.reading.layouts import LAYOUTS
@@ -155,12 +156,13 @@ def test_a_typed_image_token_stays_text():
 
 def test_an_image_is_looked_for_where_the_data_set_may_have_it(tmp_path):
     row = {"image": "train/1.jpg", "conversations": turns("<image>\nWhat?", "A dog.")}
-    (conversation,) = conversations_from_row(row, image_dir=tmp_path)
+    (conversation,) = conversations_from_row(row, images=ImagePolicy(tmp_path))
     assert conversation["images"] == [str(tmp_path / "train/1.jpg")]
     part = {"type": "image", "path": "train/2.jpg"}
-    (conversation,) = conversations_from_row({"messages": [{"role": "user", "content": [part]}]}, image_dir=tmp_path)
+    row = {"messages": [{"role": "user", "content": [part]}]}
+    (conversation,) = conversations_from_row(row, images=ImagePolicy(tmp_path))
     assert conversation["images"] == [str(tmp_path / "train/2.jpg")]
-    for options in ({}, {"image_dir": tmp_path / "train"}):
+    for options in ({}, {"images": ImagePolicy(tmp_path / "train")}):
         outside = {"image": ["/a.jpg", "../1.jpg"], "text": "A dog."}
         with pytest.raises(MalformedRow, match="^s, row 3: the image .*--image_dir$") as caught:
             conversations_from_row(outside, source="s", index=3, **options)

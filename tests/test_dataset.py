@@ -21,6 +21,7 @@ from processing.batching.dataset import (
 )
 from processing.batching.encode_ahead import _RowEncoder, without_image_bytes
 from processing.batching.encoding import Encoder, encode_caption, encode_dialogue
+from processing.image_files_vlm import ImagePolicy
 from processing.reading.items import Reading
 from tests import tiny
 
@@ -55,7 +56,7 @@ def dialogue_rows(count=12, start=0):
 
 
 def reading_of(folder, **kwargs):
-    return Reading(source="pictures", image_dir=str(folder), **kwargs)
+    return Reading(source="pictures", images=ImagePolicy(str(folder)), **kwargs)
 
 
 def texts(dataset):

@@ -14,8 +14,17 @@ import pytest
 from PIL import Image
 
 from processing import image_files_vlm as images
+from processing import image_urls_vlm as urls
 from processing.batching.account import DROP_REASONS
-from processing.image_files_vlm import BadImage, MissingImage, check_image, load_image, resolve_reference
+from processing.image_files_vlm import (
+    NO_FOLDER,
+    BadImage,
+    ImagePolicy,
+    MissingImage,
+    check_image,
+    load_image,
+    resolve_reference,
+)
 from tests.broken_media import LYING, bomb, make_corpus, photograph
 
 
@@ -23,6 +32,11 @@ def one_line(caught) -> str:
     line = str(caught.value)
     assert "\n" not in line and len(line) < 400
     return line
+
+
+def local(url: str) -> str:
+    """A URL that may lead to a server of this machine."""
+    return resolve_reference(url, ImagePolicy(allow_urls=True, allow_local_urls=True))
 
 
 def stored(image: Image.Image, kind: str = "PNG", **options) -> bytes:
@@ -46,7 +60,7 @@ def test_every_kind_of_reference_loads_the_same_image(tmp_path):
     data = f"data:image/png;base64,{base64.b64encode(path.read_bytes()).decode()}"
     in_row = {"bytes": path.read_bytes(), "path": "gone.png"}
     for reference in (image, str(path), path, in_row, {"bytes": None, "path": str(path)}, data):
-        reference = resolve_reference(reference, tmp_path)
+        reference = resolve_reference(reference, ImagePolicy(tmp_path))
         check_image(reference)
         loaded = load_image(reference)
         assert (loaded.mode, loaded.size, loaded.getpixel((0, 0))) == ("RGB", (3, 2), (255, 0, 0))
@@ -174,7 +188,7 @@ def test_an_error_is_one_line_that_names_the_image(tmp_path):
     assert one_line(caught).startswith(f"{tmp_path / 'gone.jpg'}: no such image file; check the path")
     with pytest.raises(BadImage) as caught:
         load_image(tmp_path / "text\n.jpg")
-    assert "its format is not recognised" in one_line(caught)
+    assert "its format is not recognised as one of AVIF, BMP, " in one_line(caught)
     with pytest.raises(BadImage) as caught:
         load_image({"bytes": b"no image", "path": None})
     assert "an image stored in its row (8 bytes): not a readable image" in one_line(caught)
@@ -201,12 +215,12 @@ def test_a_path_is_found_from_any_working_directory(tmp_path, monkeypatch):
     expected = str(tmp_path / "pics/a.png")
     for reference in ("a.png", Path("a.png"), "./b/../a.png", expected, {"bytes": None, "path": "a.png"}):
         for folder in (tmp_path / "pics", "pics"):
-            assert resolve_reference(reference, folder) == expected
+            assert resolve_reference(reference, ImagePolicy(folder)) == expected
     for reference in (expected, {"bytes": None, "path": expected}):
-        assert resolve_reference(reference, None) == expected
+        assert resolve_reference(reference, NO_FOLDER) == expected
     kept = (Image.new("L", (1, 1)), {"bytes": b"x", "path": "../a.png"}, "data:image/png;base64,AAAA")
     for reference in kept:
-        assert resolve_reference(reference, "pics") is resolve_reference(reference, None) is reference
+        assert resolve_reference(reference, ImagePolicy("pics")) is resolve_reference(reference, NO_FOLDER) is reference
 
 
 def test_the_folder_of_the_images_may_be_a_link(tmp_path):
@@ -215,9 +229,9 @@ def test_the_folder_of_the_images_may_be_a_link(tmp_path):
     for folder in ("pics", "link"):
         for named in ("pics", "link"):
             path = str(tmp_path / named / "a.png")
-            assert resolve_reference(path, tmp_path / folder) == path
+            assert resolve_reference(path, ImagePolicy(tmp_path / folder)) == path
     with pytest.raises(ValueError, match="lies outside"):
-        resolve_reference("../a.png", tmp_path / "link")
+        resolve_reference("../a.png", ImagePolicy(tmp_path / "link"))
 
 
 REFUSED = [
@@ -231,6 +245,8 @@ REFUSED = [
     ("HTTP://example.org/a.png", None, "is a URL; add --allow_urls"),
     ({"bytes": None, "path": "https://example.org/a.png"}, "pics", "is a URL; add --allow_urls"),
     ("file:///etc/passwd", "pics", "is of an unknown scheme"),
+    ("file:/etc/passwd", "/etc", "is of an unknown scheme"),
+    ("hf://datasets/a/b/a.png", None, "is of an unknown scheme"),
     ("s3://bucket/a.png", "pics", "is of an unknown scheme"),
     ("data:text/plain,hello", "pics", "is of an unknown scheme"),
     ("", "pics", "found str where an image was expected"),
@@ -240,10 +256,21 @@ REFUSED = [
 ]
 
 
+@pytest.mark.parametrize("path", ["/etc/a.png", "/cache/datasets--me--x/../y/a.png", "/cache/datasets--me--xy/a.png"])
+def test_a_data_set_of_the_hub_names_no_file_of_this_machine_but_its_own(path):
+    policy = ImagePolicy(caches=("/cache/datasets--me--x",))
+    own = "/cache/datasets--me--x/snapshots/1/a.png"
+    assert resolve_reference({"bytes": None, "path": own}, policy) == own
+    for reference in (path, {"bytes": None, "path": path}):
+        with pytest.raises(ValueError, match="of this machine, which data may not choose; name the folder") as caught:
+            resolve_reference(reference, policy)
+        one_line(caught)
+
+
 @pytest.mark.parametrize(("reference", "folder", "message"), REFUSED)
 def test_a_reference_that_leads_nowhere_or_out_of_its_folder_is_one_line(reference, folder, message):
     with pytest.raises(ValueError) as caught:
-        resolve_reference(reference, folder)
+        resolve_reference(reference, ImagePolicy(folder))
     assert message in one_line(caught)
     if message == "lies outside":
         assert "--image_dir" in one_line(caught)
@@ -292,7 +319,7 @@ def server(monkeypatch):
 @pytest.mark.parametrize("name", ["ok.jpg", "moved.jpg"])
 def test_an_image_is_fetched_where_urls_are_allowed(server, name):
     for reference in (f"{server}/{name}", {"bytes": None, "path": f"{server}/{name}"}):
-        reference = resolve_reference(reference, "pics", allow_urls=True)
+        reference = resolve_reference(reference, ImagePolicy("pics", allow_urls=True, allow_local_urls=True))
         check_image(reference)
         assert load_image(reference).size == (64, 48)
         assert load_image(reference, (12, 12)).size == (16, 12)
@@ -308,11 +335,11 @@ FAILURES = [
 
 @pytest.mark.parametrize(("name", "message", "reason"), FAILURES)
 def test_what_cannot_be_fetched_is_one_line_in_good_time(server, monkeypatch, name, message, reason):
-    monkeypatch.setattr(images, "FETCH_BYTES", 50_000)
-    monkeypatch.setattr(images, "FETCH_SECONDS", 0.5)
+    monkeypatch.setattr(urls, "FETCH_BYTES", 50_000)
+    monkeypatch.setattr(urls, "FETCH_SECONDS", 0.5)
     started = time.monotonic()
     with pytest.raises(BadImage) as caught:
-        load_image(f"{server}/{name}")
+        load_image(local(f"{server}/{name}"))
     assert time.monotonic() - started < 1.5
     assert one_line(caught).startswith(f"{server}/{name}: ") and message in one_line(caught)
     assert caught.value.reason == reason
@@ -321,8 +348,8 @@ def test_what_cannot_be_fetched_is_one_line_in_good_time(server, monkeypatch, na
 def test_an_address_without_a_server_and_an_offline_hub_are_one_line(server, monkeypatch):
     for address in ("http://127.0.0.1:9/a.jpg", "http://[/a.jpg", "http:///a.jpg"):
         with pytest.raises(BadImage) as caught:
-            load_image(address)
+            load_image(local(address))
         assert one_line(caught).startswith(f"{address}: the image could not be fetched (")
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     with pytest.raises(BadImage, match="HF_HUB_OFFLINE is set"):
-        load_image(f"{server}/ok.jpg")
+        load_image(local(f"{server}/ok.jpg"))

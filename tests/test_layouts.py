@@ -9,6 +9,7 @@ import datasets
 import pytest
 from PIL import Image
 
+from processing.image_files_vlm import ImagePolicy
 from processing.reading.conversations import conversations_from_row
 from tests.rows import DIALOGUE, FORMATS, SHOWN, assistant, messages, spoken, turns
 
@@ -23,7 +24,7 @@ def test_a_real_row_becomes_the_conversation_it_holds(name, stored):
         assert all(row.keys() == names.keys() for row in rows), "as in a data set, every row has every column"
     for index, (row, (_, images, said)) in enumerate(zip(rows, FORMATS[name])):
         before = copy.deepcopy(row)
-        (conversation,) = conversations_from_row(row, source="s", index=index, allow_urls=True)
+        (conversation,) = conversations_from_row(row, source="s", index=index, images=ImagePolicy(allow_urls=True))
         assert spoken(conversation) == {"images": images, "messages": said, "group": index, "source": "s", "row": index}
         assert row == before, "the row itself is left as it is"
 

@@ -262,8 +262,9 @@ def png(image) -> bytes:
 
 
 @pytest.fixture
-def url(image):
+def url(image, monkeypatch):
     """The address of a picture on a server of this machine."""
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
     pictures = {"/a.png": png(image())}
 
     class Handler(BaseHTTPRequestHandler):
@@ -284,6 +285,7 @@ def url(image):
 
 def test_an_image_is_a_pil_image_a_path_a_url_or_data(image, url, tmp_path):
     processor = processor_of("byte-level", "chatml")
+    processor.allow_local_urls = True
     (tmp_path / "a.png").write_bytes(png(image()))
     data = base64.b64encode(png(image())).decode()
     given = [

@@ -22,11 +22,7 @@ from training_vlm.learning.tuning import apply_tuning
 
 
 ROOT = Path(__file__).parents[1]
-SHIPPED = [
-    "backbones_vlm.py", "compose_vlm.py", "configuration_vlm.py", "generation_vlm.py", "loading_vlm.py", "loss_vlm.py",
-    "model_error_vlm.py", "modeling_vlm.py", "own_projector_vlm.py", "projector_vlm.py", "vision_vlm.py",
-    "data_error_vlm.py", "images_vlm.py", "messages_vlm.py", "processing_vlm.py",
-]  # fmt: skip
+SHIPPED = sorted(file.name for package in ("modeling_vlm", "processing") for file in (ROOT / package).glob("*_vlm.py"))
 # What belongs to a run that can be resumed, not to the model.
 OF_TRAINING = {
     "optimizer.pt", "scheduler.pt", "trainer_state.json", "rng_state.pth", "training_args.bin", "data_account_0.json"

@@ -19,7 +19,7 @@ import pytest
 import torch
 from PIL import Image
 
-from processing.image_files_vlm import load_image
+from processing.image_files_vlm import ImagePolicy, load_image
 from processing.reading.conversations import ROW, conversations_from_row
 from processing.reading.rows import hold_out
 from processing.reading.sources import open_source, split_names
@@ -37,10 +37,11 @@ def one_line(caught) -> str:
 
 
 def conversations_of(source) -> list[dict]:
+    images = ImagePolicy(source.image_dir, caches=source.caches)
     return [
         conversation
         for index, row in enumerate(source.rows)
-        for conversation in conversations_from_row(row, source=source.name, index=index, image_dir=source.image_dir)
+        for conversation in conversations_from_row(row, source=source.name, index=index, images=images)
     ]
 
 

@@ -24,7 +24,7 @@ from processing import VLMDataCollator, VLMProcessor
 from processing.batching.account import Account
 from processing.batching.dataset import ConversationDataset, Reading, StreamedDataset
 from processing.batching.encoding import IGNORE, TRUNCATIONS, Encoder, encode_caption, encode_dialogue
-from processing.image_files_vlm import image_size, load_image
+from processing.image_files_vlm import ImagePolicy, image_size, load_image
 from processing.images_vlm import IMAGE_MODES, choose_grid
 from processing.reading.sources import open_source
 from tests import tiny
@@ -529,7 +529,7 @@ def same(found, expected):
 @pytest.mark.parametrize("stored", ["paths", "bytes", "images"])
 @pytest.mark.parametrize("max_length", [None, 40])
 def test_encoded_ahead_on_the_fly_or_streamed_is_the_same(processor, tmp_path, stored, max_length):
-    rows, reading = rows_of(tmp_path, stored), Reading(source="s", image_dir=str(tmp_path))
+    rows, reading = rows_of(tmp_path, stored), Reading(source="s", images=ImagePolicy(str(tmp_path)))
     later, ahead = ConversationDataset(rows, reading), ConversationDataset(rows, reading)
     ahead.encode_ahead(Encoder(processor, max_length=max_length))
     collate = VLMDataCollator(processor, max_length, account=True)
@@ -560,7 +560,7 @@ def test_images_that_are_drawn_are_tiled_too(processor):
 
 def test_batches_of_like_lengths_go_by_the_positions_that_samples_take(folders, tmp_path):
     model, processor = tiny.compose(*folders("siglip-llama"), max_tiles=4)
-    dataset = ConversationDataset(rows_of(tmp_path, "paths"), Reading(source="s", image_dir=str(tmp_path)))
+    dataset = ConversationDataset(rows_of(tmp_path, "paths"), Reading(source="s", images=ImagePolicy(str(tmp_path))))
     later = [dataset[index] for index in range(9)]
     dataset.encode_ahead(Encoder(processor))
     arguments = VLMTrainingArguments(
@@ -579,7 +579,7 @@ def test_batches_of_like_lengths_go_by_the_positions_that_samples_take(folders, 
 
 def test_no_pixel_is_decoded_to_encode_ahead(processor, tmp_path, monkeypatch):
     for stored in ("paths", "bytes"):
-        dataset = ConversationDataset(rows_of(tmp_path, stored), Reading(source="s", image_dir=str(tmp_path)))
+        dataset = ConversationDataset(rows_of(tmp_path, stored), Reading(source="s", images=ImagePolicy(str(tmp_path))))
         with monkeypatch.context() as patched:
             for reader in {ImageFile.ImageFile, type(Image.open(tmp_path / "2-0.png"))}:
                 patched.setattr(reader, "load", None)
@@ -599,7 +599,7 @@ def test_an_image_whose_size_cannot_be_had_is_a_counted_drop(processor, tmp_path
     reasons = {"unreadable image": 1, "missing image file": 1, "image too large": 1}
     said = [{"role": "user", "content": "what?"}, {"role": "assistant", "content": "a"}]
     rows = datasets.Dataset.from_list([{"image": name, "messages": said} for name in names])
-    reading = Reading(source="s", image_dir=str(tmp_path))
+    reading = Reading(source="s", images=ImagePolicy(str(tmp_path)))
     later, ahead = ConversationDataset(rows, reading), ConversationDataset(rows, reading)
     ahead.encode_ahead(Encoder(processor))
     assert ahead.account.report()["total"]["dropped"] == reasons

@@ -185,6 +185,12 @@ class DataArguments:
     allow_urls: bool = field(
         default=False, metadata={"help": "Fetch images that are URLs, up to 20 MB and 10 seconds each."}
     )
+    allow_local_urls: bool = field(
+        default=False, metadata={"help": "Let these URLs lead to this machine and to networks of its own, too."}
+    )
+    allow_links: bool = field(
+        default=False, metadata={"help": "Follow links in the folder of the images that lead out of it."}
+    )
     columns: str | None = field(
         default=None,
         metadata={

@@ -10,6 +10,7 @@ import datasets
 from processing.batching.dataset import ConversationDataset, MixedDataset, Reading, StreamedDataset
 from processing.batching.encoding import Encoder
 from processing.data_error_vlm import DuetError
+from processing.image_files_vlm import ImagePolicy
 from processing.reading.download import download_coco
 from processing.reading.rows import HELD_OUT_ROWS, hold_out, limited
 from processing.reading.sources import open_source, split_names
@@ -124,8 +125,13 @@ def _open(
         caption_choice=data_args.caption_choice,
         choice_answer=data_args.choice_answer,
         columns=source.columns,
-        image_dir=None if found.image_dir is None else str(found.image_dir),
-        allow_urls=data_args.allow_urls,
+        images=ImagePolicy(
+            None if found.image_dir is None else str(found.image_dir),
+            allow_urls=data_args.allow_urls,
+            allow_links=data_args.allow_links,
+            allow_local_urls=data_args.allow_local_urls,
+            caches=found.caches,
+        ),
     )
     return Part(limited(found.rows, limit, data_args.sample_seed), reading)
 

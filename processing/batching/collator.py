@@ -13,7 +13,7 @@ import torch
 from transformers.utils import logging
 
 from ..data_error_vlm import DuetError
-from ..image_files_vlm import BadImage, load_image
+from ..image_files_vlm import BadImage, ImagePolicy, load_image
 from ..processing_vlm import VLMProcessor
 from ..reading.items import Reading, is_item
 from .account import BAD_SAMPLE_REASONS, DROP_REASONS, BatchAccount, Record
@@ -22,7 +22,7 @@ from .encoding import IGNORE, Encode, Encoder, encode_dialogue, encode_item, pla
 
 logger = logging.get_logger(__name__)
 
-_OF_BATCH = Reading(source="the batch", own_paths=True)
+_OF_BATCH = Reading(source="the batch", images=ImagePolicy(own_paths=True))
 
 ON_BAD_SAMPLE = ("skip", "error")
 _MAX_WORKERS = 256

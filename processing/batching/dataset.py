@@ -15,6 +15,7 @@ import numpy as np
 import pyarrow.compute as pc
 import torch
 
+from ..image_files_vlm import NamedImage
 from ..reading.conversations import ROW, Conversation, Dropped, caption_column, caption_count
 from ..reading.items import Reading
 from .account import Account
@@ -82,6 +83,8 @@ class ConversationDataset(torch.utils.data.Dataset):
         if None in references:
             position = item["position"]
             references = self.reading.conversations(self.rows[position], position)[number]["images"]
+        else:
+            references = [NamedImage(reference, self.reading.images) for reference in references]
         item = {name: value for name, value in item.items() if name not in KEPT or value not in (None, [])}
         return {**item, "images": references, "source": self.reading.source}
 

@@ -19,14 +19,11 @@ and dropped where nothing of it can be learned (see `encoding`). What is not rea
 """
 
 import functools
-import os
-import re
 from collections.abc import Collection
-from pathlib import Path
 from typing import Any, NotRequired, Required, TypedDict
 
 from ..data_error_vlm import DuetError
-from ..image_files_vlm import resolve_reference
+from ..image_files_vlm import NO_FOLDER, ImagePolicy, resolve_reference
 from .cells import IGNORED, MalformedRow, Row, cut, holds_something, is_nothing, malformed
 from .layouts import (
     CAPTION_COLUMNS,
@@ -43,8 +40,6 @@ from .layouts import (
     with_numbered_images,
 )
 
-
-_NO_PATH = re.compile(r"[a-z][a-z0-9+.-]*://|data:", re.IGNORECASE)
 
 CAPTION_CHOICES = ("all", "first", "random")
 
@@ -85,9 +80,7 @@ def conversations_from_row(
     source: str = "",
     index: int | str = 0,
     columns: dict[str, str] | None = None,
-    image_dir: Path | str | None = None,
-    allow_urls: bool = False,
-    own_paths: bool = False,
+    images: ImagePolicy = NO_FOLDER,
 ) -> list[Conversation | Dropped]:
     """The conversations that a row holds: one, or one for each caption of an image.
 
@@ -102,9 +95,7 @@ def conversations_from_row(
         columns: a name of `LAYOUTS` -> the data set's column for it, where the data set has names of its own. A column
             goes by that name alone, and what is named here is preferred to what is recognised. A column of the data set
             -> "ignore" says that it is none of the row's content (`image`: that tags in the row are text).
-        image_dir, allow_urls: where image references may lead, see `image_files_vlm.resolve_reference`.
-        own_paths: whether the row is the caller's own, so that without a folder its paths may lead anywhere, relative
-            ones from the working directory.
+        images: where image references may lead.
 
     Returns:
         conversations; a caption of several that is none has a `Dropped` in its place where all are asked for.
@@ -133,7 +124,7 @@ def conversations_from_row(
             read = read[:1]
         for item in read:
             if "dropped" not in item:
-                item["images"] = [_resolved(image, image_dir, allow_urls, own_paths) for image in item["images"]]
+                item["images"] = [_resolved(image, images) for image in item["images"]]
     except MalformedRow as error:
         raise MalformedRow(f"{where}: {error}") from None
     known = {**known, "notes": notes} if notes else known
@@ -235,12 +226,8 @@ def _known(row: Row) -> dict[str, str]:
 # --- images
 
 
-def _resolved(image: Any, image_dir: Path | str | None, allow_urls: bool, own_paths: bool) -> Any:
-    path = image.get("path") if isinstance(image, dict) and image.get("bytes") is None else image
-    if own_paths and image_dir is None and isinstance(path, (str, os.PathLike)) and not _NO_PATH.match(str(path)):
-        image = os.path.realpath(path)
-        image_dir = os.path.dirname(image)
+def _resolved(image: Any, images: ImagePolicy) -> Any:
     try:
-        return resolve_reference(image, image_dir, allow_urls)
+        return resolve_reference(image, images)
     except ValueError as error:
         raise MalformedRow(" ".join(str(error).split())) from None

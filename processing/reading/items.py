@@ -8,6 +8,7 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
+from ..image_files_vlm import NO_FOLDER, ImagePolicy
 from .cells import MalformedRow
 from .conversations import ROW, Conversation, Dropped, caption_column, caption_count, conversations_from_row
 from .messages import ROLES
@@ -22,13 +23,11 @@ class Reading:
     caption_choice: str = "all"
     choice_answer: str = "letter"
     columns: dict[str, str] | None = None
-    image_dir: str | None = None
-    allow_urls: bool = False
-    own_paths: bool = False
+    images: ImagePolicy = NO_FOLDER
 
     def conversations(self, row: dict[str, Any], index: int | str) -> list[Conversation | Dropped]:
         """The conversations of a row, named by the number that its source gave it; see `conversations_from_row`."""
-        return conversations_from_row(row, index=row.get(ROW, index), **dataclasses.asdict(self))
+        return conversations_from_row(row, index=row.get(ROW, index), **vars(self))
 
     def items(self, row: Mapping[str, Any], index: int | str) -> list[Conversation | Dropped]:
         """The same; of a row that cannot be read as many items with the reason as it would have given."""

@@ -9,6 +9,7 @@ import datasets
 from transformers.utils import logging
 
 from ..data_error_vlm import DuetError, NotFound
+from ..image_files_vlm import ImagePolicy
 from .conversations import Conversation, MalformedRow
 from .items import Reading, is_item
 from .rows import undecoded
@@ -25,6 +26,8 @@ def read_rows(
     prompt: str = "",
     caption_choice: str = "all",
     allow_urls: bool = False,
+    allow_local_urls: bool = False,
+    allow_links: bool = False,
     source: str = "rows",
     on_bad_sample: str = "skip",
 ) -> list[Conversation]:
@@ -38,7 +41,8 @@ def read_rows(
         columns: a known name -> the rows' own name for it, such as `{"image": "photo", "caption": "title"}`.
         prompt: the question that a caption answers; none for stage 1, where a caption stands alone.
         caption_choice: `"all"` captions of an image, each a conversation, or only the `"first"`.
-        allow_urls: whether images may be fetched.
+        allow_urls: whether images may be fetched; with `allow_local_urls` from networks of this machine, too.
+        allow_links: whether links in `image_dir` may lead out of it.
         source: what to call the rows in messages and accounts.
         on_bad_sample: `"skip"` leaves out what cannot be read and says in one line how much that was; `"error"` raises.
 
@@ -60,9 +64,13 @@ def read_rows(
         prompt=prompt,
         caption_choice=caption_choice,
         columns=columns,
-        image_dir=None if folder is None else str(folder),
-        allow_urls=allow_urls,
-        own_paths=True,
+        images=ImagePolicy(
+            None if folder is None else str(folder),
+            allow_urls=allow_urls,
+            allow_links=allow_links,
+            allow_local_urls=allow_local_urls,
+            own_paths=True,
+        ),
     )
     found, dropped = [], []
     for index, row in enumerate(rows):

@@ -22,6 +22,7 @@ import pandas as pd
 from datasets.packaged_modules.csv.csv import CsvConfig
 from datasets.utils.file_utils import xopen
 from huggingface_hub.errors import HFValidationError, RepositoryNotFoundError, RevisionNotFoundError
+from huggingface_hub.file_download import repo_folder_name
 from huggingface_hub.utils import httpx
 
 from ..data_error_vlm import DuetError, NotFound, NotReached
@@ -58,6 +59,8 @@ class Source(NamedTuple):
     stream, which knows no better, the number in which its reader came to it."""
     image_dir: Path | None
     """The folder that image paths in the rows are relative to, where there is one; always absolute."""
+    caches: tuple[str, ...] = ()
+    """Of a dataset on the Hub the folders of this machine in which the libraries keep what they fetched of it."""
 
 
 def open_source(
@@ -90,7 +93,7 @@ def open_source(
     Raises:
         FileNotFoundError, ValueError, ConnectionError: one line each: what was found, where, and how to mend it.
     """
-    folder = Path(image_dir).expanduser() if image_dir else None
+    folder, caches = Path(image_dir).expanduser() if image_dir else None, ()
     where = _where(path)
     if folder is not None and not folder.is_dir():
         raise NotFound(f"{where}: no image folder {folder}; check --image_dir")
@@ -115,7 +118,7 @@ def open_source(
                 f"{where}: no such file or folder (from {Path.cwd()}); check the path (COCO comes with --download)"
             )
         else:
-            splits = _hub_splits(where, name, revision, token, streaming)
+            splits, caches = _hub_splits(where, name, revision, token, streaming), _hub_caches(where)
     rows = _take(splits, split, where)
     if isinstance(rows, datasets.Dataset):
         if not len(rows):
@@ -125,7 +128,7 @@ def open_source(
     if where == "shapes":
         rows = with_drawings(rows)
     given = ", ".join(filter(None, (name, split)))
-    return Source(f"{where} ({given})" if given else where, rows, folder and folder.absolute())
+    return Source(f"{where} ({given})" if given else where, rows, folder and folder.absolute(), caches)
 
 
 def _where(path: str | os.PathLike | Sequence[str | os.PathLike]) -> str:
@@ -329,6 +332,12 @@ def _hub_splits(repo: str, name: str | None, revision: str | None, token: str | 
     config = {"data_dir": name} if name and revision == CONVERTED else {"name": name}
     build = partial(datasets.load_dataset_builder, repo, **config, revision=revision, token=token)
     return _built_splits(at, build, streaming, token)
+
+
+def _hub_caches(repo: str) -> tuple[str, ...]:
+    """Where what is fetched of a dataset repository lies: its own folder in the Hub's cache, and unpacked archives."""
+    own = os.path.join(huggingface_hub.constants.HF_HUB_CACHE, repo_folder_name(repo_id=repo, repo_type="dataset"))
+    return os.path.abspath(own), os.path.abspath(datasets.config.EXTRACTED_DATASETS_PATH)
 
 
 def _leaves(feature: Any) -> Iterator[Any]:
