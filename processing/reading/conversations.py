@@ -207,7 +207,7 @@ def _renamed(row: dict[str, Any], notes: list[str], columns: dict[str, str]) -> 
     if columns:
         passed = [name for name in row if name in left_out and name not in columns.values()]
         notes = [*notes, *(f"the column {name} is not read" for name in passed if not is_nothing(row[name]))]
-    else:
+    if columns.keys().isdisjoint(IMAGE_COLUMNS):
         kept = with_numbered_images(kept)
     cells = {**kept, **{name: row[column] for name, column in columns.items()}}
     return Row(cells, notes, ignored, tags_are_text=not ignored.isdisjoint(IMAGE_COLUMNS))

@@ -169,7 +169,7 @@ def _read_captions(row: Row, wanted: Wanted) -> list[dict[str, Any]]:
     """An image and what is said of it; each caption is the answer of its own conversation."""
     images = row_images(row)
     if not images:
-        raise malformed("no image", (row.hint() or ("", "an image for the caption"))[1])
+        raise malformed("no image", row.hint()[1] if row.hint() else "an image for the caption")
     column, value = row.take(CAPTION_COLUMNS)
     captions = captions_of(value)
     if not captions:
@@ -241,6 +241,9 @@ def _items(row: Row, columns: Collection[str], expected: str = "a list of messag
     """The elements of a column that holds a list, or a list written as text, which parquet files often have instead."""
     column, value = row.take(columns)
     items = literal(value) if isinstance(value, str) else value
+    if isinstance(items, dict) and all(isinstance(values, list) for values in items.values()):
+        # A list of structs, as `datasets` stored it where it was declared as a sequence.
+        items = [dict(zip(items, values)) for values in zip(*items.values())]
     if not isinstance(items, list) or not items:
         raise malformed(found(value, column), expected)
     return items
@@ -431,10 +434,10 @@ def find_layout(row: Row, preferred: Collection[str] = ()) -> Layout:
     layout = fitting(present, preferred) or fitting(row.cells, preferred)
     if layout is None:
         names = tuple(str(name) for name in row.cells)
-        image = next((name for name in row.unread if is_picture(row.cells[name])), "NAME")
+        image = next((name for name in row.unread if is_picture(row.cells[name])), "photo")
         raise malformed(
             f"columns {cut(', '.join(names) or '(none)', 300)}",
-            f"a known layout, such as {_nearest(names)}; other names for these are given with --columns image={image}",
+            f"a known layout, such as {_nearest(names)}; other names are given with --columns, such as image={image}",
         )
     return layout
 

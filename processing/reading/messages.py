@@ -101,6 +101,8 @@ def as_text(value: Any, place: str, expected: str = "a text") -> str:
 
 
 def _parts(row: Row, content: Any, place: str) -> list[dict[str, Any]]:
+    if isinstance(content, dict):
+        content = [content]
     if isinstance(content, list):
         return [_part(row, part, place) for part in content]
     text = as_text(content, f"content of {place}", "a text or a list of parts")
@@ -113,11 +115,11 @@ def _part(row: Row, part: Any, place: str) -> dict[str, Any]:
     kind = given.pop("type", None)
     if kind is None and len(given) == 1:  # as Qwen writes them
         kind = next(iter(given))
-    if kind == "text" and isinstance(given.get("text"), str):
+    if kind == "text" and isinstance(given.get("text"), (str, int, float)):
         for key, value in given.items():
             if key != "text":
                 row.leave("a part", key, value)
-        return {"type": "text", "text": given["text"]}
+        return {"type": "text", "text": as_text(given["text"], f"text of {place}")}
     index = {"index": given.pop("index")} if "index" in given else {}
     if kind == "image_url":  # as OpenAI's API takes it
         url = given.pop("image_url", None)
