@@ -1,0 +1,349 @@
+"""How a run ends: the weights first, then everything else by itself; answers called greedy are greedy."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+from transformers import AutoModelForImageTextToText, AutoProcessor, GenerationConfig
+
+import train_pretrain
+import train_sft
+from evaluation_vlm.questions import Question, generate_answers, greedy
+from modeling_vlm import VLMForConditionalGeneration
+from modeling_vlm.generation_vlm import savable
+from processing import VLMProcessor
+from tests import tiny
+from training_vlm import finish
+from training_vlm.learning.trainer import VLMTrainer
+
+
+ROOT = Path(__file__).parents[1]
+QUICK = [
+    "--use_cpu", "--bf16", "False", "--max_steps", "2", "--per_device_train_batch_size", "4", "--max_new_tokens", "4",
+    "--logging_steps", "1", "--dataloader_num_workers", "0", "--disable_tqdm", "True",
+]  # fmt: skip
+SAMPLING = {"do_sample": True, "temperature": 0.7, "top_p": 0.8, "top_k": 20, "repetition_penalty": 1.05}
+SHIPPED = {
+    "sampling": SAMPLING,
+    "a temperature without do_sample": {"temperature": 0.9, "top_p": 0.6, "max_length": 4096, "pad_token_id": 0},
+    "a temperature beside do_sample=false": {"do_sample": False, "temperature": 0.6},
+    "beams without beams": {"num_beams": 1, "early_stopping": True, "length_penalty": 0.5},
+    "penalties and words": {
+        "no_repeat_ngram_size": 2, "bad_words_ids": [[5]], "forced_eos_token_id": 0, "min_new_tokens": 2,
+        "transformers_version": "4.20.0", "eos_token_id": [0, 2],
+    },
+    "outputs": {"output_scores": True, "pad_token_id": -1},
+}  # fmt: skip
+
+
+@pytest.fixture
+def data(tmp_path):
+    """Twelve captioned pictures, and the arguments that name them."""
+    rows = []
+    for number in range(12):
+        Image.new("RGB", (24, 24), (20 * number, 9, 99)).save(tmp_path / f"{number}.png")
+        rows.append({"image": f"{number}.png", "caption": f"picture {number}"})
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return ["--dataset", str(tmp_path / "rows.jsonl")]
+
+
+@pytest.fixture
+def backbones(folders, tmp_path):
+    """`backbones(generation)` are arguments that name a pair whose language model ships these settings."""
+
+    def named(generation=None):
+        vision, text = folders("vit-gpt2")
+        if generation is not None:
+            text = Path(shutil.copytree(text, tmp_path / "text"))
+            (text / "generation_config.json").write_text(json.dumps(generation))
+        return ["--vision_model", str(vision), "--text_model", str(text)]
+
+    return named
+
+
+def load(folder):
+    model = AutoModelForImageTextToText.from_pretrained(folder, trust_remote_code=True)
+    return model, AutoProcessor.from_pretrained(folder, trust_remote_code=True)
+
+
+def saved_settings(folder):
+    return json.loads((Path(folder) / "generation_config.json").read_text())
+
+
+# -- settings of generation ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", SHIPPED)
+def test_no_settings_of_generation_stand_between_weights_and_the_disk(backbones, data, tmp_path, name):
+    out = tmp_path / "out"
+    train_pretrain.main([
+        *backbones(SHIPPED[name]), *data, *QUICK, "--save_strategy", "steps", "--save_steps", "1", "--output_dir",
+        str(out),
+    ])  # fmt: skip
+    for folder in (out / "checkpoint-1", out / "checkpoint-2", out):
+        model, _ = load(folder)
+        GenerationConfig.from_pretrained(folder).validate(strict=True)
+        model.save_pretrained(tmp_path / "again")
+    train_sft.main(["--model", str(out), *data, *QUICK, "--output_dir", str(tmp_path / "two")])
+    assert (tmp_path / "two" / "README.md").is_file()
+
+
+def test_sampling_defaults_are_kept_for_the_user_unless_told_otherwise(backbones, data, tmp_path):
+    common = [*backbones(SAMPLING), *data, *QUICK]
+    train_pretrain.main([*common, "--output_dir", str(tmp_path / "kept")])
+    kept = saved_settings(tmp_path / "kept")
+    assert {name: kept[name] for name in SAMPLING} == SAMPLING and kept["max_new_tokens"] == 4
+    train_pretrain.main([*common, "--temperature", "0", "--output_dir", str(tmp_path / "greedy")])
+    told = saved_settings(tmp_path / "greedy")
+    assert told["do_sample"] is False and not {"temperature", "top_p", "top_k"} & told.keys()
+    assert told["repetition_penalty"] == 1.05
+    train_pretrain.main([*common, "--temperature", "1.5", "--output_dir", str(tmp_path / "warm")])
+    told = saved_settings(tmp_path / "warm")
+    assert (told["do_sample"], told["temperature"], told["top_p"], told["top_k"]) == (True, 1.5, 0.8, 20)
+    train_pretrain.main([*common, "--num_beams", "2", "--output_dir", str(tmp_path / "beams")])
+    told = saved_settings(tmp_path / "beams")
+    assert (told["do_sample"], told["num_beams"]) == (False, 2)
+
+
+def test_a_temperature_without_a_word_about_sampling_means_to_sample():
+    config, left_out = savable(GenerationConfig(temperature=0.9))
+    assert config.do_sample is True and config.temperature == 0.9 and not left_out
+    config, left_out = savable(GenerationConfig(do_sample=False, temperature=0.9))
+    assert config.do_sample is False and left_out == ["temperature"]
+
+
+def test_a_users_own_settings_do_not_stand_in_the_way_of_saving(composed, tmp_path, caplog):
+    model, _ = composed
+    model.generation_config.temperature = 0.3
+    model.generation_config.do_sample = False
+    model.generation_config.eos_token_id = torch.tensor([2])  # which is no JSON
+    model.save_pretrained(tmp_path)
+    assert (tmp_path / "model.safetensors").stat().st_size > 10_000
+    assert saved_settings(tmp_path)["do_sample"] is False
+
+
+def test_greedy_answers_inherit_nothing_but_token_ids(composed):
+    model, processor = composed
+    ids = processor.tokenizer("the cat is", add_special_tokens=False)["input_ids"]
+    questions = [Question(ids, [], "", "all", "all")] * 2
+    expected = generate_answers(model, processor, questions, 2, greedy(model, processor, 12))
+    assert expected[0] == expected[1] != ""
+    own = GenerationConfig(
+        do_sample=True, temperature=5.0, repetition_penalty=50.0, no_repeat_ngram_size=1, min_new_tokens=12,
+        bad_words_ids=[[id] for id in processor.tokenizer(expected[0], add_special_tokens=False)["input_ids"]],
+        forced_eos_token_id=5, num_return_sequences=2, max_length=3,
+        eos_token_id=model.generation_config.eos_token_id, pad_token_id=model.generation_config.pad_token_id,
+        suppress_tokens=list(range(10, 60)), custom_setting=1,
+    )  # fmt: skip
+    model.generation_config = own
+    assert generate_answers(model, processor, questions, 2, greedy(model, processor, 12)) == expected
+    assert model.generation_config is own
+
+
+@pytest.mark.parametrize(
+    "told",
+    [["--max_new_tokens", "0"], ["--temperature", "-1"], ["--top_p", "1.5"], ["--num_beams", "0"],
+     ["--temperature", "0", "--top_p", "0.9"]],
+)  # fmt: skip
+def test_settings_of_generation_that_cannot_be_are_known_before_training(backbones, data, tmp_path, capsys, told):
+    with pytest.raises(SystemExit):
+        train_pretrain.main([*backbones(), *data, *QUICK, *told, "--output_dir", str(tmp_path / "out")])
+    line = capsys.readouterr().err.strip().splitlines()[-1]
+    assert line.startswith("error: ") and told[-2].removeprefix("--") in line
+    assert not (tmp_path / "out").exists()
+
+
+# -- positions -------------------------------------------------------------------------------------------------------
+
+
+def test_answers_are_as_long_as_positions_allow(folders, capsys):
+    model, processor = tiny.compose(*folders("vit-gpt2"), "cls")
+    word = processor.tokenizer(" cat", add_special_tokens=False)["input_ids"][0]
+    lengths = [3, 95, 126, 127, 128, 200]
+    config = greedy(model, processor, 64)
+    config.suppress_tokens = sorted({*config.suppress_tokens, 0})  # without an end
+    config.eos_token_id = None
+    questions = [Question([word] * length, [], "", "all", "all") for length in lengths]
+    written = {}
+    real = processor.tokenizer.decode
+    processor.tokenizer.decode = lambda ids, **options: written.setdefault(len(written), len(ids)) and real(ids) or ""
+    together = generate_answers(model, processor, questions, 6, config)
+    assert sorted(written.values()) == [0, 0, 1, 2, 33, 64]
+    assert together[4:] == ["", ""] and "2 of 6 questions fill all 128 positions" in capsys.readouterr().out
+    processor.tokenizer.decode = real
+    together = generate_answers(model, processor, questions, 6, config)
+    assert together == [generate_answers(model, processor, [one], 1, config)[0] for one in questions]
+
+
+def test_a_run_with_prompts_of_nearly_all_positions_ends_well(backbones, tmp_path, capsys):
+    rows = []
+    for number in (60, 95, 110, 124, 125, 126):
+        said = [{"role": "user", "content": "a" * number}, {"role": "assistant", "content": "yes"}]
+        rows.append({"messages": said})
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    train_sft.main([
+        *backbones(), "--dataset", str(tmp_path / "rows.jsonl"), *QUICK, "--max_new_tokens", "64", "--test_split",
+        "train", "--eval_split", "train", "--output_dir", str(tmp_path / "out"),
+    ])  # fmt: skip
+    assert "exactly right" in capsys.readouterr().out
+    assert (tmp_path / "out" / "samples.png").is_file()
+
+
+# -- the weights first -----------------------------------------------------------------------------------------------
+
+
+def broken(*args, **kwargs):
+    raise RuntimeError("it broke on purpose")
+
+
+AFTER = {
+    "the evaluation": (VLMTrainer, "evaluate"),
+    "writing the metrics": (VLMTrainer, "save_metrics"),
+    "the account of the data": (finish, "write_data_report"),
+    "the test questions": (finish, "exact_match"),
+    "the samples": (finish, "generate_answers"),
+    "samples.png": (finish, "draw_samples"),
+    "the model card": (finish, "write_model_card"),
+}
+
+
+@pytest.mark.parametrize("what", AFTER)
+def test_what_fails_after_the_weights_costs_itself_alone(backbones, data, tmp_path, monkeypatch, capsys, what):
+    monkeypatch.setattr(*AFTER[what], broken)
+    out = tmp_path / "out"
+    with pytest.raises(SystemExit) as stopped:
+        train_pretrain.main([
+            *backbones(), *data, *QUICK, "--save_strategy", "no", "--eval_split", "train[:4]", "--test_split",
+            "train[:3]", "--output_dir", str(out),
+        ])  # fmt: skip
+    assert stopped.value.code == 1
+    said = capsys.readouterr()
+    lines = [line for line in said.err.splitlines() if line.startswith("error: ")]
+    assert f"error: {what} failed: it broke on purpose" in lines
+    assert "Traceback" in said.err  # of what is no person's mistake
+    load(out)
+    assert (out / "README.md").is_file() == (what != "the model card")
+    assert (out / "samples.png").is_file() == (what not in ("samples.png", "the samples"))
+    assert not (out / "_saving").exists()
+
+
+def test_the_weights_are_on_disk_before_the_last_evaluation_and_checkpoint(backbones, data, tmp_path, monkeypatch):
+    out = tmp_path / "out"
+
+    def seen(self, *args, **kwargs):
+        if self.state.global_step == 2:
+            load(out)
+            raise RuntimeError("as evaluated")
+        return evaluate(self, *args, **kwargs)
+
+    evaluate = VLMTrainer.evaluate
+    monkeypatch.setattr(VLMTrainer, "evaluate", seen)
+    common = [*backbones(), *data, *QUICK, "--eval_split", "train[:4]", "--output_dir", str(out)]
+    with pytest.raises(RuntimeError, match="as evaluated"):
+        train_pretrain.main([*common, "--eval_strategy", "steps", "--eval_steps", "1", "--save_strategy", "no"])
+    load(out)
+
+
+def test_the_best_checkpoint_is_what_is_saved(backbones, data, tmp_path):
+    """The loss of each next checkpoint is worse than the first's."""
+    out = tmp_path / "out"
+    train_pretrain.main([
+        *backbones(), *data, *QUICK, "--max_steps", "3", "--learning_rate", "10", "--max_grad_norm", "0", "--tune_text",
+        "full", "--eval_split", "train[:4]", "--eval_strategy", "steps", "--eval_steps", "1", "--save_strategy",
+        "steps", "--save_steps", "1", "--load_best_model_at_end", "True", "--output_dir", str(out),
+    ])  # fmt: skip
+    state = json.loads((out / "trainer_state.json").read_text())
+    best = VLMForConditionalGeneration.from_pretrained(state["best_model_checkpoint"]).state_dict()
+    last = VLMForConditionalGeneration.from_pretrained(out / "checkpoint-3").state_dict()
+    found = VLMForConditionalGeneration.from_pretrained(out).state_dict()
+    assert state["best_global_step"] < 3
+    assert all(torch.equal(found[name], best[name]) for name in best)
+    assert any(not torch.equal(found[name], last[name]) for name in best)
+
+
+def test_a_model_that_was_there_before_stays_until_the_new_one_is_whole(composed, tmp_path, monkeypatch):
+    model, processor = composed
+    model.save_pretrained(tmp_path, max_shard_size="50kB")
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir() if path.is_file()}
+    assert "model.safetensors.index.json" in before
+    from training_vlm.arguments import VLMTrainingArguments
+
+    args = VLMTrainingArguments(output_dir=str(tmp_path), use_cpu=True, bf16=False, report_to="none")
+    trainer = VLMTrainer(model=model, args=args, processing_class=processor)
+    with torch.no_grad():
+        model.lm_head.weight.fill_(0.5)
+    monkeypatch.setattr(VLMProcessor, "save_pretrained", broken)
+    with pytest.raises(RuntimeError):
+        trainer.save_model()
+    assert {name: (tmp_path / name).read_bytes() for name in before} == before
+    monkeypatch.undo()
+    trainer.save_model()
+    assert not list(tmp_path.glob("*index.json")) and not list(tmp_path.glob("model-0*"))
+    again = VLMForConditionalGeneration.from_pretrained(tmp_path)
+    assert torch.equal(again.lm_head.weight, model.lm_head.weight)
+
+
+# A run whose later point waits for ever in one process, after it has said so.
+WAITING = """
+import sys, time
+from pathlib import Path
+import training_vlm.finish as finish
+def wait(*args, **kwargs):
+    Path(sys.argv[1], "waiting").touch()
+    time.sleep(600)
+finish.generate_answers = wait
+import train_pretrain
+train_pretrain.main(sys.argv[2:])
+"""
+
+FAILING = """
+import os, sys
+from training_vlm.learning.trainer import VLMTrainer
+def fail(self, *args, **kwargs):
+    if os.environ["RANK"] == "1":
+        raise RuntimeError("one process broke")
+    return evaluate(self, *args, **kwargs)
+evaluate, VLMTrainer.evaluate = VLMTrainer.evaluate, fail
+import train_pretrain
+train_pretrain.main(sys.argv[1:])
+"""
+
+
+def environment(tmp_path):
+    return {**os.environ, "HF_HOME": str(tmp_path / "home"), "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+
+
+def test_a_run_killed_after_training_leaves_a_folder_that_loads(backbones, data, tmp_path):
+    (tmp_path / "killed.py").write_text(WAITING)
+    out = tmp_path / "out"
+    command = [sys.executable, "killed.py", str(tmp_path), *backbones(), *data, *QUICK, "--output_dir", str(out)]
+    run = subprocess.Popen(command, cwd=tmp_path, env=environment(tmp_path), stderr=subprocess.PIPE)
+    deadline = time.time() + 120
+    while not (tmp_path / "waiting").exists():
+        assert run.poll() is None and time.time() < deadline, run.stderr.read()
+        time.sleep(0.1)
+    run.send_signal(signal.SIGKILL)
+    run.wait()
+    run.stderr.close()
+    load(out)
+
+
+def test_a_failure_in_one_of_two_processes_does_not_hang_the_other(backbones, data, tmp_path):
+    (tmp_path / "failing.py").write_text(FAILING)
+    out = tmp_path / "out"
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    command = [*launcher, "failing.py", *backbones(), *data, *QUICK, "--eval_split", "train[:4]", "--output_dir"]
+    done = subprocess.run(
+        [*command, str(out)], cwd=tmp_path, env=environment(tmp_path), capture_output=True, text=True, timeout=150
+    )
+    assert done.returncode != 0
+    assert "error: the evaluation failed: one process broke" in done.stderr
+    load(out)
