@@ -4,13 +4,17 @@ import json
 
 import pytest
 
+from processing.image_files_vlm import ImagePolicy
 from processing.reading.cells import MalformedRow
 from processing.reading.conversations import caption_column, caption_count, conversations_from_row
 from tests.rows import assistant, messages, turns, user
 
 
+FOLDER = ImagePolicy("/d", allow_urls=True)
+
+
 def read(row, **options):
-    (conversation,) = conversations_from_row(row, image_dir="/d", **options)
+    (conversation,) = conversations_from_row(row, images=FOLDER, **options)
     return conversation
 
 
@@ -118,7 +122,7 @@ def test_context_and_hint_stand_before_a_question_and_the_input_behind():
         "history": [["Hi.", "Hello."], ["So?", "Yes."]],
     }
     assert read(row)["messages"] == [
-        *(user("Hi."), assistant("Hello."), user("So?"), assistant("Yes.")),
+        *(user("Hi."), assistant("Hello."), user("So?"), assistant("No.")),
         *(user("Translate.\nchat"), assistant("cat")),
     ]
     assert learned({"query": "Why?", "response": "So.", "hint": None, "input": "", "history": []}) == ("Why?", "So.")
@@ -170,34 +174,34 @@ def test_dialogues_written_as_text_are_read(written):
 def test_captions_written_as_text_are_a_list(captions):
     for column, image in (("raw", "filename"), ("caption", "image"), ("text", "image_path")):
         row = {column: captions, image: "a.png", "sentids": "[1]"}
-        found = conversations_from_row(row, image_dir="/d")
+        found = conversations_from_row(row, images=FOLDER)
         assert [conversation["messages"][1] for conversation in found] == [assistant("two dogs."), assistant("a dog.")]
         assert caption_count(row[caption_column(row)]) == 2
 
 
 def test_a_caption_of_brackets_is_one():
     for caption in ("[a dog]", "[1]", "[]", "[1, 2]"):
-        (conversation,) = conversations_from_row({"image": "/d/a.png", "caption": caption}, image_dir="/d")
+        (conversation,) = conversations_from_row({"image": "/d/a.png", "caption": caption}, images=FOLDER)
         assert conversation["messages"][1] == assistant(caption)
 
 
 def test_the_sentences_of_karpathy_are_captions():
     row = {"filename": "a.png", "sentences": [{"raw": "two dogs.", "tokens": ["two"]}, {"raw": "a dog.", "tokens": []}]}
-    found = conversations_from_row(row, image_dir="/d")
+    found = conversations_from_row(row, images=FOLDER)
     assert [conversation["messages"][1] for conversation in found] == [assistant("two dogs."), assistant("a dog.")]
 
 
 def test_a_caption_that_is_none_costs_itself_alone():
     row = {"image": "a.png", "caption": ["a cat", "", None, " \n", True, "a red cat"]}
-    found = conversations_from_row(row, image_dir="/d", source="s", index=3)
+    found = conversations_from_row(row, images=FOLDER, source="s", index=3)
     assert [item["messages"][1] for item in (found[0], found[-1])] == [assistant("a cat"), assistant("a red cat")]
     for item in found[1:-1]:
         reason, detail = item.pop("dropped")
         assert item == {"source": "s", "row": 3} and reason == "malformed row"
         assert detail.startswith("s, row 3: found ") and "as caption; expected a text" in detail
     for choice, count in (("first", 1), ("random", 2)):
-        found = conversations_from_row(row, image_dir="/d", caption_choice=choice)
+        found = conversations_from_row(row, images=FOLDER, caption_choice=choice)
         assert len(found) == count and all("messages" in item for item in found)
         assert found[0]["notes"] == ["a caption beside it is none"]
     with pytest.raises(MalformedRow, match="found '' as caption"):
-        conversations_from_row({"image": "a.png", "caption": ["", None]}, image_dir="/d")
+        conversations_from_row({"image": "a.png", "caption": ["", None]}, images=FOLDER)

@@ -70,5 +70,3 @@ def _draw(batch: dict[str, list]) -> dict[str, list]:
 def _scene(description: bytes) -> shapes.Scene:
     fields = json.loads(description)
     return shapes.Scene(**{**fields, "objects": tuple(shapes.Object(**thing) for thing in fields["objects"])})
-
-

@@ -25,6 +25,7 @@ def read_rows(
     columns: dict[str, str] | None = None,
     prompt: str = "",
     caption_choice: str = "all",
+    choice_answer: str = "letter",
     allow_urls: bool = False,
     allow_local_urls: bool = False,
     allow_links: bool = False,
@@ -41,6 +42,7 @@ def read_rows(
         columns: a known name -> the rows' own name for it, such as `{"image": "photo", "caption": "title"}`.
         prompt: the question that a caption answers; none for stage 1, where a caption stands alone.
         caption_choice: `"all"` captions of an image, each a conversation, or only the `"first"`.
+        choice_answer: what answers a multiple choice, the `"letter"` of the right option or its `"text"`.
         allow_urls: whether images may be fetched; with `allow_local_urls` from networks of this machine, too.
         allow_links: whether links in `image_dir` may lead out of it.
         source: what to call the rows in messages and accounts.
@@ -63,6 +65,7 @@ def read_rows(
         source=source,
         prompt=prompt,
         caption_choice=caption_choice,
+        choice_answer=choice_answer,
         columns=columns,
         images=ImagePolicy(
             None if folder is None else str(folder),

@@ -161,5 +161,3 @@ def undecoded(rows: Rows) -> Rows:
     info.features = features
     table = rows.data.replace_schema_metadata(features.arrow_schema.metadata)
     return datasets.Dataset(table, info=info, split=rows.split)
-
-
