@@ -119,7 +119,7 @@ def test_context_and_hint_stand_before_a_question_and_the_input_behind():
         "instruction": "Translate.",
         "input": "chat",
         "output": "cat",
-        "history": [["Hi.", "Hello."], ["So?", "Yes."]],
+        "history": [["Hi.", "Hello."], ["So?", "No."]],
     }
     assert read(row)["messages"] == [
         *(user("Hi."), assistant("Hello."), user("So?"), assistant("No.")),
