@@ -15,6 +15,9 @@ from transformers import CONFIG_MAPPING, AutoConfig, PreTrainedConfig, dynamic_m
 from .model_error_vlm import DuetError
 
 
+DUET_VERSION = "0.2.0"
+"""The version of this code, which every saved config names."""
+
 PROJECTOR_SETTINGS = {
     "linear": {},
     "gelu_norm": {},
@@ -114,6 +117,8 @@ class VLMConfig(PreTrainedConfig):
             The placeholder that an image's features replace.
         tie_word_embeddings (`bool`, *optional*, defaults to the language model's):
             Whether head and token embeddings share one tensor.
+        duet_version (`str`, *optional*):
+            The version of the code that a saved folder carries; always that of the code in use, whatever is given.
 
     Raises:
         `ValueError`: an unknown projector, setting, strategy or layer, or an image size that gives no patch grid.
@@ -139,6 +144,7 @@ class VLMConfig(PreTrainedConfig):
     image_seq_length: int | None = None
     image_token_id: int | None = None
     tie_word_embeddings: bool | None = None
+    duet_version: str | None = None
 
     # The file of a projector of the user's own, in this process only. It is run without asking, so nothing that a
     # checkpoint says may end up here.
@@ -146,6 +152,7 @@ class VLMConfig(PreTrainedConfig):
 
     def __post_init__(self, **kwargs):
         kwargs.pop("_projector_file", None)
+        self.duet_version = DUET_VERSION  # a folder is saved with this code, whichever it was loaded with
         self.vision_config = _sub_config(self.vision_config, "vision_config", default="vit")
         self.text_config = _sub_config(self.text_config, "text_config", default="llama")
         self._check_projector()

@@ -43,7 +43,7 @@ from .loss_vlm import balance_loss, mean_loss, targets_of, zero_of
 from .model_error_vlm import DuetError
 from .own_projector_vlm import trusting
 from .projector_vlm import Resampler, build_projector, select_features
-from .vision_vlm import build_vision_tower, forward_names, leave_out, run_tower
+from .vision_vlm import VLMVisionPair, build_vision_tower, forward_names, leave_out, run_tower
 
 
 logger = logging.get_logger(__name__)
@@ -131,7 +131,7 @@ class VLMPreTrainedModel(PreTrainedModel):
         # The backbones by the library's own rule: in code that is not its own it passes over modules without tensors,
         # of which some set the buffers of their parts, that no checkpoint holds (Falcon-H1).
         for module in self.modules():
-            if isinstance(module, PreTrainedModel) and not module.is_custom_code():
+            if isinstance(module, PreTrainedModel) and not isinstance(module, (VLMPreTrainedModel, VLMVisionPair)):
                 module.initialize_weights()
         super().initialize_weights()
 

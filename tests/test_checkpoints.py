@@ -78,8 +78,6 @@ def main(name: str) -> None:
         folder = FOLDER / name / kind
         model.save_pretrained(folder)
         processor.save_pretrained(folder)
-        for file in folder.glob("*.py"):  # this version's code is in its history
-            file.unlink()
         inputs = inputs_of(processor)
         with torch.no_grad():
             tensors = {**inputs, "logits": model(**inputs).logits}

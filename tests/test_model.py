@@ -19,7 +19,14 @@ from transformers import (
     ViTConfig,
 )
 
-from modeling_vlm import VLMConfig, VLMForConditionalGeneration, VLMModel
+from modeling_vlm import (
+    VLMConfig,
+    VLMForConditionalGeneration,
+    VLMModel,
+    VLMPreTrainedModel,
+    VLMVisionPair,
+    VLMVisionPairConfig,
+)
 from modeling_vlm.backbones_vlm import CACHE
 from tests import tiny
 from training_vlm.learning.tuning import apply_tuning
@@ -628,3 +635,26 @@ def test_hidden_states_and_attentions_come_when_asked(composed):
     model.set_attn_implementation("eager")
     outputs = model(**some_inputs(model, images=1), output_hidden_states=True, output_attentions=True)
     assert len(outputs.hidden_states) == 4 and len(outputs.attentions) == 3
+
+
+@pytest.mark.parametrize("counts_as_own", [True, False])
+def test_what_no_checkpoint_holds_is_initialised_whichever_code_counts_as_the_library_s(monkeypatch, counts_as_own):
+    """As its own tests ask for: by the classes of this package with `is_custom_code` false too, without an end else."""
+    if not counts_as_own:
+        for kind in (VLMPreTrainedModel, VLMVisionPair):
+            monkeypatch.setattr(kind, "is_custom_code", classmethod(lambda cls: False))
+    for vision in (vit_config(), VLMVisionPairConfig(first_config=vit_config(), second_config=siglip_config())):
+        config = VLMConfig(vision_config=vision, text_config=llama_config(), projector_type="resampler", max_tiles=2)
+        model = VLMForConditionalGeneration.from_pretrained(None, config=config, state_dict={})
+        assert not any(tensor.is_meta for tensor in (*model.parameters(), *model.buffers()))
+        assert model.model.image_newline.std() > 0 and model.model.multi_modal_projector.queries.std() > 0
+        assert (model.model.language_model.norm.weight == 1).all()
+        assert model(**some_inputs_of_tiles(model)).logits.isfinite().all()
+
+
+def some_inputs_of_tiles(model):
+    """A text about one image that is not cut."""
+    config = model.config
+    ids = torch.randint(0, config.image_token_id, (1, 5 + config.tile_tokens()))
+    ids[:, 1 : 1 + config.tile_tokens()] = config.image_token_id
+    return {"input_ids": ids, "pixel_values": torch.randn(1, 3, *config.image_size)}
