@@ -127,7 +127,8 @@ class VLMConfig(PreTrainedConfig):
     model_type = "duet_vlm"
     sub_configs = {"vision_config": AutoConfig, "text_config": AutoConfig}
     keys_to_ignore_at_inference = [
-        "cache", "past_key_values", "image_hidden_states", "hidden_states", "attentions", "aux_loss", "router_logits"
+        "cache", "past_key_values", "image_hidden_states", "image_outputs", "hidden_states", "attentions", "aux_loss",
+        "router_logits",
     ]  # fmt: skip
 
     vision_config: dict | PreTrainedConfig | None = None

@@ -57,10 +57,12 @@ class VLMModelOutputWithPast(BaseModelOutputWithPast):
     Args:
         image_hidden_states (`torch.Tensor` of shape `(image tokens, hidden)`, *optional*):
             The projected image features in the order in which they were put into the sequence.
+        image_outputs (`BaseModelOutputWithPooling`, *optional*): output of `get_image_features`.
         router_logits (`tuple(torch.Tensor)`, *optional*): those of each layer of a mixture of experts, where asked for.
     """
 
     image_hidden_states: torch.Tensor | None = None
+    image_outputs: BaseModelOutputWithPooling | None = None
     router_logits: tuple[torch.Tensor, ...] | None = None
 
 
@@ -79,11 +81,13 @@ class VLMCausalLMOutputWithPast(CausalLMOutputWithPast):
         attentions (`tuple(torch.Tensor)`, *optional*): the language model's.
         image_hidden_states (`torch.Tensor` of shape `(image tokens, hidden)`, *optional*):
             The projected image features.
+        image_outputs (`BaseModelOutputWithPooling`, *optional*): output of `get_image_features`.
         aux_loss (`torch.Tensor`, *optional*): the load balancing loss of a mixture of experts, in `loss` by its weight.
         router_logits (`tuple(torch.Tensor)`, *optional*): those of each layer of a mixture of experts.
     """
 
     image_hidden_states: torch.Tensor | None = None
+    image_outputs: BaseModelOutputWithPooling | None = None
     aux_loss: torch.Tensor | None = None
     router_logits: tuple[torch.Tensor, ...] | None = None
 
@@ -363,6 +367,7 @@ class VLMModel(VLMPreTrainedModel):
             hidden_states=outputs.get("hidden_states"),
             attentions=outputs.get("attentions"),
             image_hidden_states=image_features,
+            image_outputs=image_outputs,
             router_logits=getattr(outputs, "router_logits", None),
             **{CACHE: outputs.get(CACHE)},
         )
@@ -418,6 +423,8 @@ class VLMForConditionalGeneration(VLMPreTrainedModel, VLMGenerationMixin):
         name = next(name for name, module in self.model.language_model.named_modules() if module is embeddings)
         self._tied_weights_keys = {"lm_head.weight": f"model.language_model.{name}.weight"}
         self.post_init()
+        if config.tie_word_embeddings and f"model.language_model.{name}" not in self.tp_plan:
+            self.tp_plan.pop("lm_head", None)  # one tensor is cut over devices in both its places, or in none
 
     @classmethod
     def from_backbones(
@@ -586,6 +593,7 @@ class VLMForConditionalGeneration(VLMPreTrainedModel, VLMGenerationMixin):
             hidden_states=outputs.get("hidden_states"),
             attentions=outputs.get("attentions"),
             image_hidden_states=outputs.image_hidden_states,
+            image_outputs=outputs.image_outputs,
             aux_loss=aux_loss,
             router_logits=outputs.router_logits,
             **{CACHE: outputs.get(CACHE)},
