@@ -16,7 +16,7 @@ import pyarrow.compute as pc
 import torch
 
 from ..image_files_vlm import NamedImage
-from ..reading.conversations import ROW, Conversation, Dropped, caption_column, caption_count
+from ..reading.conversations import ODD, ROW, Conversation, Dropped, caption_column, caption_count
 from ..reading.items import Reading
 from .account import Account
 from .encode_ahead import encode_rows
@@ -122,21 +122,30 @@ class ConversationDataset(torch.utils.data.Dataset):
 
 def _conversation_ends(rows: datasets.Dataset, reading: Reading) -> np.ndarray | None:
     """For each row the number of conversations up to its end; `None` where every row holds one."""
-    column = caption_column(rows.column_names, reading.columns)
-    if column is None or reading.caption_choice == "first":
+    if reading.caption_choice == "first":
+        return None
+    counts = _caption_counts(rows, caption_column(rows.column_names, reading.columns))
+    if ODD in rows.column_names:
+        counts = np.ones(len(rows)) if counts is None else counts
+        for row, odd in enumerate(rows.select_columns([ODD]).with_format(None)[ODD]):
+            if isinstance(odd, dict):
+                counts[row] = len(reading.items(odd, row))
+    # An empty list is one item, which says so.
+    return None if counts is None else np.cumsum(np.maximum(counts, 1).astype(np.int64))
+
+
+def _caption_counts(rows: datasets.Dataset, column: str | None) -> np.ndarray | None:
+    if column is None:
         return None
     table = rows.select_columns([column]).with_format("arrow")
     feature = rows.features[column]
     if isinstance(feature, (datasets.List, datasets.LargeList)):
         counts = [pc.list_value_length(batch[column]).to_numpy() for batch in table.iter(100_000)]
-        counts = np.nan_to_num(np.concatenate(counts).astype(float))
-    elif isinstance(feature, datasets.Json) or _has_written_lists(table, column):
+        return np.nan_to_num(np.concatenate(counts).astype(float))
+    if isinstance(feature, datasets.Json) or _has_written_lists(table, column):
         cells = (batch[column] for batch in rows.select_columns([column]).with_format(None).iter(10_000))
-        counts = np.array([caption_count(cell) for batch in cells for cell in batch])
-    else:
-        return None
-    # An empty list is one item, which says so.
-    return np.cumsum(np.maximum(counts, 1).astype(np.int64))
+        return np.array([caption_count(cell) for batch in cells for cell in batch])
+    return None
 
 
 def _has_written_lists(table: datasets.Dataset, column: str) -> bool:

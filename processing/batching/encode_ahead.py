@@ -138,7 +138,10 @@ def code_that_encodes() -> str:
 
 
 def without_image_bytes(table: pa.Table, features: datasets.Features) -> dict[str, list[Any]]:
-    """The columns of a table in Python, stored images as `{"bytes": b"stored", "path"}`, whatever size they have."""
+    """The columns of a table in Python, stored images as `{"bytes": b"stored", "path"}`, whatever size they have.
+
+    Of a column of plain bytes the first ones are left, which say whether it is an image.
+    """
     images = {name for name, feature in features.items() if _holds_images(feature)}
     others = datasets.Features({name: feature for name, feature in features.items() if name not in images})
     columns = {}
@@ -148,7 +151,7 @@ def without_image_bytes(table: pa.Table, features: datasets.Features) -> dict[st
     for name in images:
         columns[name] = []
         for chunk in table[name].chunks:  # one by one: put together they may be too many bytes for one array
-            if isinstance(features[name], datasets.Image):
+            if not isinstance(features[name], (datasets.List, datasets.LargeList)):
                 columns[name] += _light_images(chunk)
             else:
                 light, lengths = iter(_light_images(chunk.flatten())), pc.list_value_length(chunk).to_pylist()
@@ -157,10 +160,13 @@ def without_image_bytes(table: pa.Table, features: datasets.Features) -> dict[st
 
 
 def _holds_images(feature):
-    return isinstance(getattr(feature, "feature", feature), datasets.Image)
+    kind = getattr(feature, "feature", feature)
+    return isinstance(kind, datasets.Image) or kind in (datasets.Value("binary"), datasets.Value("large_binary"))
 
 
-def _light_images(images: pa.StructArray) -> list[dict[str, Any] | None]:
+def _light_images(images: pa.Array) -> list[dict[str, Any] | bytes | None]:
+    if not pa.types.is_struct(images.type):
+        return pc.binary_slice(images, 0, 16).to_pylist()
     stored = pc.is_valid(images.field("bytes")).to_pylist()
     paths, there = images.field("path").to_pylist(), images.is_valid().to_pylist()
     return [

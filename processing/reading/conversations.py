@@ -46,6 +46,9 @@ CAPTION_CHOICES = ("all", "first", "random")
 ROW = "__row"
 """The column of each row's number in its split as it is stored, before any of its rows are chosen or held out."""
 
+ODD = "__odd"
+"""The column of what is odd about a row: why it could not be read (a text), or all of a row that fits no column."""
+
 
 class Conversation(TypedDict, total=False):
     """A training item: what is said, the images in it, and what evaluation and accounts have to know of it."""
@@ -111,7 +114,10 @@ def conversations_from_row(
     columns = columns or {}
     place = {"source": source, "row": index}
     where = f"{source}, row {index}" if source else f"row {index}"
+    row = whole_row(row)
     try:
+        if row.get(ODD) is not None:
+            raise MalformedRow(row[ODD])
         named = _renamed(*_with_json(row), columns)
         known = _known(named)
         read = find_layout(named, columns).read(named, Wanted(prompt, choice_answer))
@@ -134,6 +140,13 @@ def conversations_from_row(
         else {**item, "group": index, **place, **known}
         for item in read
     ]
+
+
+def whole_row(row: dict[str, Any]) -> dict[str, Any]:
+    """The row, taken out of the column `ODD` where it stands in there."""
+    if not isinstance(row.get(ODD), dict):
+        return row
+    return {**row[ODD], ROW: row[ROW]} if ROW in row else row[ODD]
 
 
 def caption_column(column_names: Collection[str], columns: dict[str, str] | None = None) -> str | None:

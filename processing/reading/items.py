@@ -10,7 +10,7 @@ from typing import Any
 
 from ..image_files_vlm import NO_FOLDER, ImagePolicy
 from .cells import MalformedRow
-from .conversations import ROW, Conversation, Dropped, caption_column, caption_count, conversations_from_row
+from .conversations import ROW, Conversation, Dropped, caption_column, caption_count, conversations_from_row, whole_row
 from .messages import ROLES
 
 
@@ -34,7 +34,7 @@ class Reading:
         if not isinstance(row, Mapping):
             line = f"{self.source}, row {index}: found a {type(row).__name__}; expected a mapping of columns to values"
             return [self._dropped(index, line)]
-        row = dict(row)
+        row = whole_row(dict(row))
         index = row.get(ROW, index)
         try:
             return self.conversations(row, index)

@@ -5,7 +5,7 @@ What is special: none of it copies or decodes what is stored. Only how a table i
 
 import dataclasses
 import hashlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import datasets
@@ -14,7 +14,7 @@ from datasets.fingerprint import Hasher
 from PIL import Image
 
 from ..data_error_vlm import DuetError
-from .conversations import ROW
+from .conversations import ODD, ROW
 
 
 HELD_OUT_ROWS = 1_000
@@ -95,7 +95,7 @@ def _add_to(digest: "hashlib._Hash", value: Any) -> None:
     if isinstance(value, dict):
         stored = value.get("bytes") is not None  # an image, whose path is then only a name
         for key in sorted(value):
-            if not key.startswith("__") and not (stored and key == "path"):
+            if not (key.startswith("__") and (key != ODD or value[key] is None)) and not (stored and key == "path"):
                 _add_to(digest, key)
                 _add_to(digest, value[key])
     elif isinstance(value, list):
@@ -161,3 +161,14 @@ def undecoded(rows: Rows) -> Rows:
     info.features = features
     table = rows.data.replace_schema_metadata(features.arrow_schema.metadata)
     return datasets.Dataset(table, info=info, split=rows.split)
+
+
+def leaves(feature: Any) -> Iterator[Any]:
+    """The features at the bottom of a column's feature: in its lists and structs, or itself."""
+    if isinstance(feature, (datasets.List, datasets.LargeList)):
+        yield from leaves(feature.feature)
+    elif isinstance(feature, dict):
+        for inner in feature.values():
+            yield from leaves(inner)
+    else:
+        yield feature

@@ -11,24 +11,25 @@ checked before anything large is read. Streamed, nothing large is read at all: r
 
 import glob
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import datasets
 import huggingface_hub
-import pandas as pd
-from datasets.packaged_modules.csv.csv import CsvConfig
 from datasets.utils.file_utils import xopen
 from huggingface_hub.errors import HFValidationError, RepositoryNotFoundError, RevisionNotFoundError
 from huggingface_hub.file_download import repo_folder_name
 from huggingface_hub.utils import httpx
 
 from ..data_error_vlm import DuetError, NotFound, NotReached
+from .binary_readers import ArchiveReader, ImageFolderReader, ParquetReader
 from .coco import coco_files, coco_root, coco_rows
 from .drawn import drawn_splits, with_drawings
-from .rows import Rows, Splits, joined, numbered, undecoded
+from .odd import reason, with_odd, without_odd
+from .rows import Rows, Splits, joined, leaves, numbered, undecoded
+from .text_readers import CsvReader, JsonReader, csv_header
 
 
 CONVERTED = "refs/convert/parquet"
@@ -167,7 +168,7 @@ def _take(splits: Splits, split: str | None, where: str) -> Rows:
         lengths = {part: len(rows) for part, rows in opened.items()}
         pieces = datasets.ReadInstruction.from_spec(split).to_absolute(lengths)
     except (ValueError, AssertionError) as error:
-        raise DuetError(f"{where}: no split {split!r} ({_reason(error)}); expected e.g. train[:90%]") from None
+        raise DuetError(f"{where}: no split {split!r} ({reason(error)}); expected e.g. train[:90%]") from None
     return joined([opened[piece.splitname].select(range(piece.from_, piece.to)) for piece in pieces])
 
 
@@ -225,22 +226,26 @@ def _built_splits(
     where: str | Path, build: Callable[..., datasets.DatasetBuilder], streaming: bool, token: str | bool | None = None
 ) -> Splits:
     """The splits of what `build` makes, prepared when they are opened, or streamed."""
-    builder = _reading(where, build)
+
+    def checked(**options: Any) -> datasets.DatasetBuilder:
+        return _with_our_reader(build(**options))
+
+    builder = _reading(where, checked)
 
     def opened(split: str) -> Rows:
-        options = _text_options(builder.config, split)
-        rows = read(build(**options) if options else builder, split)
+        options = _text_options(builder, split)
+        rows = read(checked(**options) if options else builder, split)
         # Where a field is a text in one row and a list in the next, `datasets` stores JSON and takes a text that is
         # itself JSON for what it says: the answer "42" becomes a number. Stored as JSON from the top of its column,
         # every text stays a text.
         mixed = [
             column
             for column, feature in (rows.features or {}).items()
-            if any(isinstance(leaf, datasets.Json) for leaf in _leaves(feature) if leaf is not feature)
+            if any(isinstance(leaf, datasets.Json) for leaf in leaves(feature) if leaf is not feature)
         ]
         if mixed and hasattr(builder.config, "on_mixed_types"):
             features = {**rows.features, **{column: datasets.Json() for column in mixed}}
-            rows = read(build(features=datasets.Features(features)), split)
+            rows = read(checked(features=datasets.Features(features)), split)
         return rows
 
     def read(builder: datasets.DatasetBuilder, split: str) -> Rows:
@@ -254,25 +259,35 @@ def _built_splits(
             if rows.features is not None or not hasattr(builder.config, "on_mixed_types"):
                 return rows
         builder.download_and_prepare()
-        return builder.as_dataset(split=split)
+        return without_odd(builder.as_dataset(split=split))
 
     names = map(str, builder.info.splits or builder.config.data_files)
     return {name: partial(_reading, where, partial(opened, name)) for name in names}
 
 
-def _text_options(config: datasets.BuilderConfig, split: str) -> dict[str, Any]:
-    """With what CSV files of this machine are read so that every cell stays the text it is; of other files nothing.
+def _with_our_reader(builder: datasets.DatasetBuilder) -> datasets.DatasetBuilder:
+    """The same builder, with all that was found for it, reading as the reader of ours that is made of its kind."""
+    readers = (JsonReader, CsvReader, ParquetReader, ArchiveReader, ImageFolderReader)
+    reader = next((reader for reader in readers if isinstance(builder, reader.__base__)), None)
+    if reader is not None:
+        builder.__class__ = reader
+    return builder
 
-    Of files on the Hub nothing either: options give a cached copy another name, under which it is not found offline.
+
+def _text_options(builder: datasets.DatasetBuilder, split: str) -> dict[str, Any]:
+    """With what text files of this machine are read: every cell of CSV is the text it is.
+
+    Of files on the Hub nothing: options give a cached copy another name, under which it is not found offline.
     """
-    if not isinstance(config, CsvConfig) or config.features is not None:
+    first = str(builder.config.data_files[split][0]) if builder.config.data_files else "://"
+    if "://" in first or getattr(builder.config, "features", None) is not None:
         return {}
-    first = str(config.data_files[split][0])
-    if "://" in first or not {".csv", ".tsv"} & set(Path(first).suffixes):
+    if isinstance(builder, JsonReader):
+        return {"encoding_errors": "strict"}  # as it is; but what the library's own reader has cached is none of ours
+    if not isinstance(builder, CsvReader) or not {".csv", ".tsv"} & set(Path(first).suffixes):
         return {}
-    header = pd.read_csv(first, **{**config.pd_read_csv_kwargs, "nrows": 0, "chunksize": None})
-    features = datasets.Features({str(name): datasets.Value("string") for name in header.columns})
-    return {"features": features, "keep_default_na": False, "na_values": [""]}
+    names = csv_header(first, builder.config.sep)
+    return {"features": with_odd(datasets.Features({name: datasets.Value("string") for name in names}))}
 
 
 def _with_contents(rows: datasets.IterableDataset, token: str | bool | None) -> datasets.IterableDataset:
@@ -297,12 +312,16 @@ def _reading(where: str | Path, read: Callable[[], Any]) -> Any:
         return read()
     except (ConnectionError, httpx.TransportError) as error:
         raise NotReached(
-            f"{where}: no such file or folder here, and the Hub cannot be reached ({_reason(error)}); "
+            f"{where}: no such file or folder here, and the Hub cannot be reached ({reason(error)}); "
             "check the path, or the network and HF_HUB_OFFLINE"
         ) from error
     except Exception as error:  # the formats' readers raise their own kinds, down to StopIteration for an empty file
+        while error.__cause__ is not None:
+            error = error.__cause__
+        if isinstance(error, DuetError):
+            raise error from None
         kind = NotFound if isinstance(error, FileNotFoundError) else DuetError
-        raise kind(f"{where}: not readable as a data set ({_reason(error)}); check its format and name") from error
+        raise kind(f"{where}: not readable as a data set ({reason(error)}); check its format and name") from error
 
 
 # --- what lies on the Hub
@@ -338,22 +357,3 @@ def _hub_caches(repo: str) -> tuple[str, ...]:
     """Where what is fetched of a dataset repository lies: its own folder in the Hub's cache, and unpacked archives."""
     own = os.path.join(huggingface_hub.constants.HF_HUB_CACHE, repo_folder_name(repo_id=repo, repo_type="dataset"))
     return os.path.abspath(own), os.path.abspath(datasets.config.EXTRACTED_DATASETS_PATH)
-
-
-def _leaves(feature: Any) -> Iterator[Any]:
-    """The features at the bottom of a column's feature: in its lists and structs, or itself."""
-    if isinstance(feature, (datasets.List, datasets.LargeList)):
-        yield from _leaves(feature.feature)
-    elif isinstance(feature, dict):
-        for inner in feature.values():
-            yield from _leaves(inner)
-    else:
-        yield feature
-
-
-def _reason(error: BaseException) -> str:
-    """The first line of what went wrong at the bottom, with its kind where it says nothing."""
-    while error.__cause__ is not None:
-        error = error.__cause__
-    lines = str(error).strip().splitlines()
-    return lines[0][:300] if lines else type(error).__name__

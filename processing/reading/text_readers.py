@@ -1,0 +1,523 @@
+"""JSON and CSV files as tables, row by row where something in them is wrong or odd.
+
+A block of JSON lines goes to Arrow as it is, which is fast. Where Arrow refuses it, each line is looked at: one that is
+no UTF-8, no JSON or no object is a row that says so, and one that does not fit the columns of the first block (another
+key, a list where there was a text) is kept whole in the column `ODD`. A field that is a text in one row and a list in
+another is a column of JSON from its top, in which every text stays the text it is.
+
+Every cell of a CSV file is text. A quote that is opened and not closed costs its own line, not the file.
+"""
+
+import codecs
+import csv
+import gzip
+import io
+import json
+import re
+from collections import deque
+from collections.abc import Iterable, Iterator
+from typing import Any, NamedTuple
+
+import datasets
+import pandas as pd
+import pyarrow as pa
+import pyarrow.json as paj
+from datasets.packaged_modules.csv.csv import Csv
+from datasets.packaged_modules.json.json import FullReadDisallowed, Json
+from datasets.utils.file_utils import xopen
+from datasets.utils.json import get_json_field_paths_from_feature, json_encode_field, ujson_loads
+
+from ..data_error_vlm import DuetError
+from .conversations import ODD
+from .odd import UNREADABLE, base_name, is_alone, odd_column, reason, spared, with_odd
+from .rows import leaves
+
+
+BLOCK = 10 << 20
+"""How many bytes of JSON lines go to Arrow at once, as in the library's own reader."""
+
+DEEPEST = 100
+"""How deep a row may be nested; Arrow's and other parsers die of some ten thousand levels."""
+
+CSV_ROWS = 10_000
+
+_TOKEN = re.compile(rb'"(?:[^"\\]|\\.)*"|[\[{]|[\]}]')
+
+
+class JsonReader(Json):
+    """JSON lines, or a file that is one list."""
+
+    def _split_generators(self, dl_manager):
+        self.config.parse_agent_traces = False  # rows, whatever they are about
+        splits = super()._split_generators(dl_manager)
+        if self.info.features is not None:
+            self.info.features = with_odd(self.info.features)
+        return splits
+
+    def _generate_tables(self, base_files, files_iterables, original_files, allow_full_read=True):
+        infers, waiting = self.info.features is None, []
+        for shard, files in enumerate(files_iterables):
+            for file in files:
+                tables = self._tables(file, allow_full_read)
+                for key, table in spared(shard, file, is_alone(self.config), tables, self._odd_row):
+                    if table.column_names == [ODD] and infers:  # of which no columns follow
+                        waiting.append(table)
+                        continue
+                    infers = False
+                    yield key, pa.concat_tables([*waiting, table], promote_options="default")
+                    waiting = []
+        if waiting:
+            raise DuetError(json.loads(waiting[0][ODD][0].as_py()))
+
+    def _odd_row(self, why: str) -> pa.Table:
+        table = pa.table({ODD: odd_column([json.dumps(why)])})
+        return table if self.info.features is None else self._cast_table(table)
+
+    def _tables(self, file: str, allow_full_read: bool) -> Iterator[pa.Table]:
+        name, line = base_name(file), 1
+        with xopen(file, "rb", download_config=self._download_config()) as opened:
+            blocks = _blocks(opened)
+            for block in blocks:
+                if line == 1:
+                    block = _without_mark(block, file)
+                    if _is_list(block):
+                        if not allow_full_read:
+                            raise FullReadDisallowed
+                        block += b"".join(blocks)
+                        rows = _rows_of_list(block, name)
+                        table = None
+                        if all(isinstance(row, dict) for row in rows):
+                            table = self._table_as_it_is("\n".join(map(json.dumps, rows)).encode())
+                        yield self._table_of_rows(rows) if table is None else table
+                        return
+                table = self._table_as_it_is(block)
+                if table is None:
+                    rows = _rows_of_lines(block, name, line)
+                    if line == 1 and rows and not any(isinstance(row, dict) for row in rows):
+                        if not allow_full_read:
+                            raise FullReadDisallowed
+                        # One object over several lines; or nothing that can be read, which raises.
+                        yield from self._tables_of_object(file)
+                        return
+                    table = self._table_of_rows(rows)
+                if len(table):
+                    yield table
+                line += block.count(b"\n")
+
+    def _download_config(self) -> datasets.DownloadConfig:
+        return datasets.DownloadConfig(token=self.token, storage_options=self.storage_options)
+
+    def _tables_of_object(self, file: str) -> Iterator[pa.Table]:
+        for _, table in super()._generate_tables([file], [[file]], [file]):
+            yield _with_odd_column(table)
+
+    def _table_as_it_is(self, block: bytes) -> pa.Table | None:
+        """The table of a block that needs nothing else, `None` of another."""
+        features = self.info.features
+        if _may_be_deep(block) or features is not None and any(path != [ODD] for path in _json_paths(features)):
+            return None
+        try:
+            if features is None:
+                return _with_odd_column(_parsed(block, None))
+            table = self._fitting(block, features)
+        except UNREADABLE:
+            return None
+        return table if table[ODD].null_count == len(table) else None  # else a name of our own is in it
+
+    def _fitting(self, block: bytes, features: datasets.Features) -> pa.Table:
+        """JSON lines as a table of these columns, which all of them fit."""
+        simple = (datasets.Value, datasets.Json)
+        if all(isinstance(leaf, simple) for feature in features.values() for leaf in leaves(feature)):
+            return _fitting(block, features)
+        return self._cast_table(_parsed(block, None))
+
+    def _table_of_rows(self, rows: list[dict[str, Any] | str]) -> pa.Table:
+        """The table of rows and of reasons why there is none."""
+        features = self.info.features
+        if features is None:
+            return table_of_rows(rows)
+        lines = [_encoded(row, features) for row in rows]
+        return pa.concat_tables(self._fitted(lines, rows, features))
+
+    def _fitted(self, lines: list[bytes], rows: list[dict | str], features: datasets.Features) -> list[pa.Table]:
+        """Lines as tables; a row that does not fit the columns is itself in the column `ODD`."""
+        try:
+            return [self._fitting(b"\n".join(lines), features)]
+        except UNREADABLE:
+            if len(lines) == 1:
+                return [self._fitting(_encoded({ODD: rows[0]}, features), features)]
+        half = len(lines) // 2
+        return [*self._fitted(lines[:half], rows[:half], features), *self._fitted(lines[half:], rows[half:], features)]
+
+
+def features_of(rows: Iterable[dict[str, Any]]) -> datasets.Features:
+    """The columns of rows, each of one simple type, a list of texts, or JSON."""
+    kinds: dict[str, set[str]] = {}
+    for row in rows:
+        for name, value in row.items():
+            kinds.setdefault(name, set()).add(_kind(value))
+    types = {
+        frozenset({"str"}): datasets.Value("string"),
+        frozenset({"int"}): datasets.Value("int64"),
+        frozenset({"float"}): datasets.Value("float64"),
+        frozenset({"bool"}): datasets.Value("bool"),
+        frozenset({"list of str"}): datasets.List(datasets.Value("string")),
+        frozenset(): datasets.Value("null"),
+    }
+    columns = {name: types.get(frozenset(found - {"null"}), datasets.Json()) for name, found in kinds.items()}
+    return with_odd(datasets.Features(columns))
+
+
+def _kind(value: Any) -> str:
+    if value is None:
+        return "null"
+    if isinstance(value, list) and value and all(item is None or isinstance(item, str) for item in value):
+        return "list of str"
+    kind = type(value).__name__
+    return "json" if kind == "int" and not -(2**63) <= value < 2**63 else kind
+
+
+def table_of_rows(rows: list[dict[str, Any] | str]) -> pa.Table:
+    """The table of rows and of reasons why there is none, with the columns that all of them need."""
+    features = features_of(row for row in rows if isinstance(row, dict))
+    return _fitting(b"\n".join(_encoded(row, features) for row in rows), features)
+
+
+def json_rows(file: str) -> Iterator[dict[str, Any] | str]:
+    """The rows of a file of JSON lines, and what is wrong with those that are none."""
+    name, line = base_name(file), 1
+    with xopen(file, "rb") as opened:
+        for block in _blocks(opened):
+            yield from _rows_of_lines(_without_mark(block, file), name, line)
+            line += block.count(b"\n")
+
+
+def _rows_of_lines(block: bytes, name: str, line: int) -> list[dict[str, Any] | str]:
+    rows = [_row(text, f"line {line + number} of {name}") for number, text in enumerate(block.split(b"\n"))]
+    return [row for row in rows if row is not None]
+
+
+def _fitting(block: bytes, features: datasets.Features) -> pa.Table:
+    """JSON lines as a table of these columns, which all of them fit."""
+    columns = [(name, _stored_as(kind.type)) for name, kind in zip(features, features.arrow_schema)]
+    return _parsed(block, pa.schema(columns)).select(list(features)).cast(features.arrow_schema)
+
+
+def _parsed(block: bytes, schema: pa.Schema | None) -> pa.Table:
+    """JSON lines as a table: of the schema, or of what columns they have, in which a text is never taken for a date."""
+    parse = None
+    if schema is not None:
+        parse = paj.ParseOptions(explicit_schema=schema, unexpected_field_behavior="error")
+    try:
+        table = paj.read_json(io.BytesIO(block), paj.ReadOptions(block_size=1 << 20), parse)
+    except pa.ArrowInvalid as error:  # a row larger than that, or types that only all of it shows
+        if "straddling" not in str(error) and "JSON conversion to" not in str(error):
+            raise
+        table = paj.read_json(io.BytesIO(block), paj.ReadOptions(block_size=len(block) + 1), parse)
+    if schema is None and (texts := _without_dates(table.schema)) != table.schema:
+        return _parsed(block, texts)
+    table.validate(full=True)  # whether texts are UTF-8
+    return table
+
+
+def _without_dates(schema: pa.Schema) -> pa.Schema:
+    def of_type(kind: pa.DataType) -> pa.DataType:
+        if pa.types.is_timestamp(kind):
+            return pa.string()
+        if pa.types.is_list(kind):
+            return pa.list_(of_type(kind.value_type))
+        if pa.types.is_struct(kind):
+            return pa.struct([(field.name, of_type(field.type)) for field in kind.fields])
+        return kind
+
+    return pa.schema([(field.name, of_type(field.type)) for field in schema])
+
+
+def _stored_as(kind: pa.DataType) -> pa.DataType:
+    return kind.storage_type if isinstance(kind, pa.BaseExtensionType) else kind
+
+
+def _json_paths(features: datasets.Features) -> list[list[Any]]:
+    """Where JSON stands in columns."""
+    return get_json_field_paths_from_feature(features)
+
+
+def _encoded(row: dict[str, Any] | str, features: datasets.Features) -> bytes:
+    """A row as a line in which JSON columns are texts; a reason in its column."""
+    if isinstance(row, str):
+        row = {ODD: row}
+    else:
+        row = {name: value for name, value in row.items() if value is not None or name in features}
+    for path in _json_paths(features):
+        if len(path) > 1:
+            row = json_encode_field(row, path)
+        elif row.get(path[0]) is not None:
+            row = {**row, path[0]: json.dumps(row[path[0]])}
+    return json.dumps(row).encode()
+
+
+def _blocks(file: Any) -> Iterator[bytes]:
+    """A file in blocks of whole lines; where it breaks off, what came before."""
+    read, parts, size = getattr(file, "read1", file.read), [], 0
+    try:
+        while part := read(min(BLOCK, 1 << 20)):
+            parts.append(part)
+            size += len(part)
+            if size >= BLOCK and b"\n" in part:
+                whole = b"".join(parts)
+                end = whole.rindex(b"\n") + 1
+                yield whole[:end]
+                parts, size = [whole[end:]], len(whole) - end
+    except UNREADABLE:
+        if size:
+            yield b"".join(parts)
+        raise
+    if size:
+        yield b"".join(parts)
+
+
+def _without_mark(block: bytes, file: str) -> bytes:
+    if block.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
+        raise DuetError(f"{file}: text in UTF-16; expected UTF-8, convert it with `iconv -f utf-16 -t utf-8`")
+    return block.removeprefix(codecs.BOM_UTF8)
+
+
+def _is_list(block: bytes) -> bool:
+    """Whether a file that begins so is one list, and not lines of which the first is a list."""
+    first, _, rest = block.lstrip().partition(b"\n")
+    if not first.startswith(b"["):
+        return False
+    try:
+        json.loads(first)
+    except (ValueError, RecursionError):
+        return True
+    return not rest.strip()
+
+
+def _rows_of_list(content: bytes, name: str) -> list[dict[str, Any] | str]:
+    """The rows of a file that is one list, and what is wrong with those that are none."""
+    text = content.decode("utf-8", "surrogateescape")
+    decoder, rows, place = json.JSONDecoder(), [], text.index("[") + 1
+    gap = re.compile(r"[\s,]*")
+    while True:
+        place = gap.match(text, place).end()
+        if text.startswith("]", place):
+            break
+        where = f"entry {len(rows)} of {name}"
+        try:
+            value, end = decoder.raw_decode(text, place)
+        except (ValueError, RecursionError) as error:
+            what = reason(error) if text[place:].strip() else "the file ends before it"
+            rows.append(f"{where} and all behind it: not readable as JSON ({what})")
+            break
+        rows.append(_checked(value, text[place:end], where))
+        place = end
+    if rows and all(isinstance(row, _Text) for row in rows):
+        return [{"text": row.text} for row in rows]
+    return rows
+
+
+class _Text(str):
+    """Why an entry is no row, where it is a text; a list of nothing else is a column of texts."""
+
+    text: str
+
+
+def _row(line: bytes, where: str) -> dict[str, Any] | str | None:
+    """The row of a line, what is wrong with it, or `None` where there is nothing in it."""
+    if not line.strip():
+        return None
+    if _depth(line) > DEEPEST:
+        return f"{where}: nested more than {DEEPEST} deep"
+    try:
+        text = line.decode("utf-8")
+        return _checked(json.loads(text), text, where)
+    except UnicodeDecodeError as error:
+        return f"{where}: the byte 0x{line[error.start]:02x} at {error.start} is no UTF-8"
+    except (ValueError, RecursionError) as error:
+        return f"{where}: not readable as JSON ({reason(error)})"
+
+
+def _checked(value: Any, text: str, where: str) -> dict[str, Any] | str:
+    """A row that is an object of texts in Unicode, else what is wrong with it."""
+    if not isinstance(value, dict):
+        short = text if len(text) <= 60 else f"{text[:57]}..."
+        why = _Text(f"{where}: found {short!r}; expected an object")
+        why.text = value
+        return why if isinstance(value, str) and _is_unicode(value) else str(why)
+    if not _is_unicode(text) or "\\u" in text and not _is_unicode(json.dumps(value, ensure_ascii=False)):
+        return f"{where}: a text that is no UTF-8"
+    if any(name.startswith("__") for name in value):  # names of our own
+        value = {name: kept for name, kept in value.items() if name != ODD}
+    try:
+        ujson_loads(json.dumps(value))  # which reads it back
+    except (ValueError, OverflowError) as error:
+        return f"{where}: not readable as JSON ({reason(error)})"
+    return value
+
+
+def _is_unicode(text: str) -> bool:
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+def _may_be_deep(block: bytes) -> bool:
+    return any(
+        len(line) > 4_000 and line.count(b"[") + line.count(b"{") > 1_000 and _depth(line) > DEEPEST
+        for line in block.split(b"\n")
+    )
+
+
+def _depth(line: bytes) -> int:
+    """How deep a line is nested, looked at only where it could be too deep."""
+    if line.count(b"[") + line.count(b"{") <= DEEPEST:
+        return 0
+    depth = deepest = 0
+    for token in _TOKEN.finditer(line):
+        depth += {b"[": 1, b"{": 1, b"]": -1, b"}": -1}.get(token[0], 0)
+        deepest = max(deepest, depth)
+    return deepest
+
+
+def _with_odd_column(table: pa.Table) -> pa.Table:
+    if ODD in table.column_names:  # a name of our own
+        table = table.drop_columns(ODD)
+    return table.append_column(ODD, odd_column([None] * len(table)))
+
+
+class CsvReader(Csv):
+    """CSV files with a header, every cell as text where they lie on this machine."""
+
+    def _generate_tables(self, base_files, files_iterables):
+        if self.config.features is None:  # of a Hub
+            yield from super()._generate_tables(base_files, files_iterables)
+            return
+        for shard, files in enumerate(files_iterables):
+            for file in files:
+                yield from spared(shard, file, is_alone(self.config), self._tables(file), self._odd_row)
+
+    def _odd_row(self, why: str) -> pa.Table:
+        return csv_table([why], [], self.info.features)
+
+    def _tables(self, file: str) -> Iterator[pa.Table]:
+        header, rows = csv_rows(file, self.config.sep)
+        batch = []
+        for row in rows:
+            batch.append(row)
+            if len(batch) == CSV_ROWS:
+                yield csv_table(batch, header, self.info.features)
+                batch = []
+        if batch:
+            yield csv_table(batch, header, self.info.features)
+
+
+def csv_table(rows: list[list[str] | str], header: list[str], features: datasets.Features) -> pa.Table:
+    """Cells, and reasons why there are none, as a table; cells of columns that it has not are odd."""
+    odd: list[str | None] = [None] * len(rows)
+    unknown = [number for number, name in enumerate(header) if name not in features]
+    for number, row in enumerate(rows):
+        if isinstance(row, str):
+            odd[number], rows[number] = json.dumps(row), [""] * len(header)
+        elif unknown and any(row[place] for place in unknown):
+            odd[number], rows[number] = json.dumps(dict(zip(header, row))), [""] * len(header)
+    columns = dict(zip(header, zip(*rows)))
+    nothing = [None] * len(rows)
+    arrays = [
+        odd_column(odd)
+        if name == ODD
+        else pa.array([cell or None for cell in columns[name]] if name in columns else nothing, pa.string())
+        for name in features
+    ]
+    return pa.Table.from_arrays(arrays, schema=features.arrow_schema)
+
+
+def csv_header(file: str, sep: str = ",") -> list[str]:
+    """The names of a CSV file's columns."""
+    return csv_rows(file, sep)[0]
+
+
+def csv_rows(file: str, sep: str = ",") -> tuple[list[str], Iterator[list[str] | str]]:
+    """The names of a CSV file's columns, and its rows: as many cells each, or what is wrong with them.
+
+    Raises:
+        ValueError: the first line is no header.
+    """
+    csv.field_size_limit(2**31 - 1)  # a cell may hold an image
+    with _open(file) as opened:
+        _without_mark(opened.read(4), file)
+    records, name = _records(file, sep), base_name(file)
+    first = next(records, None)
+    if first is None or not first.is_whole or not _is_unicode("".join(first.cells)):
+        raise DuetError(f"{file}: its first line is no header in UTF-8; expected the names of the columns")
+    line = io.StringIO()
+    csv.writer(line).writerow(first.cells)
+    header = list(map(str, pd.read_csv(io.StringIO(line.getvalue()), nrows=0).columns))
+    return header, (_cells(record, header, name) for record in records)
+
+
+class _Record(NamedTuple):
+    """What stands between two line ends of a CSV file that are in no quotes."""
+
+    line: int
+    cells: list[str]
+    is_whole: bool
+    """Whether its quotes are closed."""
+
+
+def _open(file: str) -> Any:
+    return gzip.open(file) if file.endswith(".gz") and "::" not in file else xopen(file, "rb")
+
+
+def _cells(record: _Record, header: list[str], name: str) -> list[str] | str:
+    where, cells = f"line {record.line} of {name}", record.cells
+    spare = len(cells) - len(header)
+    if not record.is_whole:
+        return f"{where}: a quote that is opened is not closed"
+    if spare > 0 and any(cells[len(header) :]):
+        return f"{where}: {len(cells)} cells where the header names {len(header)} columns"
+    if any(_NUL in cell for cell in cells):
+        return f"{where}: a NUL byte"
+    if not _is_unicode("".join(cells)):
+        return f"{where}: a text that is no UTF-8"
+    return cells[: len(header)] if spare > 0 else cells + [""] * -spare
+
+
+_NUL = "\udc00"
+"""What stands for a NUL byte, at which some versions of Python's reader stop; no decoder gives it."""
+
+
+def _records(file: str, sep: str) -> Iterator[_Record]:
+    """The records of a CSV file, without lines that hold nothing.
+
+    One over several lines that is no good may have swallowed its neighbours: its first line is left alone then.
+    """
+    number, width = 1, None
+    again: deque[str] = deque()
+    with _open(file) as opened:
+        text = io.TextIOWrapper(opened, encoding="utf-8-sig", errors="surrogateescape", newline="")
+        while True:
+            taken: list[str] = []
+            ended: list[bool] = []
+
+            def lines(taken=taken, ended=ended) -> Iterator[str]:
+                while line := again.popleft() if again else text.readline():
+                    taken.append(line)
+                    yield line.replace("\0", _NUL)
+                ended.append(True)
+
+            for cells in csv.reader(lines(), delimiter=sep):
+                if len(taken) > 1 and (ended or len(cells) != (width or len(cells))):
+                    again.extendleft(reversed(taken[1:]))
+                    yield _Record(number, [], is_whole=False)
+                    number += 1
+                    break
+                if "".join(taken).strip():
+                    width = width or len(cells)
+                    yield _Record(number, cells, is_whole=not ended)
+                number += len(taken)
+                taken.clear()
+            else:
+                return
