@@ -59,18 +59,18 @@ def test_length_percentiles_are_those_of_the_lengths(lengths):
 
 
 @given(st.lists(records, min_size=1))
-def test_notes_are_counted_by_the_samples_that_have_them_whether_learned_from_or_dropped(batch):
+def test_notes_are_counted_for_each_source_of_what_was_learned_from_or_dropped(batch):
     account = Account()
     account.add(batch)
     for source, counts in account.report()["sources"].items():
         own = [record for record in batch if record.source == source]
         assert counts["notes"] == {
-            note: sum(note in record.notes for record in own) for record in own for note in record.notes
+            note: sum(record.notes.count(note) for record in own) for record in own for note in record.notes
         }
     for note, number in account.report()["total"]["notes"].items():
         assert account.table().count(note) == 1 and f"{number:,} noted: {note}" in account.table()
     lost = [record for record in batch if record.dropped is not None]
-    expected = {note: sum(note in record.notes for record in lost) for record in lost for note in record.notes}
+    expected = {note: sum(record.notes.count(note) for record in lost) for record in lost for note in record.notes}
     assert account.dropped_only().report()["total"]["notes"] == expected
 
 

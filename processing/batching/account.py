@@ -43,7 +43,8 @@ class Record(NamedTuple):
 
     Lengths are positions of the expanded sequence, image tokens included; `supervised` counts tokens that are
     predicted. A dropped sample has none of them, but a reason, and a detail that names what was wrong. `notes` say what
-    else a person should know of a sample, dropped or not, in sentences that many samples share.
+    else a person should know of a sample, dropped or not, in sentences that many samples share, one as often as there
+    is something to say it of.
     """
 
     source: str
@@ -90,7 +91,7 @@ class Account:
             counts = self.sources.setdefault(record.source, Counter())
             counts["samples"] += 1
             state = "learned" if record.dropped is None else "dropped"
-            for note in dict.fromkeys(record.notes):
+            for note in record.notes:
                 counts[f"{state} with note: {note}"] += 1
             if record.dropped is not None:
                 counts[f"dropped: {record.dropped}"] += 1

@@ -6,8 +6,9 @@ number of positions the image takes, so no cut can ever split one. `VLMProcessor
 is made. Labels come from how the sequence was built (see `messages_vlm`): -100 wherever nothing is learned.
 """
 
+import bisect
 import itertools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, Required
 
 from ..data_error_vlm import DuetError
@@ -117,27 +118,41 @@ def encode_dialogue(
     Raises:
         SampleDropped: nothing is supervised, `max_length` leaves no room, or the chat template refuses the messages.
     """
-    messages, cut, counts = conversation["messages"], None, image_counts(processor, conversation)
+    messages, counts = conversation["messages"], image_counts(processor, conversation)
     if supervise == "last":
         last = max((i for i, message in enumerate(messages) if message["role"] == "assistant"), default=None)
         messages = [
             message if index == last or message["role"] != "assistant" else {**message, "train": False}
             for index, message in enumerate(messages)
         ]
-    while True:
+
+    def encoded(messages):
+        notes: list[str] = []
+        options = {"supervise_prompt": supervise_prompt, "max_length": max_length, "notes": notes}
         try:
-            ids, weights = processor.encode_messages(messages, supervise_prompt=supervise_prompt, max_length=max_length)
+            ids, weights = processor.encode_messages(messages, **options)
         except ValueError as error:
             raise SampleDropped("the chat template refuses it", f"{place(conversation)}{error}") from error
         _check_weights(conversation, weights)
-        shorter, sizes = None, _sizes(processor, ids, counts)
-        if truncation == "keep_last_turns" and max_length is not None and sum(sizes) > max_length:
-            shorter = without_first_turn(messages)
-        if shorter is None:
-            cuts = truncation == "truncate_text"
-            fitted = _fitted(processor, conversation, ids, weights, sizes, max_length, cuts)
-            return {**fitted, "cut": cut or fitted["cut"]}
-        messages, cut = shorter, CUT_REASONS[1]
+        return ids, weights, _sizes(processor, ids, counts), notes
+
+    cut = None
+    ids, weights, sizes, notes = encoded(messages)
+    if truncation == "keep_last_turns" and max_length is not None and sum(sizes) > max_length:
+        shorter = list(_shortened(messages))
+        # Fewer turns are never longer, so the most that fit are found by halving.
+        fit = bisect.bisect_left(shorter, True, key=lambda messages: sum(encoded(messages)[2]) <= max_length)
+        if shorter:
+            cut = CUT_REASONS[1]
+            ids, weights, sizes, notes = encoded(shorter[min(fit, len(shorter) - 1)])
+    fitted = _fitted(processor, conversation, ids, weights, sizes, max_length, cut=truncation == "truncate_text")
+    return {**fitted, "cut": cut or fitted["cut"], **({"notes": notes} if notes else {})}
+
+
+def _shortened(messages: list[dict]) -> Iterator[list[dict]]:
+    """The messages without their first turn, without the first two, and so on."""
+    while (left := without_first_turn(messages)) is not None:
+        yield (messages := left)
 
 
 class Encoder:
@@ -178,6 +193,8 @@ class Encoder:
             _named(error, conversation)
             raise
         kept = {name: conversation[name] for name in KEPT if conversation.get(name) is not None}
+        if notes := [*kept.get("notes", ()), *encoded.get("notes", ())]:
+            kept["notes"] = notes
         return {**encoded, **kept, "images": conversation.get("images") or []}
 
 
@@ -188,7 +205,8 @@ def _named(error: SampleDropped, conversation: Conversation) -> SampleDropped:
 
 def encode_item(item: Conversation | Dropped | Encoded, encoder: Encoder) -> tuple[Encoded | None, Record]:
     """An item of a data set, encoded (or `None`, where it is dropped), and the record of what became of it."""
-    told = {"source": item.get("source") or "", "row": item.get("row"), "notes": tuple(item.get("notes") or ())}
+    told: dict[str, Any] = {"source": item.get("source") or "", "row": item.get("row")}
+    told["notes"] = tuple(item.get("notes") or ())
     if "dropped" in item:
         reason, detail = item["dropped"]
         return None, Record(dropped=reason, detail=detail, **told)
@@ -205,6 +223,7 @@ def encode_item(item: Conversation | Dropped | Encoded, encoder: Encoder) -> tup
             f"{place(item)}a conversation with {shown} image parts and {len(images)} images was found; expected one "
             "image for each part, in the order of the parts."
         )
+    told["notes"] = tuple(item.get("notes") or ())
     length = item["length"] if "length" in item else len(ids) + shown * (processor.image_seq_length - 1)
     record = Record(
         cut=item.get("cut"),
