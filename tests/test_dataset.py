@@ -1,6 +1,9 @@
 """Data sets of conversations: encoded ahead or later they are the same, mixed and streamed they lose nothing."""
 
 import json
+import re
+import time
+import weakref
 from collections import Counter
 from functools import partial
 
@@ -19,9 +22,9 @@ from processing.batching.dataset import (
     MixedDataset,
     StreamedDataset,
 )
-from processing.batching.encode_ahead import _RowEncoder, without_image_bytes
-from processing.batching.encoding import Encoder, encode_caption, encode_dialogue
-from processing.image_files_vlm import ImagePolicy
+from processing.batching.encode_ahead import _RowEncoder, imported_texts, without_image_bytes
+from processing.batching.encoding import KEPT, Encoder, SampleDropped, encode_caption, encode_dialogue
+from processing.image_files_vlm import ImagePolicy, load_image
 from processing.reading.items import Reading
 from tests import tiny
 
@@ -398,3 +401,150 @@ def test_stage_1_learns_the_answer_to_one_question_as_the_caption(processor):
     assert half["labels"] == caption["labels"] and set(half["weights"]) == {0.0, 0.5}
     with pytest.raises(ValueError, match="no token of it is supervised"):
         encode_caption(processor, {"messages": [asked, {**answer, "train": False}]})
+
+
+# --- what is kept of a row, and what bounds one
+
+
+@pytest.mark.parametrize("stored", [False, True], ids=["paths", "bytes"])
+def test_an_encoding_keeps_all_that_evaluation_and_accounts_need(processor, folder, stored):
+    image = {"bytes": (folder / "1.png").read_bytes(), "path": None} if stored else "1.png"
+    rows = [
+        {"image": image, "question": "how many?", "answers": ["two", "2", "two"], "question_id": 7, "author": "me"},
+        {"image": image, "question": "is it?", "answers": ["yes"], "kind": "yes/no", "subset": "b", "author": None},
+    ]
+    rows = datasets.Dataset.from_list([{"kind": None, "subset": None, "question_id": None, **row} for row in rows])
+    if stored:
+        rows = rows.cast_column("image", datasets.Image(decode=False))
+    later, ahead = ConversationDataset(rows, reading_of(folder)), ConversationDataset(rows, reading_of(folder))
+    ahead.encode_ahead(Encoder(processor))
+    encoder = Encoder(processor)
+    for index in range(2):
+        one, other = encoder(later[index]), ahead[index]
+        assert {name: one.get(name) for name in (*KEPT, "images", "input_ids", "labels", "length", "cut")} == {
+            name: other.get(name) for name in (*KEPT, "images", "input_ids", "labels", "length", "cut")
+        }
+    first, second = ahead
+    assert sorted(set(first["answers"])) == ["2", "two"] and first["id"] == "7" and "kind" not in first
+    assert (second["kind"], second["subset"]) == ("yes/no", "b")
+    note = "the column author is not read"
+    assert first["notes"] == [note] and "notes" not in second
+    collate = VLMDataCollator(processor, account=True)
+    for items in (ahead, later):
+        account = Account()
+        account.add_batch(collate([items[0], items[1]])["account"])
+        assert account.report()["sources"]["pictures"]["notes"] == {note: 1}
+    assert ahead.account.report()["total"]["notes"] == {note: 1}
+    assert VLMDataCollator(processor)([first]).keys() == VLMDataCollator(processor)([later[0]]).keys()
+
+
+def test_notes_of_what_is_dropped_count_too(processor, folder):
+    rows = [{"messages": [{"role": "user", "content": "a"}], "author": "me"}] * 3
+    dataset = ConversationDataset(datasets.Dataset.from_list(rows), reading_of(folder))
+    dataset.encode_ahead(Encoder(processor))
+    assert dataset.account.dropped_only().report()["total"]["notes"] == {"the column author is not read": 3}
+
+
+def test_the_cache_is_named_by_the_code_that_encodes_and_by_no_other(tmp_path, monkeypatch):
+    names = {name.removeprefix("processing.") for name in imported_texts("processing.batching.encode_ahead")}
+    assert names >= {
+        "batching.encode_ahead",
+        "batching.encoding",
+        "messages_vlm",
+        "reading.conversations",
+        "images_vlm",
+    }
+    assert not names & {"shapes", "batching.collator", "batching.dataset", "reading.sources", "reading.coco"}
+    package = tmp_path / "house"
+    for file, text in (
+        ("__init__.py", "from .unused import X"),
+        ("unused.py", "X = 1"),
+        ("a.py", "from . import b\nfrom .inner.c import C"),
+        ("b.py", "def f():\n    from .d import D\n"),
+        ("d.py", "from .a import b"),
+        ("inner/__init__.py", ""),
+        ("inner/c.py", "from ..d import D\nC = 1"),
+    ):
+        (package / file).parent.mkdir(exist_ok=True)
+        (package / file).write_text(text)
+    monkeypatch.syspath_prepend(tmp_path)
+    assert set(imported_texts("house.a")) == {"house.a", "house.b", "house.d", "house.inner.c"}
+
+
+@pytest.mark.parametrize("truncation", ["truncate_text", "drop", "keep_last_turns"])
+@pytest.mark.parametrize("encode", [encode_caption, encode_dialogue])
+def test_a_text_is_read_as_far_as_it_could_be_kept(processor, encode, truncation, monkeypatch):
+    text = "a large green triangle is at the top left; " * 50_000
+    say = [{"role": "user", "content": [{"type": "image"}]}, {"role": "assistant", "content": text}]
+    say[1]["content"] = [{"type": "text", "text": text}]
+    conversation = {"images": [Image.new("RGB", (8, 8))], "messages": say, "source": "books", "row": 3}
+    begins = time.process_time()
+    encoder = Encoder(processor, encode, 64, truncation=truncation)
+    if truncation == "truncate_text":
+        short = {**conversation, "messages": [say[0], {**say[1], "content": [{"type": "text", "text": text[:2000]}]}]}
+        found = encoder(conversation)
+        assert found == encoder(short) and found["length"] == 64 and found["cut"] == "text cut at its end"
+    else:
+        with pytest.raises(SampleDropped, match="books, row 3: ") as caught:
+            encoder(conversation)
+        error = caught.value
+        assert (error.reason, error.source, error.row) == ("longer than max_length", "books", 3)
+    assert time.process_time() - begins < 2  # tokenised whole it takes more than that for each megabyte
+
+
+def test_the_turns_that_fit_into_a_long_dialogue_are_found_by_halving(processor, monkeypatch):
+    say = [
+        {"role": role, "content": [{"type": "text", "text": f"{role} {n}"}]}
+        for n in range(100)
+        for role in ("user", "assistant")
+    ]
+    calls, encode_messages = [], type(processor).encode_messages
+    monkeypatch.setattr(
+        type(processor),
+        "encode_messages",
+        lambda self, messages, **options: calls.append(len(messages)) or encode_messages(self, messages, **options),
+    )
+    whole = encode_dialogue(processor, {"messages": say})["length"]
+    for most in (whole // 2, whole // 5, whole - 1):
+        calls.clear()
+        found = encode_dialogue(processor, {"messages": say}, most, truncation="keep_last_turns")
+        assert len(calls) < 12 and found["length"] <= most and found["cut"] == "first turns left out"
+        first = int(re.search(r"user (\d+)", processor.decode(found["input_ids"]))[1])
+        kept, more = (encode_dialogue(processor, {"messages": say[2 * n :]}) for n in (first, first - 1))
+        assert found["input_ids"] == kept["input_ids"] and more["length"] > most
+
+
+@pytest.mark.parametrize("encode", [encode_caption, encode_dialogue])
+def test_no_weight_overflows_a_loss(processor, encode):
+    def weighing(weight):
+        answer = {"role": "assistant", "content": [{"type": "text", "text": "a cat"}], "weight": weight}
+        return {"images": [], "messages": [answer] if encode is encode_caption else [
+            {"role": "user", "content": [{"type": "text", "text": "what?"}]}, answer
+        ], "source": "s", "row": 1}  # fmt: skip
+
+    batch = VLMDataCollator(processor, encode=encode)([weighing(1e6), weighing(1)])
+    assert batch["loss_weights"].max() == 1e6 and batch["loss_weights"].sum().isfinite()
+    for weight in (1.1e6, 1e39, float("inf"), float("nan"), -1.0):
+        collator = VLMDataCollator(processor, encode=encode, account=True)
+        (record,) = collator([weighing(weight)])["account"].records
+        assert (record.dropped, record.source, record.row) == ("malformed row", "s", 1)
+        assert "weight" in record.detail
+
+
+def test_only_one_image_of_a_batch_is_in_memory_as_it_is_stored(processor, tmp_path, monkeypatch):
+    Image.new("RGB", (600, 500), "red").save(tmp_path / "large.png")
+    opened, most = [], []
+
+    def load(reference, size=None):
+        image = load_image(reference, size)
+        opened.append(weakref.ref(image))
+        most.append(sum(reference() is not None for reference in opened))
+        return image
+
+    monkeypatch.setattr("processing.batching.collator.load_image", load)
+    item = {**long_dialogue(2), "images": [str(tmp_path / "large.png")] * 2}
+    for model in (processor, tiny.processor_of("byte-level", "default", max_tiles=4)):
+        most.clear()
+        batch = VLMDataCollator(model)([item] * 4)
+        assert len(most) == 8 and max(most) <= 2  # the last one, and the next that is being opened
+        assert len(batch["pixel_values"]) == 8 if model is processor else 8 * 5

@@ -122,8 +122,13 @@ class _RowEncoder:
 
 @functools.cache
 def code_that_encodes() -> str:
-    """A name for the text of this module and of all of its package that it imports, directly or not."""
-    texts, waiting = {}, [__name__]
+    """A name for the text of this module and of all that it imports of this package, directly or not."""
+    return Hasher.hash(sorted(imported_texts(__name__).items()))
+
+
+def imported_texts(name: str) -> dict[str, str]:
+    """The text of a module, and of each that it imports from its own package, by their names."""
+    texts, waiting = {}, [name]
     while waiting:
         module = importlib.util.find_spec(waiting.pop())
         if module.name in texts:
@@ -131,10 +136,10 @@ def code_that_encodes() -> str:
         texts[module.name] = module.loader.get_source(module.name)
         for node in ast.walk(ast.parse(texts[module.name])):
             if isinstance(node, ast.ImportFrom) and node.level:
-                name = importlib.util.resolve_name("." * node.level + (node.module or ""), module.parent)
-                is_package = importlib.util.find_spec(name).submodule_search_locations is not None
-                waiting += [f"{name}.{imported.name}" for imported in node.names] if is_package else [name]
-    return Hasher.hash(sorted(texts.items()))
+                origin = importlib.util.resolve_name("." * node.level + (node.module or ""), module.parent)
+                is_package = importlib.util.find_spec(origin).submodule_search_locations is not None
+                waiting += [f"{origin}.{imported.name}" for imported in node.names] if is_package else [origin]
+    return texts
 
 
 def without_image_bytes(table: pa.Table, features: datasets.Features) -> dict[str, list[Any]]:
