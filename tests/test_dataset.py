@@ -1,5 +1,6 @@
 """Data sets of conversations: encoded ahead or later they are the same, mixed and streamed they lose nothing."""
 
+import base64
 import json
 import re
 import time
@@ -136,6 +137,17 @@ def test_a_caption_that_is_none_costs_itself_alone_and_a_row_without_any_counts_
     assert collator.dropped == {"malformed row": 2} and len(later) == 4
     ahead.encode_ahead(Encoder(processor, encode_caption))
     assert len(ahead) == 2 and ahead.account.total["learned from"] == 2 and ahead.account.total["samples"] == 4
+
+
+def test_an_image_written_out_in_its_row_is_in_no_cache(processor, folder):
+    uri = "data:image/png;base64," + base64.b64encode((folder / "0.png").read_bytes()).decode()
+    rows = datasets.Dataset.from_list([{"image": uri, "caption": "a"}, {"image": "0.png", "caption": "a"}])
+    dataset = ConversationDataset(rows, reading_of(folder))
+    dataset.encode_ahead(Encoder(processor, encode_caption))
+    assert dataset.encodings["references"][:] == [[None], [str(folder / "0.png")]]
+    assert [item["images"] for item in dataset] == [[uri], [str(folder / "0.png")]]
+    batch = VLMDataCollator(processor)([*dataset])
+    assert torch.equal(batch["pixel_values"][0], batch["pixel_values"][1])
 
 
 def test_rows_that_cannot_be_read_are_counted_and_named(processor, folder):

@@ -17,6 +17,7 @@ import pyarrow.compute as pc
 from datasets.fingerprint import Hasher
 
 from ..data_error_vlm import DuetError
+from ..image_files_vlm import NamedImage
 from ..reading.items import Reading
 from .account import BAD_SAMPLE_REASONS, Account, Record
 from .encoding import KEPT, Encoder, encode_item
@@ -63,7 +64,7 @@ def encode_rows(
 
     Returns:
         a row a conversation that can be learned from: the fields of `Encoded` but `source`, with null for what it has
-        not, the `position` of its row, its `number` in it, and `references`, its images where they are paths, else
+        not, the `position` of its row, its `number` in it, and `references`, its images where they are named, else
         nulls. Where images are tiled, their headers were read for their sizes (and those that are URLs fetched).
     """
     tiled = encoder.processor.max_tiles > 1
@@ -114,7 +115,7 @@ class _RowEncoder:
                 if self.on_bad_sample == "error" and record.dropped in BAD_SAMPLE_REASONS:
                     raise DuetError(record.detail)
                 encoding = encoding or _NOTHING
-                references = [image if isinstance(image, str) else None for image in encoding["images"]]
+                references = [image if isinstance(image, NamedImage) else None for image in encoding["images"]]
                 places = {"position": position, "number": number, "references": references}
                 encoded.append({**_NOTHING, **encoding, **record._asdict(), **places})
         return {name: [item[name] for item in encoded] for name in _COLUMNS}
