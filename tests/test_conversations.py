@@ -379,6 +379,20 @@ def test_an_unknown_layout_names_its_columns_and_the_nearest_known_ones(names, n
     assert sum(layout.description in line for layout in LAYOUTS) == 3
 
 
+@pytest.mark.parametrize(
+    ("row", "remedy"),
+    [
+        ({"image": "/a.jpg", "query": "What?", "label": ["x"]}, "--columns answer=NAME"),
+        ({"image_url": "/a.jpg", "description": "A dog."}, "--columns caption=NAME"),
+        ({"shot": "/a.jpg", "caption": "A dog."}, "--columns image=shot"),
+        ({"prompt": "What?", "chosen": "x", "rejected": "y"}, "--columns completion=NAME"),
+    ],
+)
+def test_an_unknown_layout_says_what_to_name(row, remedy):
+    with pytest.raises(MalformedRow, match=f"{remedy}$"):
+        conversations_from_row(row)
+
+
 def test_columns_for_the_program_are_not_named():
     """WebDataset's own, and the number that a row has where it is stored."""
     row = {"__key__": "0", "__url__": "x.tar", "jpg": IMAGE, "__row": 3}

@@ -10,7 +10,7 @@ from PIL import Image
 from processing import VLMDataCollator
 from processing.batching.account import Account
 from processing.batching.dataset import ConversationDataset, StreamedDataset
-from processing.batching.encoding import Encoder, encode_dialogue
+from processing.batching.encoding import Encoder, encode_caption, encode_dialogue
 from processing.image_files_vlm import ImagePolicy
 from processing.reading.items import Reading
 from processing.reading.sources import open_source
@@ -103,3 +103,13 @@ def test_whatever_way_rows_are_read_the_same_is_learned_and_the_same_counted(pro
     for batch in batches[1:]:
         for name in ("input_ids", "labels", "pixel_values"):
             assert batch[name].equal(batches[0][name])
+
+
+def test_stage_one_learns_an_answer_whatever_system_text_its_row_has(processor, folder):
+    row = {"image": "0.png", "question": "What?", "answer": "A square."}
+    reading = Reading(images=ImagePolicy(folder))
+    plain, told = (reading.items({**row, **system}, 0)[0] for system in ({}, {"system": "Be brief."}))
+    assert len(told["messages"]) == 3
+    assert (
+        Encoder(processor, encode_caption)(told)["input_ids"] == Encoder(processor, encode_caption)(plain)["input_ids"]
+    )

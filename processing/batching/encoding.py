@@ -73,8 +73,9 @@ def encode_caption(
     asked = [m for m in conversation["messages"] if m["role"] != "assistant"]
     answers = [m for m in conversation["messages"] if m["role"] == "assistant"]
     images = [part for message in asked for part in message["content"] if part["type"] == "image"]
-    says = any(part["type"] == "text" for message in asked for part in message["content"])
-    if len(answers) != 1 or len(asked) > 1 or (says and not images):
+    said = [m for m in asked if m["role"] == "user"]
+    says = any(part["type"] == "text" for message in said for part in message["content"])
+    if len(answers) != 1 or len(said) > 1 or (says and not images):
         raise SampleDropped(
             "malformed row",
             f"{place(conversation)}stage 1 learns from images and their captions and found a dialogue; give it a data "

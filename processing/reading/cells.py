@@ -31,8 +31,9 @@ _PICTURE_NAME = re.compile(
 )
 # What is said about an image is none: a row of text has it too where the rows of a table share their columns.
 _MEASURE = re.compile(
-    r"width|height|size|ratio|score|rating|similarity|correspondence|hash|(?:min|max)$", re.IGNORECASE
+    r"width|height|size|ratio|score|rating|similarity|correspondence|hash|sha|md5|(?:min|max)$", re.IGNORECASE
 )
+_NO_REFERENCE = re.compile(r"video|ids?$", re.IGNORECASE)
 _MAGIC = (b"\x89PNG", b"\xff\xd8\xff", b"GIF8", b"RIFF", b"BM", b"II*\x00", b"MM\x00*")
 # How the bytes of JPEG, PNG, GIF and WebP begin in base 64.
 _BASE64 = re.compile(r"(?:/9j/|iVBORw0KGgo|R0lGOD|UklGR)[A-Za-z0-9+/\s]{40,}")
@@ -113,7 +114,7 @@ class Row:
         for name in self.unread:
             value = self.cells[name]
             if speaks_of_image(name, value):
-                may_be_one = "video" not in name.lower() and not isinstance(value, (bool, int, float))
+                may_be_one = not _NO_REFERENCE.search(name) and not isinstance(value, (bool, int, float))
                 where = f"its column named with --columns image={name}" if may_be_one else "images in a column"
                 return (
                     f"{found(value, name)}, which speaks of one",

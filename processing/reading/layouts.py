@@ -169,7 +169,8 @@ def _read_captions(row: Row, wanted: Wanted) -> list[dict[str, Any]]:
     """An image and what is said of it; each caption is the answer of its own conversation."""
     images = row_images(row)
     if not images:
-        raise malformed("no image", row.hint()[1] if row.hint() else "an image for the caption")
+        named = "an image for the caption, in a column that is named with --columns image=NAME"
+        raise malformed("no image", row.hint()[1] if row.hint() else named)
     column, value = row.take(CAPTION_COLUMNS)
     captions = captions_of(value)
     if not captions:
@@ -434,19 +435,23 @@ def find_layout(row: Row, preferred: Collection[str] = ()) -> Layout:
     layout = fitting(present, preferred) or fitting(row.cells, preferred)
     if layout is None:
         names = tuple(str(name) for name in row.cells)
-        image = next((name for name in row.unread if is_picture(row.cells[name])), "photo")
+        nearest, missing = _nearest(names)
+        image = next((name for name in row.unread if is_picture(row.cells[name])), "NAME")
         raise malformed(
             f"columns {cut(', '.join(names) or '(none)', 300)}",
-            f"a known layout, such as {_nearest(names)}; other names are given with --columns, such as image={image}",
+            f"a known layout, such as {nearest}; other names for these are given with --columns "
+            f"{missing}={image if missing == 'image' else 'NAME'}",
         )
     return layout
 
 
 @functools.lru_cache(maxsize=64)  # comparing takes milliseconds, and what one row lacks, all of its data set do
-def _nearest(names: tuple[str, ...]) -> str:
-    """The three layouts that these names come nearest to, in words."""
+def _nearest(names: tuple[str, ...]) -> tuple[str, str]:
+    """The three layouts that these names come nearest to, in words, and what the first of them lacks."""
     nearest = sorted(LAYOUTS, key=lambda layout: layout.likeness(names or ("",)), reverse=True)[:3]
-    return "; ".join(layout.description for layout in nearest)
+    missing = next(family for family in nearest[0].needs if not set(family) & set(names))
+    name = "image" if missing is IMAGE_COLUMNS else missing[0]
+    return "; ".join(layout.description for layout in nearest), name
 
 
 def fitting(names: Collection[str], preferred: Collection[str]) -> Layout | None:
