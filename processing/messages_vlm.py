@@ -504,7 +504,7 @@ class MessageEncoder:
                     places.append((at, len(literals[at]) - len(shown[at + 1]), word))
         for at, start, word in sorted(places, reverse=True):
             literals[at : at + 1] = [literals[at][:start], literals[at][start:]]
-            slots.insert(at, _Slot(word, "", ""))
+            slots.insert(at, _Slot(word, None, None))
         return _Layout(tuple(literals), tuple(slots), typed)
 
     def _find_answers(self, messages, owners, literals, slots, reading, notes):
