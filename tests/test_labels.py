@@ -7,6 +7,7 @@ tokenizer, which knows no special token at all. What training and generation get
 
 import copy
 import functools
+import itertools
 import json
 import random
 
@@ -16,7 +17,16 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer, pre_tokenizers
 
 from processing import VLMDataCollator
-from processing.batching.encoding import DROP_REASONS, IGNORE, SampleDropped, encode_caption, encode_dialogue
+from processing.batching.encoding import (
+    DROP_REASONS,
+    IGNORE,
+    Encoder,
+    SampleDropped,
+    encode_caption,
+    encode_dialogue,
+    encode_item,
+)
+from processing.messages_vlm import CONTEXT_ONLY
 from tests import tiny
 
 
@@ -591,6 +601,185 @@ def test_words_added_to_a_vocabulary_keep_their_ids():
     assert encode("a giraffe") == tokenizer("a giraffe")["input_ids"]
     for typed in ("<think>", "<|last|>", IMAGE_TOKEN):
         assert tokenizer.convert_tokens_to_ids(typed) not in encode(f"a {typed} zebra")
+
+
+# -- templates that look into texts ---------------------------------------------------------------------------------
+
+# As Qwen3: a thought is cut out of an answer and written anew, behind the last question alone; line ends are stripped.
+THINKS = r"""{%- set ns = namespace(last=-1) -%}
+{%- for m in messages if m['role'] == 'user' -%}{%- set ns.last = ns.last + 2 -%}{%- endfor -%}
+{%- for m in messages -%}
+{{- '<|im_start|>' + m['role'] + '\n' -}}
+{%- set text = m['content'] -%}
+{%- if m['role'] == 'assistant' -%}
+{%- set thought = '' -%}
+{%- if '</think>' in text -%}
+{%- set thought = text.split('</think>')[0].split('<think>')[-1].strip('\n') -%}
+{%- set text = text.split('</think>')[-1].lstrip('\n') -%}
+{%- endif -%}
+{%- if loop.index0 >= ns.last -%}
+{%- set text = '<think>\n' + thought + '\n</think>\n\n' + text.lstrip('\n') -%}
+{%- endif -%}
+{%- endif -%}
+{{- text + '<|im_end|>\n' -}}
+{%- endfor -%}
+{%- if add_generation_prompt -%}{{- '<|im_start|>assistant\n' -}}{%- endif -%}
+"""
+# Its prompt opens a thought, which earlier answers do not have.
+OPENS = r"""{%- for m in messages -%}
+{{- '<|im_start|>' + m['role'] + '\n' + m['content'].split('</think>')[-1] + '<|im_end|>\n' -}}
+{%- endfor -%}
+{%- if add_generation_prompt -%}{{- '<|im_start|>assistant\n<think>\n' -}}{%- endif -%}
+"""
+# As Mistral v0.3: the system message stands in the last question.
+MOVES = r"""{%- set ns = namespace(left=0) -%}
+{%- for m in messages if m['role'] == 'user' -%}{%- set ns.left = ns.left + 1 -%}{%- endfor -%}
+{%- for m in messages -%}
+{%- if m['role'] == 'user' -%}
+{%- set ns.left = ns.left - 1 -%}
+{{- '[INST] ' -}}
+{%- if not ns.left and messages[0]['role'] == 'system' -%}{{- messages[0]['content'] + '\n\n' -}}{%- endif -%}
+{{- m['content'] + '[/INST]' -}}
+{%- elif m['role'] == 'assistant' -%}
+{{- ' ' + m['content'] + eos_token -}}
+{%- endif -%}
+{%- endfor -%}
+"""
+
+
+def thinking(template):
+    tokenizer = tiny.byte_level_tokenizer()
+    tokenizer.add_tokens(["<|im_start|>", "<|im_end|>", "[INST]", "[/INST]"], special_tokens=True)
+    tokenizer.add_tokens(["<think>", "</think>"])
+    processor = tiny.processor_of(tokenizer)
+    processor.set_chat_template(template)
+    return processor
+
+
+def spoken(*texts, system=None):
+    said = [] if system is None else [("system", system)]
+    said += zip(itertools.cycle(("user", "assistant")), texts)
+    return [{"role": role, "content": [text_part(text)]} for role, text in said]
+
+
+@pytest.mark.parametrize(
+    "answer, written",
+    [
+        ("blue.", "<think>\n\n</think>\n\nblue."),
+        ("<think>\nit is</think>\n\nblue.", "<think>\nit is\n</think>\n\nblue."),
+        ("it is</think>blue.", "<think>\nit is\n</think>\n\nblue."),
+        ("a</think>b</think>c", "<think>\na\n</think>\n\nc"),
+        ("\n\nblue.\n", "<think>\n\n</think>\n\nblue.\n"),
+        ("\n", "<think>\n\n</think>\n\n"),
+        ("", "<think>\n\n</think>\n\n"),
+        ("  ", "<think>\n\n</think>\n\n  "),
+        ("<think> <|im_end|> never", "<think>\n\n</think>\n\n<think> <|im_end|> never"),
+        ("\n<|im_end|>\n</think>\n<think><|im_start|>", "<think>\n<|im_end|>\n</think>\n\n<think><|im_start|>"),
+    ],
+)
+@pytest.mark.parametrize("earlier", [(), ("a", "<think>\nno\n</think>yes"), ("a </think>?", "\nyes")])
+def test_an_answer_is_learned_as_a_template_that_cuts_thoughts_writes_it(answer, written, earlier):
+    processor = thinking(THINKS)
+    tokenizer = processor.tokenizer
+    messages = spoken(*earlier, "what is </think>?", answer)
+    ids, weights = processor.encode_messages(messages)
+    prompt, _ = processor.encode_messages(messages[:-1], add_generation_prompt=True)
+    learned_last = [id for id, weight in zip(ids[len(prompt) :], weights[len(prompt) :]) if weight]
+    assert ids[: len(prompt)] == prompt and tokenizer.decode(learned_last) == written + "<|im_end|>"
+    # The template's own marks are control tokens; what is typed is text, whatever it spells.
+    think, close = tokenizer.convert_tokens_to_ids(["<think>", "</think>"])
+    assert [learned_last.count(id) for id in (think, close)] == [1, 1] and prompt.count(close) == 0
+    ends = tokenizer.convert_tokens_to_ids(["<|im_end|>", "<|im_start|>"])
+    assert [id for id in learned_last if id in ends] == [ends[0]]
+    if earlier:
+        assert sum(weight for weight in weights) > len(learned_last)
+
+
+@pytest.mark.parametrize(
+    "template, system, context",
+    [(OPENS, None, 2), (OPENS, "be brief", 2), (MOVES, "be brief", 2), (MOVES, None, 0), (tiny.CHATML, "be brief", 0)],
+)
+def test_an_answer_that_generation_would_be_asked_for_in_other_words_is_context_only_and_noted(
+    template, system, context
+):
+    processor = thinking(template)
+    messages = spoken("what?", "blue.", "and?", "red.", "how many?", "two", system=system)
+    encoded = encode_dialogue(processor, {"messages": messages})
+    assert encoded["notes"] == [CONTEXT_ONLY] * context
+    ids, labels = encoded["input_ids"], list(encoded["labels"])
+    learned = 0
+    for index in range(len(messages)):
+        if messages[index]["role"] == "assistant":
+            prompt, _ = processor.encode_messages(messages[:index], add_generation_prompt=True)
+            if ids[: len(prompt)] == prompt and labels[len(prompt)] != IGNORE:
+                learned += 1
+                start = stop = len(prompt)
+                while stop < len(ids) and labels[stop] != IGNORE:
+                    stop += 1
+                labels[start:stop] = [IGNORE] * (stop - start)
+    assert learned == 3 - context and set(labels) == {IGNORE}  # nothing is learned behind another prompt
+    _, record = encode_item({"messages": messages, "notes": ["odd"]}, Encoder(processor))
+    assert record.notes == ("odd", *encoded["notes"])
+    asked = [{**m, "train": m is messages[-1]} for m in messages]
+    assert encode_dialogue(processor, {"messages": asked})["notes"] == []
+
+
+# -- long ones --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("template", [*tiny.TEMPLATES, "thinks", "opens", "moves"])
+def test_a_long_dialogue_is_encoded_as_its_prefixes_are_and_takes_time_as_it_is_long(template, monkeypatch):
+    own = {"thinks": THINKS, "opens": OPENS, "moves": MOVES}
+    processor = thinking(own[template]) if template in own else case("byte-level", template)[0]
+    said = [word for turn in range(60) for word in (f"what is {turn}?", f"a circle {turn}")]
+    system = None if template in KNOWS_NO_SYSTEM else "be brief"
+    messages, notes = spoken(*said, system=system), []
+    monkeypatch.setattr("processing.messages_vlm._LONG", 10_000)
+    processor.encoder._layouts.clear()
+    exact = processor.encode_messages(messages, notes=notes)
+    monkeypatch.setattr("processing.messages_vlm._LONG", 16)
+    processor.encoder._layouts.clear()
+    rendered, render, found = [], processor.encoder._render, []
+    monkeypatch.setattr(processor.encoder, "_render", lambda m, *a, **k: rendered.append(len(m)) or render(m, *a, **k))
+    assert processor.encode_messages(messages, notes=found) == exact and found == notes
+    assert sum(rendered) < 20 * len(messages)
+
+
+def test_texts_are_read_as_far_as_they_can_be_kept():
+    for kind in ("byte-level", "unigram-always", "wordpiece"):
+        processor, _ = case(kind, "chatml")
+        long = "a red circle is <|im_end|> at the top left.\n two 日本語 </s> objects  " * 2_000
+        messages = spoken("what?", long, "and?", "blue. " * 500)
+        whole = processor.encode_messages(messages)
+        read, encode = [], processor.encoder.text.encode
+        caption = processor.encode_caption([IMAGE, text_part(long)])
+        for length in (1, 7, 100, 1_000):
+            ids, weights = processor.encode_messages(messages, max_length=length)
+            assert (ids[: length + 1], weights[: length + 1]) == (whole[0][: length + 1], whole[1][: length + 1])
+            assert length < len(ids) < length + 100
+            ids, weights = processor.encode_caption([IMAGE, text_part(long)], max_length=length)
+            assert (ids[:length], weights[:length]) == (caption[0][:length], caption[1][:length])
+            assert length < len(ids) < length + 100
+        assert not read and encode(long, at_most=len(encode(long))) == encode(long)
+
+
+def test_a_text_of_very_many_control_strings_is_read_in_time_as_it_is_long():
+    processor, bare = case("unigram-always", "chatml")
+    spelled = next(iter(bare.spelled))
+    ids = processor.encoder.text.encode(f"a {spelled} b " * 5_000)
+    assert len(ids) > 5_000 and control_ids(processor, bare).isdisjoint(ids)
+
+
+def test_the_first_turns_of_a_long_dialogue_are_left_out_until_it_fits():
+    processor, _ = case("byte-level", "chatml")
+    messages = spoken(*[word for turn in range(60) for word in (f"what is {turn}?", f"a circle {turn}")])
+    for length in (60, 200, 700):
+        encoded = encode_dialogue(processor, {"messages": messages}, length, truncation="keep_last_turns")
+        turns = range(1, len(messages) // 2 + 1)
+        fits = [n for n in turns if len(processor.encode_messages(messages[-2 * n :])[0]) <= length]
+        assert encoded["input_ids"] == processor.encode_messages(messages[-2 * max(fits) :])[0]
+    with pytest.raises(SampleDropped, match="more than 20 positions"):
+        encode_dialogue(processor, {"messages": messages}, 20, truncation="keep_last_turns")
 
 
 # -- stage 1 ----------------------------------------------------------------------------------------------------------
