@@ -301,7 +301,7 @@ def _fitted(processor, conversation, ids, weights, sizes, max_length, cut):
     length, kept = sum(sizes), len(ids)
     if max_length is not None and length > max_length:
         if not cut:
-            raise SampleDropped("longer than max_length", f"{place(conversation)}{length} positions")
+            raise SampleDropped("longer than max_length", f"{place(conversation)}more than {max_length} positions")
         while length > max_length:
             kept -= 1
             length -= sizes[kept]
