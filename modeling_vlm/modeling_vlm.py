@@ -17,15 +17,13 @@ from transformers import (
     PreTrainedModel,
 )
 from transformers import initialization as init
-from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import (
     BaseModelOutputWithPast,
     BaseModelOutputWithPooling,
     CausalLMOutputWithPast,
     ModelOutput,
 )
-from transformers.processing_utils import Unpack
-from transformers.utils import TransformersKwargs, can_return_tuple, logging, torch_compilable_check
+from transformers.utils import can_return_tuple, logging, torch_compilable_check
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from .backbones_vlm import (
@@ -222,7 +220,7 @@ class VLMModel(VLMPreTrainedModel):
                 backbone.eval()
         # Blocks are checkpointed in training mode only, and gradients pass through a frozen language model as well.
         for block in self.language_model.modules():
-            if isinstance(block, GradientCheckpointingLayer) and block.gradient_checkpointing:
+            if not isinstance(block, PreTrainedModel) and getattr(block, "gradient_checkpointing", False):
                 block.training = mode
         return self
 
@@ -314,7 +312,7 @@ class VLMModel(VLMPreTrainedModel):
         inputs_embeds: torch.Tensor | None = None,
         image_grids: torch.LongTensor | None = None,
         mm_encoder_outputs: dict[str, BaseModelOutputWithPooling] | None = None,
-        **kwargs: Unpack[TransformersKwargs],
+        **kwargs,
     ) -> VLMModelOutputWithPast:
         """
         Args:
@@ -534,7 +532,7 @@ class VLMForConditionalGeneration(VLMPreTrainedModel, VLMGenerationMixin):
         num_items_in_batch: torch.Tensor | int | None = None,
         image_grids: torch.LongTensor | None = None,
         mm_encoder_outputs: dict[str, BaseModelOutputWithPooling] | None = None,
-        **kwargs: Unpack[TransformersKwargs],
+        **kwargs,
     ) -> VLMCausalLMOutputWithPast:
         """
         Args (those of `VLMModel.forward`, and):

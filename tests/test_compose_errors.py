@@ -144,6 +144,17 @@ def test_a_state_space_model_is_joined_where_the_library_calls_its_states_a_cach
     assert torch.equal(cached, again)
 
 
+def test_a_state_space_model_whose_states_are_a_cache_passes_what_the_matrix_checks(tmp_path, monkeypatch):
+    settings = {"hidden_size": 32, "num_hidden_layers": 3, "num_heads": 4, "head_dim": 16, "n_groups": 1}
+    settings |= {"vocab_size": 376, "state_size": 8, "chunk_size": 8, **matrix.IDS}
+    monkeypatch.setitem(matrix.LANGUAGE_MODELS, "Mamba 2", ("Mamba2", settings))
+    if CACHE == "past_key_values":
+        assert NO_DECODER in refusal(text=config_of("Mamba2", settings))
+        return
+    logits = matrix.save_language_model("Mamba 2", tmp_path / "text")
+    matrix.check_pair("ViT", tmp_path / "text", logits, None, tmp_path / "composed")
+
+
 def test_the_page_has_every_one_of_these_lines():
     page = matrix.PAGE.read_text(encoding="utf-8")
     lines = [says for *_, says in [*NO_ENCODERS.values(), *NO_LANGUAGE_MODELS.values()]]

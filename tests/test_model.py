@@ -2,6 +2,7 @@
 
 import copy
 import shutil
+import warnings
 
 import pytest
 import torch
@@ -658,3 +659,19 @@ def some_inputs_of_tiles(model):
     ids = torch.randint(0, config.image_token_id, (1, 5 + config.tile_tokens()))
     ids[:, 1 : 1 + config.tile_tokens()] = config.image_token_id
     return {"input_ids": ids, "pixel_values": torch.randn(1, 3, *config.image_size)}
+
+
+def test_nothing_of_ours_uses_what_the_library_says_will_go(composed, image, tmp_path):
+    """Compose, train, write, save and load under a library that turns its announcements into errors."""
+    model, processor = composed
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", FutureWarning)
+        batch = tiny.collate(processor, tiny.ragged_dialogues(image))
+        model.train()(**batch).loss.backward()
+        prompt = {name: batch[name][:1] for name in ("input_ids", "attention_mask")}
+        prompt["pixel_values"] = batch["pixel_values"][:1]
+        for options in ({}, {"num_beams": 2}, {"use_cache": False}, {"do_sample": True, "num_return_sequences": 2}):
+            model.eval().generate(**prompt, max_new_tokens=2, **options)
+        model(**prompt, use_cache=True, output_hidden_states=True, output_attentions=True)
+        model.save_pretrained(tmp_path)
+        VLMForConditionalGeneration.from_pretrained(tmp_path)
