@@ -19,7 +19,9 @@ import pytest
 import torch
 from PIL import Image
 
+from processing.data_error_vlm import DuetError
 from processing.image_files_vlm import ImagePolicy, load_image
+from processing.reading.cells import MalformedRow
 from processing.reading.conversations import ODD, ROW, conversations_from_row
 from processing.reading.rows import hold_out
 from processing.reading.sources import open_source, split_names
@@ -116,12 +118,15 @@ def test_coco_rows_are_found_again_and_follow_a_changed_file(tmp_path):
 
 COCO_MISTAKES = [
     ({"annotations": {}}, "expected COCO captions (lists under images and annotations)"),
-    ({"images": [{"id": 9}]}, "images[0] has the keys id; expected id (int) and file_name (str)"),
+    ({"images": [{"id": 9}]}, "images[0] has the keys id; expected id and file_name"),
     ({"annotations": [{"image_id": 9, "bbox": []}]}, "annotations[0] has the keys image_id, bbox; expected image_id"),
     ({"annotations": [{"image_id": 1, "caption": "x"}]}, "annotations[0] has image_id 1; expected the id of an image"),
-    ({"annotations": ["x"]}, "annotations[0] has 'x'; expected image_id (int) and caption (str)"),
+    ({"annotations": ["x"]}, "annotations[0] has 'x'; expected image_id and caption"),
     ({"annotations": []}, "no captions; expected at least one"),
-    ({"images": [{"id": 9, "file_name": "../../secret.jpg"}]}, "the image ../../secret.jpg lies outside"),
+    (
+        {"annotations": [{"image_id": 9, "caption": "x"}], "images": [{"id": 9, "file_name": "../../secret.jpg"}]},
+        "the image ../../secret.jpg lies outside",
+    ),
 ]
 
 
@@ -131,6 +136,57 @@ def test_a_captions_file_of_the_wrong_shape_is_one_line(tmp_path, changes, messa
     with pytest.raises(ValueError) as caught:
         load_rows(tmp_path)
     assert one_line(caught).startswith(str(file)) and message in one_line(caught)
+
+
+BAD_ENTRIES = [
+    ({}, {"annotations": [{"image_id": 1, "caption": "x"}]}, "annotations[3] has image_id 1; expected the id"),
+    ({}, {"annotations": [{"image_id": 9}]}, "annotations[3] has the keys image_id; expected image_id and caption"),
+    ({}, {"annotations": [{"image_id": 9, "caption": ["x"]}]}, "annotations[3] has the keys image_id, caption"),
+    ({}, {"annotations": ["x"]}, "annotations[3] has 'x'; expected image_id and caption"),
+    ({}, {"annotations": [{"image_id": 9, "caption": "caf\ud8e9"}]}, "annotations[3] has a caption that is no UTF-8"),
+    (
+        {"images": [{"id": 31}], "annotations": [{"image_id": 31, "caption": "x"}]},
+        {},
+        "annotations[3]: its image cannot be read: images[3] has the keys id; expected id and file_name",
+    ),
+    (
+        {"images": [{"id": 31, "file_name": "../a.jpg"}], "annotations": [{"image_id": 31, "caption": "x"}]},
+        {},
+        "annotations[3]: its image cannot be read: images[3]: the image ../a.jpg lies outside",
+    ),
+]
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+@pytest.mark.parametrize(("first", "second", "message"), BAD_ENTRIES)
+def test_a_bad_entry_of_a_captions_file_costs_itself(tmp_path, first, second, message, streaming):
+    content = json.loads(write_coco(tmp_path).read_text())
+    more = {key: content[key] + first.get(key, []) + second.get(key, []) for key in ("images", "annotations")}
+    write_coco(tmp_path, **more)
+    rows = list(load_rows(tmp_path, streaming=streaming))
+    assert [row["caption"] for row in rows] == [["A meal. "], ["A giraffe.", "Two giraffes."], None]
+    assert rows[2][ODD].startswith(message) and [row[ROW] for row in rows] == [0, 1, 2]
+    with pytest.raises(MalformedRow):
+        conversations_from_row(rows[2])
+
+
+def test_a_captions_file_whose_ids_are_texts_in_one_list_is_read(tmp_path):
+    for kind in (str, float):
+        captions = [{"image_id": kind(9), "caption": "A meal."}, {"image_id": kind(25), "caption": None}]
+        write_coco(tmp_path, annotations=captions)
+        assert load_rows(tmp_path)["image_id"][:] == [9, 25]
+    images = [{"id": "a", "file_name": "000000000009.jpg"}, {"id": 25, "file_name": "000000000025.jpg"}]
+    annotations = [{"image_id": "a", "caption": "A meal."}, {"image_id": "25", "caption": "A giraffe."}]
+    write_coco(tmp_path, images=images, annotations=annotations)
+    assert load_rows(tmp_path)["image_id"][:] == ["a", "25"]
+
+
+@pytest.mark.parametrize("empty", [None, "", " "])
+def test_an_empty_caption_of_coco_costs_itself(tmp_path, empty):
+    captions = [{"image_id": 9, "caption": text} for text in ("A meal.", empty, "Food.")]
+    write_coco(tmp_path, annotations=captions)
+    items = conversations_of(open_source(tmp_path))
+    assert ["dropped" in item for item in items] == [False, True, False]
 
 
 def test_a_captions_file_cut_short_is_one_line(tmp_path):
@@ -349,6 +405,32 @@ def test_a_hub_name_when_offline_is_one_line():
     with pytest.raises(ConnectionError) as caught:
         load_rows("nlphuji/flickr30k")
     assert "nlphuji/flickr30k: no such file or folder here, and the Hub cannot be reached" in one_line(caught)
+
+
+@pytest.mark.parametrize(
+    "path", ["../secret.jsonl", "/etc/hostname", "https://127.0.0.1:1/x.csv", "x/../../secret.jsonl"]
+)
+def test_a_data_set_may_name_no_data_outside_of_it(tmp_path, path):
+    (tmp_path / "secret.jsonl").write_text('{"text": "secret"}')
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data/train.jsonl").write_text('{"text": "a text"}')
+    for settings in ({"data_files": path}, {"data_files": [{"split": "train", "path": path}]}, {"data_dir": path}):
+        settings = json.dumps({"configs": [{"config_name": "default", **settings}]})
+        (tmp_path / "data/README.md").write_text(f"---\n{settings}\n---\n")
+        with pytest.raises(DuetError) as caught:
+            load_rows(tmp_path / "data")
+        assert f"its own settings name {path} as its data, which lies outside" in one_line(caught)
+    (tmp_path / "data/README.md").write_text('---\n{"configs": [{"config_name": "a", "data_files": "*.jsonl"}]}\n---\n')
+    assert len(load_rows(tmp_path / "data")) == 1
+
+
+def test_a_saved_dataset_may_name_no_data_outside_of_it(tmp_path):
+    saved(tmp_path / "saved")
+    state = tmp_path / "saved/state.json"
+    state.write_text(state.read_text().replace('"data-', '"../data-'))
+    with pytest.raises(DuetError) as caught:
+        load_rows(tmp_path / "saved")
+    assert "which lies outside of it" in one_line(caught)
 
 
 # --- several files, and other forms

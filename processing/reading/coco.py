@@ -4,6 +4,7 @@ import json
 import os
 from functools import partial
 from pathlib import Path
+from types import NoneType
 from typing import Any
 
 import datasets
@@ -11,6 +12,9 @@ from datasets.fingerprint import Hasher
 
 from ..data_error_vlm import DuetError, NotFound
 from ..image_files_vlm import inside
+from .conversations import ODD
+from .odd import with_odd
+from .text_readers import is_unicode
 
 
 def coco_files(path: Path) -> dict[str, Path]:
@@ -31,6 +35,9 @@ def coco_root(path: Path) -> Path:
 def coco_rows(file: Path, split: str, image_dir: str | os.PathLike | None = None) -> datasets.Dataset:
     """One row for each captioned image of a captions file: `image`, `caption` (a list), `image_id`.
 
+    An entry that is not as it should be is a row of its own, behind the others, that says so in the column `ODD`; an
+    image without captions is none. A caption that is null or empty stays in its row's list.
+
     Args:
         file: the captions JSON.
         split: its split, which is also the name of the folder of its images.
@@ -38,11 +45,11 @@ def coco_rows(file: Path, split: str, image_dir: str | os.PathLike | None = None
             `split` beside `annotations`, and paths start from `coco_root(file)`, so that several splits go together.
 
     Raises:
-        ValueError, FileNotFoundError: not such a file, or no such folder.
+        ValueError, FileNotFoundError: not such a file, or no such folder; or no entry is as it should be.
     """
     try:
-        content = json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as error:
+        content = json.loads(file.read_text(encoding="utf-8-sig", errors="surrogateescape"))
+    except (ValueError, RecursionError) as error:
         raise DuetError(f"{file}: not valid JSON ({error}); was it copied or fetched to its end?") from None
     images, annotations = (_list(content, key, file) for key in ("images", "annotations"))
     folder = Path(image_dir) if image_dir else coco_root(file) / split
@@ -50,35 +57,72 @@ def coco_rows(file: Path, split: str, image_dir: str | os.PathLike | None = None
         raise NotFound(
             f"{file}: its images are not in {folder}; give their folder with --image_dir, or fetch COCO with --download"
         )
-    captions = {}
-    for number, image in enumerate(images):
-        place = f"{file}: images[{number}]"
-        _check(image, {"id": int, "file_name": str}, place)
-        try:
-            inside(folder, image["file_name"])
-        except ValueError as error:
-            raise DuetError(f"{place}: {error}") from None
-        path = image["file_name"] if image_dir else os.path.join(split, image["file_name"])
-        captions[image["id"]] = (path, [])
-    for number, annotation in enumerate(annotations):
-        _check(annotation, {"image_id": int, "caption": str}, f"{file}: annotations[{number}]")
-        if annotation["image_id"] not in captions:
-            raise DuetError(
-                f"{file}: annotations[{number}] has image_id {annotation['image_id']}; expected the id of an image"
-            )
-        captions[annotation["image_id"]][1].append(annotation["caption"])
-    rows = [{"image": path, "caption": texts, "image_id": key} for key, (path, texts) in captions.items() if texts]
-    if not rows:
-        raise DuetError(f"{file}: no captions; expected at least one in annotations")
+    found, odd = _captioned(images, annotations, folder)
+    if not found:
+        raise DuetError(f"{file}: " + (odd[0] if odd else "no captions; expected at least one in annotations"))
+    numbers = all(isinstance(image["id"], int) for image, _ in found)
+    rows = [
+        {
+            "image": image["file_name"] if image_dir else os.path.join(split, image["file_name"]),
+            "caption": captions,
+            "image_id": image["id"] if numbers else _key(image["id"]),
+        }
+        for image, captions in found
+    ]
     features = datasets.Features(
         image=datasets.Value("string"),
         caption=datasets.List(datasets.Value("string")),
-        image_id=datasets.Value("int64"),
+        image_id=datasets.Value("int64" if numbers else "string"),
     )
+    if odd:
+        features = with_odd(features)
+        rows = [{**row, ODD: None} for row in rows] + [{**dict.fromkeys(features), ODD: why} for why in odd]
     # Kept on disk under a name that follows the file, so that later steps on these rows find their caches again.
     state = file.stat()
     fingerprint = Hasher.hash([str(file.resolve()), state.st_size, state.st_mtime_ns, split, image_dir is None])
     return datasets.Dataset.from_generator(partial(iter, rows), features, fingerprint=fingerprint)
+
+
+def _captioned(
+    images: list[Any], annotations: list[Any], folder: Path
+) -> tuple[list[tuple[dict[str, Any], list[str | None]]], list[str]]:
+    """Each image with its captions, where it has any, and what is wrong with other entries."""
+    captions: dict[str, tuple[dict[str, Any], list[str | None]]] = {}
+    wrong: dict[str, str] = {}
+    odd = []
+    for number, image in enumerate(images):
+        why = _wrong(image, f"images[{number}]", id=(int, float, str), file_name=(str,))
+        if not why:
+            try:
+                inside(folder, image["file_name"])
+            except ValueError as error:
+                why = f"images[{number}]: {error}"
+        key = _key(image["id"]) if isinstance(image, dict) and "id" in image else None
+        if why and key is None:
+            odd.append(why)
+        elif why:
+            wrong[key] = why
+        else:
+            captions[key] = image, []
+    for number, annotation in enumerate(annotations):
+        place = f"annotations[{number}]"
+        why = _wrong(annotation, place, image_id=(int, float, str), caption=(str, NoneType))
+        key = None if why else _key(annotation["image_id"])
+        if why:
+            odd.append(why)
+        elif key in captions:
+            captions[key][1].append(annotation["caption"])
+        elif key in wrong:
+            odd.append(f"{place}: its image cannot be read: {wrong[key]}")
+        else:
+            odd.append(f"{place} has image_id {annotation['image_id']}; expected the id of an image")
+    found = [entry for entry in captions.values() if entry[1]]
+    return found, odd if found else [*wrong.values(), *odd]
+
+
+def _key(number: int | float | str) -> str:
+    """An id as it can be compared: ids are texts in one list and numbers in another."""
+    return str(int(number)) if isinstance(number, float) and number.is_integer() else str(number)
 
 
 def _is_one_object(path: Path) -> bool:
@@ -96,6 +140,8 @@ def _is_one_object(path: Path) -> bool:
 
 
 def _list(content: dict[str, Any], key: str, file: Path) -> list[Any]:
+    if not isinstance(content, dict):
+        raise DuetError(f"{file}: a JSON {type(content).__name__}; expected COCO's object of images and annotations")
     if not isinstance(content.get(key), list):
         raise DuetError(
             f"{file}: one JSON object with the keys {', '.join(content)}; "
@@ -104,8 +150,16 @@ def _list(content: dict[str, Any], key: str, file: Path) -> list[Any]:
     return content[key]
 
 
-def _check(entry: Any, expected: dict[str, type], place: str) -> None:
-    if not isinstance(entry, dict) or not all(isinstance(entry.get(key), kind) for key, kind in expected.items()):
+def _wrong(entry: Any, place: str, **expected: tuple[type, ...]) -> str:
+    """What is wrong with an entry, if anything is."""
+    if not isinstance(entry, dict) or not all(
+        key in entry and isinstance(entry[key], kinds) and not isinstance(entry[key], bool)
+        for key, kinds in expected.items()
+    ):
         found = f"the keys {', '.join(entry)}" if isinstance(entry, dict) else repr(entry)[:80]
-        wanted = " and ".join(f"{key} ({kind.__name__})" for key, kind in expected.items())
-        raise DuetError(f"{place} has {found}; expected {wanted}, as in COCO's captions_train2017.json")
+        wanted = " and ".join(expected)
+        return f"{place} has {found}; expected {wanted}, as in COCO's captions_train2017.json"
+    for key in expected:
+        if isinstance(entry[key], str) and not is_unicode(entry[key]):
+            return f"{place} has a {key} that is no UTF-8"
+    return ""

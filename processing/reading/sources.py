@@ -18,6 +18,7 @@ from typing import Any, NamedTuple
 
 import datasets
 import huggingface_hub
+import yaml
 from datasets.utils.file_utils import xopen
 from huggingface_hub.errors import HFValidationError, RepositoryNotFoundError, RevisionNotFoundError
 from huggingface_hub.file_download import repo_folder_name
@@ -45,6 +46,9 @@ FILE_FORMATS = {
     ".csv": "csv",
     ".tar": "webdataset",
 }
+
+OWN_SETTINGS = ("README.md", ".huggingface.yaml")
+"""Where a data set may say which of its files are what."""
 
 STREAM_SHARDS = 64
 """Into how many parts rows that lie on this machine are streamed: at most so many workers can share them."""
@@ -212,9 +216,39 @@ def _file_splits(where: str, files: list[Path], streaming: bool) -> Splits:
 
 def _folder_splits(path: Path, name: str | None, streaming: bool) -> Splits:
     """The splits of a folder, in any form that `datasets` reads."""
+    for settings in OWN_SETTINGS:
+        _check_own_files(path, _reading(path, partial(_settings, path / settings)))
     if any((path / marker).is_file() for marker in ("dataset_dict.json", "state.json")):  # saved with save_to_disk
+        for state in (path / "state.json", *path.glob("*/state.json")):
+            _check_own_files(path, _reading(path, partial(_settings, state)))
         return _reading(path, lambda: _saved_splits(datasets.load_from_disk(str(path))))
     return _built_splits(path, partial(datasets.load_dataset_builder, str(path), name), streaming)
+
+
+def _settings(file: Path) -> Any:
+    """What a file of a data set says about it; of a text the part before it."""
+    if not file.is_file():
+        return None
+    if file.suffix == ".md":
+        return huggingface_hub.metadata_load(file)
+    return yaml.safe_load(file.read_text(encoding="utf-8"))  # which reads JSON, too
+
+
+def _check_own_files(where: str | Path, settings: Any, key: str = "") -> None:
+    """Refuse settings of a data set that name files outside of it."""
+    if isinstance(settings, dict):
+        for inner, value in settings.items():
+            _check_own_files(where, value, inner if inner in ("data_files", "_data_files", "data_dir") else key)
+    elif isinstance(settings, list):
+        for value in settings:
+            _check_own_files(where, value, key)
+    elif key and isinstance(settings, str):
+        path = settings.replace("\\", "/")
+        if os.path.isabs(path) or "://" in path or "::" in path or path[1:2] == ":" or ".." in path.split("/"):
+            raise DuetError(
+                f"{where}: its own settings name {settings} as its data, which lies outside of it; if that is meant, "
+                "name these files themselves with --dataset"
+            )
 
 
 def _saved_splits(saved: datasets.Dataset | datasets.DatasetDict) -> Splits:
@@ -347,6 +381,9 @@ def _hub_splits(repo: str, name: str | None, revision: str | None, token: str | 
             f"{at}: a script repository, which the datasets library no longer runs; "
             f"read the Hub's parquet copy of it with --dataset_revision {CONVERTED}"
         )
+    for settings in set(OWN_SETTINGS).intersection(files):
+        own = huggingface_hub.hf_hub_download(repo, settings, repo_type="dataset", revision=revision, token=token)
+        _check_own_files(at, _reading(at, partial(_settings, Path(own))))
     # In the Hub's parquet copy a configuration is a folder.
     config = {"data_dir": name} if name and revision == CONVERTED else {"name": name}
     build = partial(datasets.load_dataset_builder, repo, **config, revision=revision, token=token)

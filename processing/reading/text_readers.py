@@ -344,8 +344,8 @@ def _checked(value: Any, text: str, where: str) -> dict[str, Any] | str:
         short = text if len(text) <= 60 else f"{text[:57]}..."
         why = _Text(f"{where}: found {short!r}; expected an object")
         why.text = value
-        return why if isinstance(value, str) and _is_unicode(value) else str(why)
-    if not _is_unicode(text) or "\\u" in text and not _is_unicode(json.dumps(value, ensure_ascii=False)):
+        return why if isinstance(value, str) and is_unicode(value) else str(why)
+    if not is_unicode(text) or "\\u" in text and not is_unicode(json.dumps(value, ensure_ascii=False)):
         return f"{where}: a text that is no UTF-8"
     if any(name.startswith("__") for name in value):  # names of our own
         value = {name: kept for name, kept in value.items() if name != ODD}
@@ -356,7 +356,8 @@ def _checked(value: Any, text: str, where: str) -> dict[str, Any] | str:
     return value
 
 
-def _is_unicode(text: str) -> bool:
+def is_unicode(text: str) -> bool:
+    """Whether a text can be written in UTF-8, so none that was decoded from something else."""
     try:
         text.encode()
     except UnicodeEncodeError:
@@ -450,7 +451,7 @@ def csv_rows(file: str, sep: str = ",") -> tuple[list[str], Iterator[list[str] |
         _without_mark(opened.read(4), file)
     records, name = _records(file, sep), base_name(file)
     first = next(records, None)
-    if first is None or not first.is_whole or not _is_unicode("".join(first.cells)):
+    if first is None or not first.is_whole or not is_unicode("".join(first.cells)):
         raise DuetError(f"{file}: its first line is no header in UTF-8; expected the names of the columns")
     line = io.StringIO()
     csv.writer(line).writerow(first.cells)
@@ -480,7 +481,7 @@ def _cells(record: _Record, header: list[str], name: str) -> list[str] | str:
         return f"{where}: {len(cells)} cells where the header names {len(header)} columns"
     if any(_NUL in cell for cell in cells):
         return f"{where}: a NUL byte"
-    if not _is_unicode("".join(cells)):
+    if not is_unicode("".join(cells)):
         return f"{where}: a text that is no UTF-8"
     return cells[: len(header)] if spare > 0 else cells + [""] * -spare
 
