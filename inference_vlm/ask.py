@@ -8,10 +8,12 @@ Without a question the image is captioned, which is all that a model of stage 1 
 import argparse
 import sys
 
-from transformers import AutoModelForImageTextToText, AutoProcessor, TextStreamer
+from transformers import TextStreamer
 from transformers.utils import logging
 
 from processing.image_files_vlm import load_image
+
+from .answering import load
 
 
 class _Answer(TextStreamer):
@@ -37,8 +39,7 @@ def ask(name: str, image: str, question: str | None = None, **generate) -> None:
     """
     picture = load_image(image)
     logging.disable_progress_bar()
-    processor = AutoProcessor.from_pretrained(name, trust_remote_code=True)
-    model = AutoModelForImageTextToText.from_pretrained(name, trust_remote_code=True)
+    model, processor = load(name)
     if question is None:
         inputs = processor(images=picture, text=processor.image_token, return_tensors="pt")
     else:
@@ -69,7 +70,9 @@ def main(argv: list[str] | None = None) -> int:
             generate["temperature"] = args.temperature
     try:
         ask(args.model, args.image, args.question, **generate)
-    except (OSError, ValueError) as error:
+    except Exception as error:
+        if not getattr(error, "is_duet_error", False):
+            raise  # what is our own mistake keeps its stack trace
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
         return 1
     return 0

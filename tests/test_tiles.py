@@ -19,7 +19,8 @@ from transformers.image_processing_utils import select_best_resolution
 
 import train_pretrain
 import train_sft
-from evaluation_vlm.questions import Question, find_questions, generate_answers, greedy
+from evaluation_vlm.questions import Question, find_questions
+from inference_vlm.answering import answer, greedy
 from processing import VLMDataCollator, VLMProcessor
 from processing.batching.account import Account
 from processing.batching.dataset import ConversationDataset, Reading, StreamedDataset
@@ -272,7 +273,7 @@ def test_ids_and_labels_are_those_of_the_pieces_with_each_image_as_long_as_it_is
         batch = VLMDataCollator(processor)(rows)
         images = [image for row in rows for image in row["images"]]
         of_images = ["pixel_values", "image_grids"] if images else []
-        assert set(batch) == {"input_ids", "attention_mask", "labels", *of_images}
+        assert set(batch) == {"input_ids", "attention_mask", "labels", "shift_labels", *of_images}
         for row, sample in enumerate(rows):
             ids, labels = oracle(processor, bare, template, **sample)
             rest = batch["input_ids"].shape[1] - len(ids)
@@ -782,10 +783,11 @@ def test_questions_about_tiled_images_are_answered_as_alone(lively):
         [{**encode_dialogue(processor, sample), "images": sample["images"]} for sample in samples], processor
     )
     assert len(questions) == 4 and isinstance(questions[0], Question)
-    together = generate_answers(model, processor, questions, 4, config)
-    alone = [generate_answers(model, processor, [one], 1, config)[0] for one in questions]
+    asked = [question.prompt for question in questions]
+    together = answer(model, processor, asked, 4, config)
+    alone = [answer(model, processor, [one], 1, config)[0] for one in asked]
     assert together == alone and len(set(alone)) == 4
-    for sample, answer in zip(samples, alone):
+    for sample, said in zip(samples, alone):
         images = iter(sample["images"])
         content = [
             {"type": "image", "image": next(images)} if part["type"] == "image" else part
@@ -793,7 +795,7 @@ def test_questions_about_tiled_images_are_answered_as_alone(lively):
         ]
         prompt = encode(processor, [[{"role": "user", "content": content}]])
         (row,) = written(model, prompt, max_new_tokens=6, suppress_tokens=no_words)
-        assert processor.decode(row, skip_special_tokens=True).strip() == answer
+        assert processor.decode(row, skip_special_tokens=True).strip() == said
 
 
 @pytest.mark.parametrize("pair", ["siglip-llama"])

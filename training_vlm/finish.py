@@ -16,19 +16,14 @@ import torch
 from transformers import GenerationConfig
 from transformers.trainer_utils import TrainOutput
 
-from evaluation_vlm.questions import (
-    Question,
-    draw_samples,
-    exact_match,
-    find_questions,
-    format_exact_match,
-    generate_answers,
-    greedy,
-)
+from evaluation_vlm.gallery import Shown, draw_gallery
+from evaluation_vlm.metrics import by_name, exact_match, format_exact_match
+from evaluation_vlm.questions import Question, find_questions
+from inference_vlm.answering import answer, greedy, text_of
 from processing.batching.dataset import ConversationDataset
 from processing.batching.encoding import encode_item
 from processing.data_error_vlm import DuetError
-from processing.image_files_vlm import BadImage, check_image
+from processing.image_files_vlm import BadImage, check_image, load_image
 
 from .data import Data
 from .learning.trainer import VLMTrainer
@@ -167,12 +162,7 @@ class _Answers:
         if self.test is None:
             return
         items = list(_readable(self.test[index] for index in range(len(self.test))))
-        kinds = None
-        if {"kind", "subset"} <= set(self.test.rows.column_names):
-            labels = self.test.rows.select_columns(["kind", "subset"]).with_format(None)
-            labels = list(zip(labels["kind"], labels["subset"]))
-            kinds = [labels[item["position"]] for item in items]
-        questions = find_questions(items, self.processor, kinds)
+        questions = find_questions(items, self.processor)
         self._to_show = questions[:SAMPLES_SHOWN]
         answered = self._answered(questions, greedy(self.model, self.processor, self.generation_args.max_new_tokens))
         if not answered:
@@ -180,8 +170,7 @@ class _Answers:
         shares = exact_match(*zip(*answered))
         self.exact = format_exact_match(shares)
         print(f"\nTest answers exactly right ({len(answered):,} questions, greedy decoding)\n{self.exact}\n")
-        by_name = {f"{subset}/{kind}": share for subset, by in shares.items() for kind, share in by.items()}
-        self.trainer.save_metrics("test", by_name)
+        self.trainer.save_metrics("test", by_name(shares))
 
     def ask_samples(self) -> None:
         """Answer some questions as `GenerationArguments` say: of the test set, else what was evaluated or learned."""
@@ -199,20 +188,33 @@ class _Answers:
 
     def _answered(self, questions: list[Question], config: GenerationConfig) -> list[tuple[Question, str]]:
         """The questions that could be asked, with their answers."""
-        answers = generate_answers(
-            self.model, self.processor, questions, self.trainer.args.per_device_eval_batch_size, config
-        )
-        return [(question, answer) for question, answer in zip(questions, answers) if answer is not None]
+        batch_size = self.trainer.args.per_device_eval_batch_size
+        answers = answer(self.model, self.processor, [question.prompt for question in questions], batch_size, config)
+        return [(question, said) for question, said in zip(questions, answers) if said is not None]
 
     def draw(self) -> None:
-        """Write `samples.png`, where there are samples."""
-        if self.samples:
-            draw_samples(self.processor, *zip(*self.samples), Path(self.trainer.args.output_dir) / "samples.png")
+        """Write `samples.png`, where there are samples, and a page beside it where fonts are missing."""
+        if not self.samples:
+            return
+        image_id = self.processor.image_token_id
+        shown = [
+            Shown(
+                load_image(question.prompt.images[-1]) if question.prompt.images else None,
+                text_of(self.processor, [id for id in question.prompt.ids if id != image_id]),
+                question.expected,
+                said,
+                question.is_right(said),
+            )
+            for question, said in self.samples
+        ]
+        page = draw_gallery(shown, Path(self.trainer.args.output_dir) / "samples.png")
+        if page is not None:
+            print(f"samples.png lacks characters that no font of this machine has; {page} shows them.")
 
     def shown(self) -> list[tuple[str, str, str]]:
         """What was asked, expected and answered."""
         decode, image = self.processor.tokenizer.decode, self.processor.image_token_id
-        return [(decode([id for id in q.ids if id != image]), q.expected, answer) for q, answer in self.samples]
+        return [(decode([id for id in q.prompt.ids if id != image]), q.expected, said) for q, said in self.samples]
 
 
 def _readable(items):
