@@ -11,7 +11,7 @@ Every option of `TrainingArguments` works; `--help` lists them with Duet's own.
 
 from training_vlm.data import encode_data, encode_test, load_data
 from training_vlm.finish import finish
-from training_vlm.load import choose_max_length, load_model
+from training_vlm.load import check_model, choose_max_length, load_model
 from training_vlm.run import build_trainer, one_line_errors, prepare, report, train
 from training_vlm.settings import parse_arguments
 from training_vlm.stages import PRETRAIN
@@ -22,6 +22,7 @@ from training_vlm.survey import survey_data
 def main(argv: list[str] | None = None) -> None:
     arguments = model_args, data_args, _, training_args = parse_arguments(PRETRAIN, argv)
     prepare(training_args)
+    check_model(model_args)
 
     data = load_data(PRETRAIN, data_args, training_args)
     model, processor = load_model(PRETRAIN, model_args, data_args, data)

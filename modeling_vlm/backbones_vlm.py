@@ -29,6 +29,7 @@ from transformers.utils import logging
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from .configuration_vlm import VLMVisionPairConfig, own_image_size
+from .files_vlm import TEXT_FILES, VISION_FILES, check_files
 from .model_error_vlm import DuetError
 from .vision_vlm import blank_image, forward_names, run_tower, unused_parameters
 
@@ -50,14 +51,23 @@ class BackboneKwargs(TypedDict, total=False):
 
 
 def _from_pretrained(what: str, name: str, loader, **kwargs):
+    files, weights = _FILES.get(what, ()), loader is not AutoConfig and loader is not AutoTokenizer
     try:
         return loader.from_pretrained(name, **kwargs)
-    except (OSError, ValueError, KeyError) as error:
+    except Exception as error:
+        check_files(what, name, files, kwargs.get("revision"), weights)  # which can say more of a file than the library
         reason = " ".join(str(error).split())[:300]
+        if isinstance(error, ImportError):
+            raise DuetError(f"the {what} {str(name)!r} needs a package that is not installed: {reason}") from error
+        if not isinstance(error, (OSError, ValueError, KeyError)):
+            raise
         raise DuetError(
             f"the {what} {str(name)!r} could not be loaded: expected a folder with a config.json or a name on the "
             f"Hugging Face Hub (which needs the network, and a token where the repository is private). {reason}"
         ) from error
+
+
+_FILES = {"vision encoder": VISION_FILES, "language model": TEXT_FILES[:1], "tokenizer": TEXT_FILES}
 
 
 def load_backbone_config(what: str, backbone: str | PreTrainedConfig, kwargs: BackboneKwargs) -> PreTrainedConfig:
@@ -71,7 +81,23 @@ def load_backbone_config(what: str, backbone: str | PreTrainedConfig, kwargs: Ba
     if not isinstance(backbone, PreTrainedConfig):
         config = _from_pretrained(what, backbone, AutoConfig, **_without_attention(kwargs))
     _refuse_own_code(what, config._name_or_path, config)
+    if "quantization_config" not in kwargs:
+        _refuse_quantised(what, config)
     return config
+
+
+def _refuse_quantised(what, config):
+    settings = getattr(config, "quantization_config", None)
+    settings = settings if isinstance(settings, dict) or settings is None else settings.to_dict()
+    method = getattr(settings["quant_method"], "value", settings["quant_method"]) if settings else None
+    if method not in (None, "mxfp4"):  # which the library turns into numbers that can be learned from
+        loads = {4: settings.get("load_in_4bit"), 8: settings.get("load_in_8bit")}
+        bits = settings.get("bits") or next((number for number, given in loads.items() if given), None)
+        raise DuetError(
+            f"the {what}{_named(config)} is saved quantised ({method}{f', {bits} bits' if bits else ''}, as the "
+            "quantization_config in its config.json says), and Duet composes models of "
+            "weights in float32, bfloat16 or float16; name the repository that it was made from."
+        )
 
 
 def load_vision_tower(

@@ -551,7 +551,13 @@ def _load_image_processor(vision, model_config, options):
     if isinstance(vision, PreTrainedConfig):
         half = [0.5, 0.5, 0.5]
         return transformers.ViTImageProcessorPil(size=size, image_mean=half, image_std=half)
-    settings, _ = transformers.ImageProcessingMixin.get_image_processor_dict(vision, **options)
+    try:
+        settings, _ = transformers.ImageProcessingMixin.get_image_processor_dict(vision, **options)
+    except (OSError, ValueError) as error:
+        raise DuetError(
+            f"the vision encoder {str(vision)!r} has no image processor that can be read: expected a "
+            f"preprocessor_config.json beside its weights; fetch it. {' '.join(str(error).split())[:200]}"
+        ) from error
     name = settings.get("image_processor_type") or settings.get("feature_extractor_type", "")
     name = re.sub("(Fast|Pil)$", "", name.replace("FeatureExtractor", "ImageProcessor")) + "Pil"
     if hasattr(transformers, name):

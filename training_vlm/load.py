@@ -3,12 +3,16 @@
 What is no model of Duet's, or does not belong together, is known here, before data are encoded and hours pass.
 """
 
+import json
 from pathlib import Path
 
 import torch
+from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError, RevisionNotFoundError
 from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
 from modeling_vlm import VLMConfig, VLMForConditionalGeneration
+from modeling_vlm.backbones_vlm import find_image_token_id, load_backbone_config
+from modeling_vlm.files_vlm import TEXT_FILES, VISION_FILES, check_files
 from processing import VLMProcessor
 from processing.data_error_vlm import DuetError
 from processing.tokenizer import train_tokenizer
@@ -32,7 +36,6 @@ def load_model(
     if dtype not in (torch.float32, torch.bfloat16, torch.float16):
         raise DuetError(f"dtype={model_args.dtype!r}: expected float32, bfloat16 or float16.")
     if model_args.model is not None:
-        check_composed(model_args)
         model, processor = _load_composed(model_args, dtype)
         starts = {"vision": "frozen", "text": "frozen"}
     elif model_args.vision_model is not None and model_args.text_model is not None:
@@ -65,9 +68,40 @@ def load_model(
     return model, processor
 
 
-def check_composed(model_args: ModelArguments) -> None:
+def check_model(model_args: ModelArguments) -> None:
     """
-    Refuse a `model` that is not there, or is none of Duet's, before anything large is read.
+    Refuse a model that cannot be loaded, before data are read; nothing large is read for it.
+
+    Raises:
+        ValueError: which file, package or setting it is, or that there is no such model.
+    """
+    if model_args.model is not None:
+        return check_composed(model_args)
+    sides = (("vision encoder", "vision_model", VISION_FILES), ("vision encoder", "second_vision_model", VISION_FILES))
+    sides += (("language model", "text_model", TEXT_FILES if model_args.tokenizer is None else TEXT_FILES[:1]),)
+    for what, option, files in sides:
+        name = getattr(model_args, option)
+        if isinstance(name, str):
+            kwargs = model_args.backbone_kwargs("text" if option == "text_model" else "vision")
+            load_backbone_config(what, name, kwargs)
+            check_files(what, name, files, kwargs.get("revision"))
+            there = [file for file in files[1:] if Path(name, file).is_file()]
+            if what == "vision encoder" and Path(name).is_dir() and not there:
+                raise DuetError(
+                    f"the vision encoder {name!r} has no image processor: expected a preprocessor_config.json beside "
+                    "its weights; fetch it."
+                )
+    tokenizer = model_args.tokenizer or model_args.text_model
+    if isinstance(tokenizer, str):
+        find_image_token_id(tokenizer, model_args.image_token, model_args.backbone_kwargs("text"))
+
+
+def check_composed(model_args: ModelArguments, weights: bool = True) -> None:
+    """
+    Refuse a `model` that is not there, is not whole, or is none of Duet's.
+
+    Args:
+        weights: whether its weights are needed.
 
     Raises:
         ValueError: what it is, or that there is none.
@@ -75,20 +109,67 @@ def check_composed(model_args: ModelArguments) -> None:
     name = model_args.model
     if others := model_args.composing_settings():
         raise DuetError(f"model and {others[0]} are both given, and {name} is composed already; leave out one of them.")
-    if not Path(name).exists() and (Path(name).is_absolute() or name.count("/") != 1):
-        raise DuetError(
-            f"there is no model in {name}; expected the output folder of stage 1: run "
-            f"`python train_pretrain.py --output_dir {name} ...` first."
-        )
+    if Path(name).exists():
+        _check_folder(Path(name), weights)
+    elif Path(name).is_absolute() or name.count("/") != 1:
+        raise DuetError(f"there is no model in {name}; {_run_stage_1(name)}")
     try:
         settings, _ = PreTrainedConfig.get_config_dict(name, revision=model_args.model_revision)
     except (OSError, ValueError) as error:
-        raise DuetError(f"the model {name!r} could not be loaded: {' '.join(str(error).split())[:300]}") from error
+        reason = " ".join(str(error).split())[:300]
+        if Path(name).exists() or _causes(error, GatedRepoError, RevisionNotFoundError):
+            raise DuetError(f"the model {name!r} could not be loaded: {reason}") from error
+        hub = "knows no such name" if _causes(error, RepositoryNotFoundError) else "could not be asked"
+        raise DuetError(
+            f"there is no model in {name}: no such folder is here, and the Hugging Face Hub {hub}; {_run_stage_1(name)}"
+        ) from error
     if settings.get("model_type") != VLMConfig.model_type:
         raise DuetError(
             f"{name} is a {settings.get('model_type')} checkpoint; expected a model composed by Duet (the output "
             "folder of train_pretrain.py). Backbones go into --vision_model and --text_model."
         )
+
+
+def _check_folder(folder: Path, weights: bool) -> None:
+    if not folder.is_dir():
+        raise DuetError(f"{folder} is a file; expected the folder of a model, such as the output folder of stage 1.")
+    if not (folder / "config.json").is_file():
+        found = [path.name for path in folder.glob("checkpoint-*") if (path / "config.json").is_file()]
+        checkpoints = sorted(found, key=lambda name: (len(name), name))  # as numbers
+        if checkpoints:
+            raise DuetError(
+                f"{folder} holds {', '.join(checkpoints[:3])} of a run that has not come to its end, and no model; go "
+                f"on with it, `python train_pretrain.py --output_dir {folder} --resume_from_checkpoint last ...`, or "
+                f"take a checkpoint, --model {folder / checkpoints[-1]}."
+            )
+        state = "holds no config.json" if any(folder.iterdir()) else "is empty"
+        raise DuetError(f"there is no model in {folder}, which {state}; {_run_stage_1(folder)}")
+    for file in ("processor_config.json", "tokenizer_config.json", "tokenizer.json"):
+        if not (folder / file).is_file() and _is_composed(folder):
+            raise DuetError(f"the model in {folder} is not whole: it has no {file}; take all files that stage 1 saved.")
+    check_files("model", folder, [*TEXT_FILES, *VISION_FILES], weights=weights)
+
+
+def _is_composed(folder):
+    try:
+        settings = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        return settings.get("model_type") == VLMConfig.model_type
+    except (ValueError, AttributeError):  # which `check_files` names
+        return False
+
+
+def _run_stage_1(name):
+    return (
+        f"expected the output folder of stage 1: run `python train_pretrain.py --output_dir {name} ...` first, or name "
+        "the folder that it wrote."
+    )
+
+
+def _causes(error: BaseException | None, *kinds: type[BaseException]) -> bool:
+    """Whether an error, or one that led to it, is of these kinds."""
+    while error is not None and not isinstance(error, kinds):
+        error = error.__cause__ or error.__context__
+    return error is not None
 
 
 def _load_composed(model_args, dtype):
@@ -190,4 +271,4 @@ def choose_max_length(model: VLMForConditionalGeneration, asked: int | None) -> 
     return chosen
 
 
-__all__ = ["check_composed", "check_fit", "choose_max_length", "load_model", "tokenizer_from_scratch"]
+__all__ = ["check_composed", "check_fit", "check_model", "choose_max_length", "load_model", "tokenizer_from_scratch"]

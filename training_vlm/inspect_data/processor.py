@@ -29,7 +29,7 @@ def load_processor(
         ValueError, OSError: no model is named, or what is named cannot be loaded.
     """
     if model_args.model is not None:
-        check_composed(model_args)
+        check_composed(model_args, weights=False)
         name, revision = model_args.model, model_args.model_revision
         with trusting(Path(name).is_dir() or model_args.trust_remote_code, revision=revision):
             model = shape_of(VLMForConditionalGeneration, VLMConfig.from_pretrained(name, revision=revision))
