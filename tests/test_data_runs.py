@@ -203,6 +203,7 @@ def test_a_weighted_mix_grouped_by_length_resumes_as_the_same_run(backbones, tmp
     common = [
         "--config", str(tmp_path / "mix.yaml"), *backbones, *QUICK, "--num_train_epochs", "3", "--learning_rate",
         "1e-3", "--save_strategy", "steps", "--save_steps", "23", "--train_sampling_strategy", "group_by_length",
+        "--tune_text", "full",
     ]  # fmt: skip
     whole, stopped = tmp_path / "whole", tmp_path / "stopped"
     train_sft.main([*common, "--output_dir", str(whole)])

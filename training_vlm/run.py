@@ -11,7 +11,7 @@ import sys
 from pathlib import Path
 
 import datasets
-from transformers import TrainerCallback, TrainerState, set_seed
+from transformers import TrainerCallback, set_seed
 from transformers.trainer_utils import TrainOutput
 from transformers.utils import logging
 
@@ -22,6 +22,7 @@ from processing.batching.encoding import Encoder
 from processing.data_error_vlm import DuetError
 
 from .arguments import GenerationArguments, VLMTrainingArguments
+from .learning.checkpoints import discard_unfinished, find_checkpoint, numbered
 from .learning.trainer import VLMTrainer
 from .learning.tuning import describe_parts
 from .settings import Arguments
@@ -66,14 +67,9 @@ def prepare(training_args: VLMTrainingArguments) -> None:
     folder = Path(training_args.output_dir)
     resume = training_args.resume_from_checkpoint
     if resume is not None:
-        if str(resume).lower() in ("last", "true"):
-            resume = _last_checkpoint(folder)
-        if resume is None or not _is_complete(Path(resume)):
-            raise DuetError(
-                f"there is no checkpoint to resume from at {resume or folder}; expected a folder such as "
-                f"{folder / 'checkpoint-500'}; leave out --resume_from_checkpoint to start anew."
-            )
-        training_args.resume_from_checkpoint = str(resume)
+        with training_args.main_process_first(desc="looking for a checkpoint"):
+            found = find_checkpoint(resume, folder, training_args.process_index == 0)
+        training_args.resume_from_checkpoint = str(found)
     elif folder.is_dir() and any(folder.iterdir()):
         if not training_args.overwrite_output_dir:
             raise DuetError(
@@ -81,26 +77,13 @@ def prepare(training_args: VLMTrainingArguments) -> None:
                 "--resume_from_checkpoint last to go on with it."
             )
         with training_args.main_process_first(desc="removing old checkpoints"):
-            for checkpoint in folder.glob("checkpoint-*"):  # or a later resume would take one of them for its own
+            discard_unfinished(folder)
+            for checkpoint in numbered(folder):  # or a later resume would take one of them for its own
                 shutil.rmtree(checkpoint, ignore_errors=True)
     if training_args.process_index > 0:
         datasets.disable_progress_bars()
     logging.disable_progress_bar()  # of loading weights; the Trainer draws its own
     set_seed(training_args.seed)
-
-
-def _last_checkpoint(folder: Path) -> Path | None:
-    checkpoints = sorted(folder.glob("checkpoint-*"), key=lambda path: int(path.name.rpartition("-")[2]), reverse=True)
-    return next((path for path in checkpoints if _is_complete(path)), None)
-
-
-def _is_complete(checkpoint: Path) -> bool:
-    """Whether the saving of a checkpoint came to its end: the Trainer's state is what it writes last."""
-    try:
-        TrainerState.load_from_json(str(checkpoint / "trainer_state.json"))
-    except (OSError, ValueError, TypeError):
-        return False
-    return True
 
 
 def build_trainer(arguments: Arguments, model, encoder: Encoder, train, evaluation) -> VLMTrainer:

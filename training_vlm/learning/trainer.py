@@ -1,30 +1,44 @@
 """The Trainer, with what it cannot express for this model: nothing computed in vain, and a loss that weighs tokens.
 
-Six things differ from the stock Trainer. The head is computed at supervised positions only: the same loss and
+Nine things differ from the stock Trainer. The head is computed at supervised positions only: the same loss and
 gradients, without the logits of a thousand image positions. The evaluation loss is the mean over tokens, where the
 stock loop averages the means of batches, which makes it depend on the batch size. Label smoothing is the model's, with
 all that its loss has. The accounts of the batches that were trained on are added up, and go on with a resumed run. A
 run on a stream resumes at its next sample without decoding those before it. Grouping by length reads no item, and its
-order depends on seed and epoch alone.
+order depends on seed and epoch alone. A checkpoint is written beside and counts when it is whole. A run stops when its
+loss is no longer finite or nothing reaches what learns. One that is resumed at its end takes no further step.
+
+Six of the Trainer's private methods are overridden, each with its reason beside it; they are the last of the class.
 """
 
 import copy
-import json
-import random
-import shutil
-from collections.abc import Iterator
 from pathlib import Path
 
 import torch
 from accelerate.utils import gather_object
-from transformers import Trainer, TrainerCallback, TrainerState
-from transformers.trainer_pt_utils import get_length_grouped_indices
-from transformers.trainer_utils import EvalLoopOutput, get_last_checkpoint
+from transformers import Trainer, TrainerState
+from transformers.trainer_utils import EvalLoopOutput, TrainOutput
 from transformers.utils import logging
 
 from modeling_vlm.loss_vlm import IGNORE, targets_of, token_costs
 from processing.batching.account import Account
 from processing.data_error_vlm import DuetError
+
+from .checkpoints import (
+    STATE,
+    UNFINISHED,
+    discard_unfinished,
+    find_checkpoint,
+    load_account,
+    put_in_place,
+    replace_files,
+    rotate,
+    save_account,
+    save_weights_at_least,
+    seal,
+)
+from .guard import Guard
+from .sampling import EpochOfData, LengthGroupedOrder
 
 
 logger = logging.get_logger(__name__)
@@ -43,13 +57,26 @@ class VLMTrainer(Trainer):
         self._skip_batches = 0  # of a resumed stream
         # The model's loss smooths: the stock way knows neither who predicts whom, nor weights, nor a balance loss.
         self.label_smoother = None
-        self.add_callback(_EpochOfData())
+        self._resumed_at = 0  # step
+        self._beside: Path | None = None  # where a checkpoint is being written
+        self._save_error: Exception | None = None
+        self.add_callback(EpochOfData())
+        self.guard = Guard(self)
+        self.add_callback(self.guard)
+        # It would hide from the log what the guard looks at; the steps that a scaler skips are to be hidden.
+        self.args.logging_nan_inf_filter = self.accelerator.scaler is not None
+
+    @property
+    def run_folder(self) -> Path:
+        """Where checkpoints and the trained model are written."""
+        return Path(self.args.output_dir)
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         """See `Trainer.compute_loss`; logits are left out where nobody reads them."""
         account = inputs.pop("account", None)
         if account is not None and model.training:
             self.account.add_batch(account)
+            self.guard.saw_records(account.records)
         targets, weights = targets_of(*map(inputs.get, ("labels", "loss_weights", "shift_labels")))
         if targets is not None and self.compute_loss_func is not None:
             if weights is not None:
@@ -65,6 +92,12 @@ class VLMTrainer(Trainer):
         if targets is not None and not model.training and self._evaluated is not None:
             self._add_evaluated(targets, weights, outputs["logits"])
         return (loss, outputs) if return_outputs else loss
+
+    def training_step(self, *args, **kwargs) -> torch.Tensor:
+        """See `Trainer.training_step`."""
+        loss = super().training_step(*args, **kwargs)
+        self.guard.saw_loss(loss)
+        return loss
 
     def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
         self._only_loss = prediction_loss_only
@@ -86,12 +119,6 @@ class VLMTrainer(Trainer):
                 logger.warning("the evaluation gives no loss: nothing in its data could be learned from.")
         return output
 
-    def _determine_best_metric(self, metrics, trial):
-        # The stock method ends the run where there is no such metric, and an evaluation of nothing has none.
-        if self._evaluated_nothing:
-            return False
-        return super()._determine_best_metric(metrics, trial)
-
     def gathered_account(self) -> Account:
         """The account of every batch that was trained on, of all processes; every process has to ask."""
         account = Account()
@@ -99,10 +126,82 @@ class VLMTrainer(Trainer):
             account.merge(Account.from_state(state))
         return account
 
-    def train(self, resume_from_checkpoint=None, **kwargs):
-        """See `Trainer.train`."""
-        self._skip_batches = self._batches_to_skip(resume_from_checkpoint)
-        return super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
+    def train(self, resume_from_checkpoint=None, *args, **kwargs) -> TrainOutput:
+        """
+        See `Trainer.train`; `True` takes the newest whole checkpoint.
+
+        Raises:
+            ValueError: there is no whole checkpoint to resume from, processes found others, or the run cannot go on.
+        """
+        checkpoint, self._resumed_at, self._skip_batches = None, 0, 0
+        if resume_from_checkpoint:
+            checkpoint = find_checkpoint(resume_from_checkpoint, self.run_folder, self.is_world_process_zero())
+            self._resumed_at = TrainerState.load_from_json(str(checkpoint / STATE)).global_step
+            if self.args.world_size > 1 and len(steps := set(gather_object([self._resumed_at]))) > 1:
+                raise DuetError(
+                    f"the processes found checkpoints of the steps {', '.join(map(str, sorted(steps)))}; name one that "
+                    "all have with --resume_from_checkpoint FOLDER."
+                )
+            self._skip_batches = self._batches_to_skip()
+            # One process a disk goes on with what all counted, so that nothing is lost where fewer go on.
+            self.account = load_account(checkpoint) if self.args.should_save else Account()
+        if self.args.should_save:
+            discard_unfinished(self.run_folder)
+        self.accelerator.wait_for_everyone()
+        output = super().train(checkpoint and str(checkpoint), *args, **kwargs)
+        return output._replace(training_loss=output.metrics["train_loss"])
+
+    def set_initial_training_values(self, *args, **kwargs) -> tuple:
+        """See `Trainer.set_initial_training_values`; a run that is at its end has no epoch left to go through."""
+        epochs, *others, max_steps = super().set_initial_training_values(*args, **kwargs)
+        if self._resumed_at >= max_steps > 0:
+            if self.is_world_process_zero():
+                print(
+                    f"the checkpoint is of step {self._resumed_at} of {max_steps}: nothing is left to train", flush=True
+                )
+            epochs = 0
+        return epochs, *others, max_steps
+
+    def log(self, logs: dict[str, float], *args, **kwargs) -> None:
+        """See `Trainer.log`; a run that took no step has the loss that it logged before, not 0."""
+        if "train_loss" in logs and self.state.global_step == self._resumed_at:
+            logs["train_loss"] = _logged_loss(self.state.log_history)
+        super().log(logs, *args, **kwargs)
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """
+        See `Trainer.save_model`; files are written beside and then moved, so that a kill leaves old or new ones.
+
+        What cannot be saved of a model's settings is reported after its weights are on the disk.
+
+        Raises:
+            ValueError: the weights are not finite.
+        """
+        if self._beside is not None:  # a checkpoint, which `_save_checkpoint` puts in its place
+            self._save_error = self._write_model(output_dir)
+            return
+        self.guard.check_weights()
+        folder = self.run_folder if output_dir is None else Path(output_dir)
+        beside = folder / UNFINISHED / "model"
+        error = self._write_model(beside)
+        if self.is_deepspeed_enabled:  # of which each process may write
+            self.accelerator.wait_for_everyone()
+        if self.args.should_save:
+            replace_files(beside, folder)
+        if error is not None:
+            raise error
+        if self.args.push_to_hub and not _internal_call:
+            self.push_to_hub(commit_message="Model save", revision=self.args.hub_revision)
+
+    def _write_model(self, folder) -> Exception | None:
+        model = self.accelerator.unwrap_model(self.model)
+        try:
+            super().save_model(str(folder), _internal_call=True)
+        except Exception as error:  # whatever else than weights could not be saved
+            if self.args.should_save:
+                save_weights_at_least(model, Path(folder))
+            return error
+        return None
 
     def get_train_dataloader(self) -> torch.utils.data.DataLoader:
         """See `Trainer.get_train_dataloader`; of a resumed stream, what the loop will skip is not even made."""
@@ -116,51 +215,13 @@ class VLMTrainer(Trainer):
         finally:
             self.data_collator = collator
 
-    def _batches_to_skip(self, checkpoint):
+    def _batches_to_skip(self):
         """How many batches the stock loop will throw away before it goes on with a stream."""
         stream = isinstance(self.train_dataset, torch.utils.data.IterableDataset)
         if not stream or hasattr(self.train_dataset, "__len__") or self.args.ignore_data_skip:
             return 0
-        if checkpoint is True:
-            checkpoint = get_last_checkpoint(self.args.output_dir)
-        if not checkpoint:
-            return 0
-        state = TrainerState.load_from_json(str(Path(checkpoint, "trainer_state.json")))
         # A stream without a length is one epoch of `max_steps`.
-        return state.global_step % self.args.max_steps * self.args.gradient_accumulation_steps
-
-    def _save_rng_state(self, output_dir):
-        # What each process has to find again when it resumes lies beside its random states.
-        super()._save_rng_state(output_dir)
-        file = Path(output_dir, f"data_account_{self.args.process_index}.json")
-        file.write_text(json.dumps(self.account.state()), encoding="utf-8")
-        if self.args.process_index == 0:
-            for other, number in _account_files(output_dir):
-                if number >= self.args.world_size:  # of an earlier run of more processes, saved here at the same step
-                    other.unlink()
-
-    def _load_rng_state(self, checkpoint):
-        super()._load_rng_state(checkpoint)
-        if checkpoint is None:
-            return
-        # One process goes on with what all counted, so that nothing is lost where fewer go on than were stopped.
-        self.account = Account()
-        if self.args.process_index == 0:
-            for file, _ in _account_files(checkpoint):
-                self.account.merge(Account.from_state(json.loads(file.read_text(encoding="utf-8"))))
-
-    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        """See `Trainer.save_model`; the output folder itself holds what it held until the new model is whole."""
-        folder = Path(self.args.output_dir)
-        if output_dir is not None and Path(output_dir) != folder:
-            return super().save_model(output_dir, _internal_call)
-        beside = folder / "_saving"
-        super().save_model(str(beside), _internal_call=True)
-        self.accelerator.wait_for_everyone()
-        if self.args.should_save:
-            move_model(beside, folder)
-        if self.args.push_to_hub and not _internal_call:
-            self.push_to_hub(commit_message="Model save", revision=self.args.hub_revision)
+        return self._resumed_at % self.args.max_steps * self.args.gradient_accumulation_steps
 
     def create_model_card(self, *args, **kwargs) -> None:
         """Write the model card: the run's own where there is one, for `push_to_hub` too."""
@@ -168,15 +229,6 @@ class VLMTrainer(Trainer):
             super().create_model_card(*args, **kwargs)
         elif self.is_world_process_zero():
             self.card()
-
-    def _get_train_sampler(self, train_dataset=None):
-        # The stock sampler would read every item, images too, to find out how long it is.
-        dataset = self.train_dataset if train_dataset is None else train_dataset
-        if self.args.train_sampling_strategy != "group_by_length" or not hasattr(dataset, "lengths"):
-            return super()._get_train_sampler(train_dataset)
-        batch = self.args.train_batch_size * self.args.gradient_accumulation_steps
-        seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
-        return LengthGroupedOrder(dataset, batch, seed)
 
     def _add_evaluated(self, targets, weights, logits):
         keep = targets != IGNORE
@@ -189,71 +241,71 @@ class VLMTrainer(Trainer):
         sums[:, 1] = keep.sum(1)
         self._evaluated += self.accelerator.gather_for_metrics(sums).cpu().double().sum(0)
 
+    def _get_train_sampler(self, train_dataset=None):
+        # The stock sampler would read every item, images too, to find out how long it is.
+        dataset = self.train_dataset if train_dataset is None else train_dataset
+        if self.args.train_sampling_strategy != "group_by_length" or not hasattr(dataset, "lengths"):
+            return super()._get_train_sampler(train_dataset)
+        batch = self.args.train_batch_size * self.args.gradient_accumulation_steps
+        seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
+        return LengthGroupedOrder(dataset, batch, seed)
 
-class LengthGroupedOrder(torch.utils.data.Sampler):
-    """
-    Every item once an epoch, those of like lengths beside each other.
+    def _determine_best_metric(self, metrics, trial):
+        # The stock method ends the run where there is no such metric, and an evaluation of nothing has none.
+        if self._evaluated_nothing:
+            return False
+        return super()._determine_best_metric(metrics, trial)
 
-    The order depends on seed and epoch alone: all processes have the same one, and a resumed run goes on with it. The
-    lengths are read for each epoch, as a weighted mix shows other items in the next.
+    def _get_grad_norm(self, model, grad_norm=None):
+        # The one place where a step's gradient norm is at hand before the optimiser moves; no callback is given it.
+        norm = super()._get_grad_norm(model, grad_norm)
+        self.guard.check(norm)
+        return norm
 
-    Args:
-        dataset: has `lengths`, the positions of every item, and `set_epoch` where they change.
-        batch_size: items that should be of like lengths.
-        seed: for the order.
-    """
+    def _get_output_dir(self, trial):
+        # The stock `_save_checkpoint` asks for the run's folder here, and makes the checkpoint's in it.
+        folder = super()._get_output_dir(trial)
+        return folder if self._beside is None else str(self._beside)
 
-    def __init__(self, dataset: torch.utils.data.Dataset, batch_size: int, seed: int = 0):
-        self.dataset, self.batch_size, self.seed = dataset, batch_size, seed
-        self.epoch = 0
+    def _push_from_checkpoint(self, checkpoint_folder):
+        # A push goes on in the background, so it has to wait until the checkpoint has its name.
+        if self._beside is None:
+            super()._push_from_checkpoint(checkpoint_folder)
 
-    def __len__(self) -> int:
-        return len(self.dataset)
-
-    def __iter__(self) -> Iterator[int]:
-        drawn = random.Random(f"{self.seed} {self.epoch}").getrandbits(63)
-        generator = torch.Generator().manual_seed(drawn)
-        return iter(get_length_grouped_indices(self.dataset.lengths, self.batch_size, generator=generator))
-
-    def set_epoch(self, epoch: int) -> None:
-        """Go on to another epoch, with the data set."""
-        self.epoch = epoch
-        if hasattr(self.dataset, "set_epoch"):
-            self.dataset.set_epoch(epoch)
-
-
-def move_model(source: Path, folder: Path) -> None:
-    """Move a saved model into a folder: its weights first, its config, without which none is found there, last."""
-    old = {path.name for path in folder.glob("model*.safetensors*")}
-    new = sorted(source.iterdir(), key=lambda path: (path.name == "config.json", ".safetensors" not in path.name))
-    for path in new:
-        target = folder / path.name
-        if target.is_dir():
-            shutil.rmtree(target)
-        path.replace(target)
-    for name in old - {path.name for path in new}:  # shards of a model that was there before
-        (folder / name).unlink()
-    source.rmdir()
-
-
-def _account_files(checkpoint):
-    """The accounts in a checkpoint, and of which process each is."""
-    files = Path(checkpoint).glob("data_account_*.json")
-    return sorted(((file, int(file.stem.rpartition("_")[2])) for file in files), key=lambda found: found[1])
+    def _save_checkpoint(self, model, trial):
+        # The stock method writes in place, where a kill leaves half a checkpoint for the next resume to take.
+        self.guard.check_weights()
+        run_folder = Path(self._get_output_dir(trial))
+        place = run_folder / f"checkpoint-{self.state.global_step}"
+        self._beside = run_folder / UNFINISHED
+        beside = self._beside / place.name
+        try:
+            super()._save_checkpoint(model, trial)
+        finally:
+            self._beside = None
+        save_account(self.account, beside, self.args.process_index)
+        best = run_folder / f"checkpoint-{self.state.best_global_step}"
+        if best == place or best.is_dir():
+            self.state.best_model_checkpoint = str(best)
+        self.accelerator.wait_for_everyone()
+        if self.args.should_save:
+            self.state.save_to_json(str(beside / STATE))
+            seal(beside)
+            put_in_place(beside, place)
+            discard_unfinished(run_folder)
+        self.accelerator.wait_for_everyone()
+        if self.args.push_to_hub:
+            self._push_from_checkpoint(str(place))
+        if self.args.should_save:
+            keep = [place, *filter(None, [self.state.best_model_checkpoint])]
+            rotate(run_folder, self.args.save_total_limit, {Path(checkpoint) for checkpoint in keep})
+        if self._save_error is not None:
+            error, self._save_error = self._save_error, None
+            raise error
 
 
-class _EpochOfData(TrainerCallback):
-    """
-    Tells data set and sampler which epoch it is, in every process.
-
-    accelerate's loader tells the sampler only, and not even that where a run of several processes resumes: there the
-    sampler lies behind more layers than it looks through.
-    """
-
-    def on_epoch_begin(self, args, state, control, train_dataloader=None, **kwargs):
-        batches = getattr(train_dataloader, "batch_sampler", None)
-        while hasattr(batches, "batch_sampler"):
-            batches = batches.batch_sampler
-        for part in (getattr(train_dataloader, "dataset", None), getattr(batches, "sampler", None)):
-            if hasattr(part, "set_epoch"):
-                part.set_epoch(int(state.epoch or 0))
+def _logged_loss(log_history) -> float:
+    """The mean of the losses in a log, each of the steps since the one before."""
+    logged = [(entry["step"], entry["loss"]) for entry in log_history if "loss" in entry]
+    steps = [step - before for (step, _), (before, _) in zip(logged, [(0, 0.0), *logged])]
+    return sum(n * loss for n, (_, loss) in zip(steps, logged)) / sum(steps) if logged else float("nan")

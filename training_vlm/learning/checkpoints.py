@@ -1,0 +1,239 @@
+"""Checkpoints that count when they are whole: written beside, proved by a manifest, then renamed.
+
+What is being written lies in `_unfinished`, a name that no resume, no rotation and no push takes. Its last file is a
+manifest of all others and their sizes, those of every process; then it gets its name. A checkpoint without a manifest,
+of a Duet that wrote none or of another program, is proved by what can be checked. The newest whole one is resumed from.
+Weights come before everything that describes them: a setting or a file that cannot be saved never keeps them off the
+disk.
+"""
+
+import contextlib
+import json
+import os
+import re
+import shutil
+import zipfile
+from pathlib import Path
+
+from huggingface_hub import save_torch_model
+from safetensors import SafetensorError, safe_open
+from torch import nn
+from transformers import TrainerState
+
+from processing.batching.account import Account
+from processing.data_error_vlm import DuetError
+
+
+UNFINISHED = "_unfinished"
+MANIFEST = "checkpoint_manifest.json"
+STATE = "trainer_state.json"
+_EDITED = (".py", ".md", ".jinja", "config.json")  # what a person, or an update of the code, may change since
+_WEIGHTS = re.compile(r"model(-\d+-of-\d+)?\.safetensors|model\.safetensors\.index\.json")
+
+
+def numbered(folder: Path) -> list[Path]:
+    """The checkpoints in a folder, whole or not, the newest first; `checkpoint-best` and the like are none."""
+    found = [path for path in folder.glob("checkpoint-*") if re.fullmatch(r"checkpoint-\d+", path.name)]
+    return sorted((path for path in found if path.is_dir()), key=step_of, reverse=True)
+
+
+def step_of(checkpoint: Path) -> int:
+    """The step that a checkpoint's name says."""
+    return int(checkpoint.name.rpartition("-")[2])
+
+
+def fault(checkpoint: Path) -> str | None:
+    """Why a checkpoint is not whole, in words, or `None`."""
+    if not checkpoint.is_dir():
+        return "it is not there"
+    try:
+        manifest = json.loads((checkpoint / MANIFEST).read_text(encoding="utf-8"))["files"]
+    except FileNotFoundError:
+        return _fault_without_manifest(checkpoint)
+    except (OSError, ValueError, TypeError, KeyError):
+        return f"{MANIFEST} cannot be read"
+    found = _sizes(checkpoint)
+    for name, size in manifest.items():
+        if name.endswith(_EDITED):
+            continue
+        if name not in found:
+            return f"{name} is missing"
+        if found[name] != size:
+            return f"{name} has {found[name]:,} of {size:,} bytes"
+    return None
+
+
+def _sizes(checkpoint):
+    files = (path for path in checkpoint.rglob("*") if path.is_file() and path.name != MANIFEST)
+    return {path.relative_to(checkpoint).as_posix(): path.stat().st_size for path in sorted(files)}
+
+
+def _fault_without_manifest(checkpoint):
+    try:  # what the Trainer writes last
+        TrainerState.load_from_json(str(checkpoint / STATE))
+    except (OSError, ValueError, TypeError):
+        return f"{STATE} is missing or cannot be read"
+    for index in checkpoint.glob("*.index.json"):
+        try:
+            shards = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
+        except (OSError, ValueError, TypeError, KeyError):
+            return f"{index.name} cannot be read"
+        if missing := sorted(shard for shard in shards if not (checkpoint / shard).is_file()):
+            return f"{missing[0]} is missing"
+    for path in sorted(checkpoint.rglob("*.safetensors")):
+        if _is_torn(path):
+            return f"{path.name} is not whole"
+    for path in sorted(file for end in ("*.pt", "*.pth", "*.bin") for file in checkpoint.glob(end)):
+        if not zipfile.is_zipfile(path):  # its table of contents is its end
+            return f"{path.name} is not whole"
+    if not any(_holds_weights(path.name) for path in checkpoint.iterdir()):
+        return "it holds no weights"
+    return None
+
+
+def _holds_weights(name):
+    return name.endswith(".safetensors") or name.startswith(("pytorch_model", "adapter_model", "global_step"))
+
+
+def find_checkpoint(asked: str | bool, folder: Path, say: bool = True) -> Path:
+    """
+    The checkpoint to resume from.
+
+    Args:
+        asked: a checkpoint's folder; or `True`, `"true"` or `"last"`: the newest whole one in `folder`.
+        folder: the run's output folder.
+        say: which were passed over, and why.
+
+    Raises:
+        ValueError: there is none, or the one that is named is not whole.
+    """
+    finish_renaming(folder)
+    if str(asked).lower() not in ("last", "true"):
+        if (reason := fault(Path(asked))) is not None:
+            raise DuetError(
+                f"there is no checkpoint to resume from at {asked}: {reason}; expected a folder such as "
+                f"{folder / 'checkpoint-500'}; `--resume_from_checkpoint last` takes the newest whole one, leaving it "
+                "out starts anew."
+            )
+        return Path(asked)
+    passed = []
+    for checkpoint in numbered(folder):
+        if (reason := fault(checkpoint)) is None:
+            for line in passed if say else ():
+                print(f"passed over {line}; {checkpoint.name} is the newest whole checkpoint", flush=True)
+            return checkpoint
+        passed.append(f"{checkpoint.name}: {reason}")
+    raise DuetError(
+        f"there is no checkpoint to resume from at {folder}{f' ({passed[0]})' if passed else ''}; expected a folder "
+        f"such as {folder / 'checkpoint-500'}; leave out --resume_from_checkpoint to start anew."
+    )
+
+
+def newest_whole(folder: Path) -> Path | None:
+    """The newest checkpoint that could be resumed from."""
+    return next((checkpoint for checkpoint in numbered(folder) if fault(checkpoint) is None), None)
+
+
+def seal(checkpoint: Path) -> None:
+    """Write the manifest, once the files of all processes are there."""
+    content = json.dumps({"files": _sizes(checkpoint)}, indent=2)
+    (checkpoint / MANIFEST).write_text(content, encoding="utf-8")
+
+
+def put_in_place(checkpoint: Path, place: Path) -> None:
+    """Give a sealed checkpoint its name; one that has it is replaced."""
+    replaced = checkpoint.with_name(f"replaced-{checkpoint.name}")
+    if place.exists():
+        os.replace(place, replaced)
+    os.replace(checkpoint, place)
+    shutil.rmtree(replaced, ignore_errors=True)
+
+
+def finish_renaming(folder: Path) -> None:
+    """Finish what a kill between sealing and naming a checkpoint left undone."""
+    for checkpoint in numbered(folder / UNFINISHED):
+        sealed = (checkpoint / MANIFEST).is_file() and fault(checkpoint) is None
+        if sealed and fault(folder / checkpoint.name) is not None:
+            with contextlib.suppress(FileNotFoundError):  # another process was faster
+                put_in_place(checkpoint, folder / checkpoint.name)
+
+
+def discard_unfinished(folder: Path) -> None:
+    """Remove what a kill left half written."""
+    shutil.rmtree(folder / UNFINISHED, ignore_errors=True)
+
+
+def rotate(folder: Path, limit: int | None, keep: set[Path]) -> None:
+    """
+    Remove the oldest checkpoints, those that are not whole first, until `limit` are left.
+
+    Args:
+        folder: the run's output folder; what is no checkpoint in it stays.
+        limit: how many may be left; `None` or 0 for all.
+        keep: what stays in any case.
+    """
+    found = numbered(folder)
+    limit = limit if limit and limit > 0 else len(found)
+    # By time, because a run that went on from an earlier one may find later numbers that are not its own.
+    oldest_first = sorted(found, key=lambda path: (fault(path) is None, _written_at(path), step_of(path)))
+    keep = {path.resolve() for path in keep}
+    removable = [path for path in oldest_first if path.resolve() not in keep]
+    for checkpoint in removable[: max(0, len(found) - limit)]:
+        (folder / UNFINISHED).mkdir(exist_ok=True)
+        os.replace(checkpoint, folder / UNFINISHED / f"removed-{checkpoint.name}")  # none is seen half removed
+    discard_unfinished(folder)
+
+
+def _written_at(checkpoint):
+    file = checkpoint / STATE
+    return file.stat().st_mtime if file.is_file() else 0
+
+
+def replace_files(source: Path, target: Path) -> None:
+    """
+    Move the files of a saved model over those of an earlier one, whole file by whole file.
+
+    Weights come first and the config, without which no model is found, last; then go shards that were replaced.
+    """
+    files = sorted(source.rglob("*"), key=lambda path: (path.name == "config.json", not _holds_weights(path.name)))
+    files = [path.relative_to(source) for path in files if path.is_file()]
+    stale = [path for path in target.glob("model*") if _WEIGHTS.fullmatch(path.name)]
+    for file in files:
+        (target / file).parent.mkdir(parents=True, exist_ok=True)
+        os.replace(source / file, target / file)
+    if any(_holds_weights(file.name) for file in files):
+        for path in stale:
+            if path.relative_to(target) not in files:
+                path.unlink()
+    shutil.rmtree(source)
+    with contextlib.suppress(OSError):  # something else is being written there
+        source.parent.rmdir()
+
+
+def save_weights_at_least(model: nn.Module, folder: Path) -> None:
+    """Save the weights where saving all that belongs to a model failed before they were whole."""
+    if not any(folder.glob("*.safetensors")) or any(_is_torn(path) for path in folder.glob("*.safetensors")):
+        folder.mkdir(parents=True, exist_ok=True)
+        save_torch_model(model, folder)
+
+
+def _is_torn(file):
+    try:
+        with safe_open(file, framework="pt"):  # compares what the header says with the length of the file
+            return False
+    except (OSError, SafetensorError):
+        return True
+
+
+def save_account(account: Account, checkpoint: Path, process: int) -> None:
+    """Write what a process has counted beside what else it needs to go on."""
+    file = checkpoint / f"data_account_{process}.json"
+    file.write_text(json.dumps(account.state()), encoding="utf-8")
+
+
+def load_account(checkpoint: Path) -> Account:
+    """What all processes had counted that wrote into a checkpoint."""
+    account = Account()
+    for file in sorted(checkpoint.glob("data_account_*.json")):
+        account.merge(Account.from_state(json.loads(file.read_text(encoding="utf-8"))))
+    return account
