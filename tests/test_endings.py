@@ -19,7 +19,6 @@ import train_sft
 from evaluation_vlm.questions import Question, generate_answers, greedy
 from modeling_vlm import VLMForConditionalGeneration
 from modeling_vlm.generation_vlm import savable
-from processing import VLMProcessor
 from tests import tiny
 from training_vlm import finish
 from training_vlm.learning.trainer import VLMTrainer
@@ -232,7 +231,7 @@ def test_what_fails_after_the_weights_costs_itself_alone(backbones, data, tmp_pa
     load(out)
     assert (out / "README.md").is_file() == (what != "the model card")
     assert (out / "samples.png").is_file() == (what not in ("samples.png", "the samples"))
-    assert not (out / "_saving").exists()
+    assert not (out / "_unfinished").exists()
 
 
 def test_the_weights_are_on_disk_before_the_last_evaluation_and_checkpoint(backbones, data, tmp_path, monkeypatch):
@@ -280,7 +279,8 @@ def test_a_model_that_was_there_before_stays_until_the_new_one_is_whole(composed
     trainer = VLMTrainer(model=model, args=args, processing_class=processor)
     with torch.no_grad():
         model.lm_head.weight.fill_(0.5)
-    monkeypatch.setattr(VLMProcessor, "save_pretrained", broken)
+    monkeypatch.setattr("transformers.modeling_utils.safe_save_file", broken)
+    monkeypatch.setattr("training_vlm.learning.checkpoints.save_torch_model", broken)
     with pytest.raises(RuntimeError):
         trainer.save_model()
     assert {name: (tmp_path / name).read_bytes() for name in before} == before

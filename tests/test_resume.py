@@ -250,18 +250,16 @@ def contradictory():
 
 
 @pytest.mark.parametrize("own", [contradictory, lambda: GenerationConfig(temperature=0.9)])
-def test_generation_settings_that_contradict_each_other_do_not_stop_a_checkpoint(run, tmp_path, own, capsys):
+def test_generation_settings_that_contradict_each_other_do_not_stop_a_checkpoint(run, tmp_path, own):
     trainer = run(tmp_path, max_steps=2)
     config = trainer.model.generation_config = own()
     trainer.train()
     trainer.save_model(str(tmp_path / "final"))
-    assert trainer.model.generation_config is config and config.temperature is not None
     for folder in (tmp_path / "checkpoint-2", tmp_path / "final"):
         saved = VLMForConditionalGeneration.from_pretrained(folder)
         assert same(weights(trainer), {name: parameter.detach() for name, parameter in saved.named_parameters()})
         saved.save_pretrained(tmp_path / "again")
         assert saved.generation_config.repetition_penalty == config.repetition_penalty
-    assert "temperature" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("part", ["config", "processor", "code"])
