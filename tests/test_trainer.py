@@ -416,7 +416,7 @@ def test_a_batch_of_nothing_to_learn_does_no_harm(folders, image, tmp_path):
     assert trainer.data_collator.dropped == {"no token of it is supervised": 2}
     assert all(torch.isfinite(tensor).all() for tensor in weights(trainer).values())
     trainer.eval_dataset = items[2:]
-    assert trainer.evaluate()["eval_loss"] == 0.0
+    assert "eval_loss" not in trainer.evaluate()
 
 
 def test_the_evaluation_loss_knows_weights_and_no_smoothing(pair, folders, image, tmp_path):
