@@ -290,7 +290,7 @@ def test_what_is_cut_is_counted(backbones, tmp_path):
         out = tmp_path / truncation
         train_sft.main([
             *backbones, "--dataset", data, *QUICK, "--num_train_epochs", "1", "--max_length", "80",
-            "--truncation", truncation, "--output_dir", str(out),
+            "--truncation", truncation, "--tune_text", "full", "--output_dir", str(out),
         ])  # fmt: skip
         report = account_of(out)
         assert_adds_up(report)

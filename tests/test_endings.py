@@ -190,7 +190,7 @@ def test_a_run_with_prompts_of_nearly_all_positions_ends_well(backbones, tmp_pat
     (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     train_sft.main([
         *backbones(), "--dataset", str(tmp_path / "rows.jsonl"), *QUICK, "--max_new_tokens", "64", "--test_split",
-        "train", "--eval_split", "train", "--output_dir", str(tmp_path / "out"),
+        "train", "--eval_split", "train", "--tune_text", "full", "--output_dir", str(tmp_path / "out"),
     ])  # fmt: skip
     assert "exactly right" in capsys.readouterr().out
     assert (tmp_path / "out" / "samples.png").is_file()
