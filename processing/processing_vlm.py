@@ -5,6 +5,7 @@ template) is. Messages become ids in `messages_vlm.py`, for training and for gen
 `images_vlm.py`. The files travel with every checkpoint.
 """
 
+import contextlib
 import copy
 import itertools
 import os
@@ -499,13 +500,21 @@ class VLMProcessor(ProcessorMixin):
 
     @property
     def end_token_ids(self) -> list[int]:
-        """Ids that end an answer: eos, and the token that the chat template puts after one."""
-        ends = [self.tokenizer.eos_token_id]
+        """
+        Ids that end an answer: eos, and the token that the chat template puts after one.
+
+        Some templates put another behind an answer that is not the last; it counts if it is a control token.
+        """
+        ends = {self.tokenizer.eos_token_id}
         if self.chat_template is not None:
-            probe = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
-            ids, weights = self.encode_messages(probe)
-            ends += [id for id, weight in zip(ids, weights) if weight][-1:]
-        return sorted(set(ends))
+            turn = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+            ids, weights = self.encode_messages(turn)
+            ends |= {*[id for id, weight in zip(ids, weights) if weight][-1:]}
+            with contextlib.suppress(DuetError):  # it may know one turn only
+                ids, weights = self.encode_messages([*turn, turn[0], {**turn[1], "train": False}])
+                last = [id for id, weight in zip(ids, weights) if weight][-1:]
+                ends |= {*last}.intersection(self.encoder.text.control_ids.values())
+        return sorted(ends)
 
     def update_generation_config(self, generation_config: GenerationConfig):
         """Let `generate` stop at the end of an answer, pad, and never write an image token."""

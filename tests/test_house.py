@@ -84,9 +84,7 @@ def test_what_is_imported_is_declared():
     setup.read(ROOT / "setup.cfg")
     wanted = setup["options"]["install_requires"].replace("Pillow", "PIL").replace("PyYAML", "yaml").split()
     declared = {line.partition(">")[0] for line in wanted}
-    extras = {
-        line.partition(">")[0] for lines in setup["options.extras_require"].values() for line in lines.split()
-    }
+    extras = {line.partition(">")[0] for lines in setup["options.extras_require"].values() for line in lines.split()}
     files = [file for package in MAY_IMPORT for file in (ROOT / package).rglob("*.py")] + list(ROOT.glob("train_*.py"))
     imported = set().union(*map(imported_packages, files)) - set(sys.stdlib_module_names) - MAY_IMPORT.keys()
     assert imported <= declared | extras, imported - declared
