@@ -82,10 +82,10 @@ class ConversationDataset(torch.utils.data.Dataset):
         number, references = item.pop("number"), item.pop("references")
         if None in references:
             position = item["position"]
-            references = self.reading.conversations(self.rows[position], position)[number]["images"]
+            references = self.reading.items(self.rows[position], position)[number]["images"]
         else:
             references = [NamedImage(reference, self.reading.images) for reference in references]
-        item = {name: value for name, value in item.items() if name not in KEPT or value not in (None, [])}
+        item = {name: value for name, value in item.items() if value is not None or name not in KEPT}
         return {**item, "images": references, "source": self.reading.source}
 
     def _place(self, index):

@@ -50,7 +50,7 @@ _COLUMNS = datasets.Features(
     }
 )
 _NOTHING = {**dict.fromkeys(_COLUMNS), "input_ids": [], "labels": [], "weights": [], "length": 0, "images": []}
-_OF_ITEMS = ["input_ids", "labels", "weights", "length", "cut", "position", "number", "references", *KEPT[1:]]
+_OF_ITEMS = ["input_ids", "labels", "weights", "length", "cut", "row", "position", "number", "references"]
 
 
 def encode_rows(
@@ -63,9 +63,9 @@ def encode_rows(
         on_bad_sample: `"error"` raises for the first row that cannot be read, `"skip"` drops and counts it.
 
     Returns:
-        a row a conversation that can be learned from: the fields of `Encoded` but `source`, with null for what it has
-        not, the `position` of its row, its `number` in it, and `references`, its images where they are named, else
-        nulls. Where images are tiled, their headers were read for their sizes (and those that are URLs fetched).
+        a row a conversation that can be learned from: the fields of `Encoded` that any of them has, but `source`; the
+        `position` of its row, its `number` in it, and `references`, its images where they are named, else nulls. Where
+        images are tiled, their headers were read for their sizes (and those that are URLs fetched).
     """
     tiled = encoder.processor.max_tiles > 1
     shown = rows if tiled else rows.with_format("arrow")  # stored images stay where they are not asked for
@@ -83,10 +83,12 @@ def encode_rows(
     account, fields = Account(), Record._fields[1:]
     for batch in encodings.select_columns([*fields]).iter(10_000):
         records = zip(*(batch[name] for name in fields))
-        account.add(Record(reading.source, *told, tuple(notes)) for *told, notes in records)
+        account.add(Record(reading.source, *told, tuple(notes or ())) for *told, notes in records)
     if account.named:
         encodings = encodings.filter(_is_kept, input_columns=["dropped"], desc="Dropping")
-    return encodings.select_columns(_OF_ITEMS), account
+    # What no row has costs every item something.
+    held = [name for name in KEPT if name in _COLUMNS and encodings.data[name].null_count < len(encodings.data)]
+    return encodings.select_columns(list(dict.fromkeys([*_OF_ITEMS, *held]))), account
 
 
 def _cores():
@@ -117,7 +119,7 @@ class _RowEncoder:
                 encoding = encoding or _NOTHING
                 references = [image if isinstance(image, NamedImage) else None for image in encoding["images"]]
                 places = {"position": position, "number": number, "references": references}
-                encoded.append({**_NOTHING, **encoding, **record._asdict(), **places})
+                encoded.append({**_NOTHING, **encoding, **record._asdict(), "notes": record.notes or None, **places})
         return {name: [item[name] for item in encoded] for name in _COLUMNS}
 
 
