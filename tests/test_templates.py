@@ -15,8 +15,10 @@ from tests import tiny
 
 FOLDER = Path(__file__).parent / "templates"
 NAMES = sorted(path.stem for path in FOLDER.glob("*.jinja"))
-CONTROL = r"<\|[^<>|\s'\"{}]+\|>|<｜[^<>\s'\"]+?｜>|\[/?[A-Z_]+\]|<(?:start|end)_of_\w+>"
-    r"|<(?:turn|channel)\|>|<\|(?:turn|channel)>"
+CONTROL = "|".join(
+    [r"<\|[^<>|\s'\"{}]+\|>", r"<｜[^<>\s'\"]+?｜>", r"\[/?[A-Z_]+\]", r"<(?:start|end)_of_\w+>"]
+    + [r"<(?:turn|channel)\|>", r"<\|(?:turn|channel)>"]
+)
 IMAGE = {"type": "image"}
 ANSWERS = {
     "words": "a red circle", "a thought": "<think>\nit is red\n</think>\n\na circle", "its end": "red</think>a circle",
