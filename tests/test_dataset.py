@@ -473,7 +473,7 @@ def test_the_cache_is_named_by_the_code_that_encodes_and_by_no_other(tmp_path, m
         ("unused.py", "X = 1"),
         ("a.py", "from . import b\nfrom .inner.c import C"),
         ("b.py", "def f():\n    from .d import D\n"),
-        ("d.py", "from .a import b"),
+        ("d.py", "from .a import b\nD = b"),
         ("inner/__init__.py", ""),
         ("inner/c.py", "from ..d import D\nC = 1"),
     ):

@@ -149,16 +149,15 @@ class VLMDataCollator:
             if self.processor.max_tiles > 1:
                 seen = self._seen(item)
             encoded, record = encode_item({**item, **(seen or {})}, self.encoder)
-            if encoded is not None:
-                encoded = {**encoded, **(seen or self._seen(encoded))}
+            opened = None if encoded is None else {**encoded, **(seen or self._seen(encoded))}
         except BadImage as error:
             line = f"{place(item)}{error}"
             if self.on_bad_sample == "error":
                 raise type(error)(line, error.reason) from error
             return None, Record(item.get("source") or "", item.get("row"), error.reason, line)
-        if encoded is None and self.on_bad_sample == "error" and record.dropped in BAD_SAMPLE_REASONS:
+        if opened is None and self.on_bad_sample == "error" and record.dropped in BAD_SAMPLE_REASONS:
             raise DuetError(record.detail)
-        return encoded, record
+        return opened, record
 
     def _seen(self, item):
         """What the encoder sees of an item's images, one by one: only one is in memory as large as it is stored."""

@@ -8,7 +8,7 @@ counts it where it counts everything else. Items that are not encoded are encode
 import functools
 import random
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, cast
 
 import datasets
 import numpy as np
@@ -48,7 +48,7 @@ class ConversationDataset(torch.utils.data.Dataset):
         self.reading = reading
         self.seed = seed
         self.account = Account()
-        self.encodings = None
+        self.encodings: datasets.Dataset | None = None
         # In memory that all processes see, so that workers which outlive an epoch see the next.
         self._epoch = torch.zeros(1, dtype=torch.long).share_memory_()
         self._ends = None if self._is_random else _conversation_ends(rows, reading)
@@ -86,7 +86,7 @@ class ConversationDataset(torch.utils.data.Dataset):
         else:
             references = [NamedImage(reference, self.reading.images) for reference in references]
         item = {name: value for name, value in item.items() if value is not None or name not in KEPT}
-        return {**item, "images": references, "source": self.reading.source}
+        return cast(Encoded, {**item, "images": references, "source": self.reading.source})
 
     def _place(self, index):
         """The row of an item, and the item's number in it."""
@@ -98,6 +98,7 @@ class ConversationDataset(torch.utils.data.Dataset):
     @property
     def lengths(self) -> list[int]:
         """Positions of every item, for batches of like lengths; of an image with several captions the first's."""
+        assert self.encodings is not None
         lengths = self.encodings["length"][:]
         return lengths if self._groups is None else [lengths[group[0]] for group in self._groups]
 
@@ -112,10 +113,11 @@ class ConversationDataset(torch.utils.data.Dataset):
         Args:
             on_bad_sample: `"error"` raises for the first row that cannot be read, `"skip"` drops and counts it.
         """
-        self.encodings, self.account = encode_rows(self.rows, self.reading, encoder, on_bad_sample)
+        encodings, self.account = encode_rows(self.rows, self.reading, encoder, on_bad_sample)
+        self.encodings = encodings
         if self._is_random:
             groups: dict[int, list[int]] = {}
-            for index, position in enumerate(self.encodings["position"]):
+            for index, position in enumerate(encodings["position"]):
                 groups.setdefault(position, []).append(index)
             self._groups = list(groups.values())
 

@@ -7,6 +7,7 @@ text of this file and of every file that it imports, so another version of the c
 import ast
 import functools
 import importlib.util
+import inspect
 import itertools
 import os
 from typing import Any
@@ -49,7 +50,14 @@ _COLUMNS = datasets.Features(
         "id": datasets.Value("string"),
     }
 )
-_NOTHING = {**dict.fromkeys(_COLUMNS), "input_ids": [], "labels": [], "weights": [], "length": 0, "images": []}
+_NOTHING: dict[str, Any] = {
+    **dict.fromkeys(_COLUMNS),
+    "input_ids": [],
+    "labels": [],
+    "weights": [],
+    "length": 0,
+    "images": [],
+}
 _OF_ITEMS = ["input_ids", "labels", "weights", "length", "cut", "row", "position", "number", "references"]
 
 
@@ -83,7 +91,7 @@ def encode_rows(
     account, fields = Account(), Record._fields[1:]
     for batch in encodings.select_columns([*fields]).iter(10_000):
         records = zip(*(batch[name] for name in fields))
-        account.add(Record(reading.source, *told, tuple(notes or ())) for *told, notes in records)
+        account.add(Record._make([reading.source, *told, tuple(notes or ())]) for *told, notes in records)
     if account.named:
         encodings = encodings.filter(_is_kept, input_columns=["dropped"], desc="Dropping")
     # What no row has costs every item something.
@@ -131,17 +139,18 @@ def code_that_encodes() -> str:
 
 def imported_texts(name: str) -> dict[str, str]:
     """The text of a module, and of each that it imports from its own package, by their names."""
-    texts, waiting = {}, [name]
+    texts: dict[str, str] = {}
+    waiting = [name]
     while waiting:
-        module = importlib.util.find_spec(waiting.pop())
-        if module.name in texts:
+        module = importlib.import_module(waiting.pop())
+        if module.__name__ in texts:
             continue
-        texts[module.name] = module.loader.get_source(module.name)
-        for node in ast.walk(ast.parse(texts[module.name])):
+        texts[module.__name__] = inspect.getsource(module)
+        for node in ast.walk(ast.parse(texts[module.__name__])):
             if isinstance(node, ast.ImportFrom) and node.level:
-                origin = importlib.util.resolve_name("." * node.level + (node.module or ""), module.parent)
-                is_package = importlib.util.find_spec(origin).submodule_search_locations is not None
-                waiting += [f"{origin}.{imported.name}" for imported in node.names] if is_package else [origin]
+                name = importlib.util.resolve_name("." * node.level + (node.module or ""), module.__package__ or "")
+                is_package = hasattr(importlib.import_module(name), "__path__")
+                waiting += [f"{name}.{imported.name}" for imported in node.names] if is_package else [name]
     return texts
 
 

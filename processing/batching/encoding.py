@@ -8,8 +8,8 @@ is made. Labels come from how the sequence was built (see `messages_vlm`): -100 
 
 import bisect
 import itertools
-from collections.abc import Callable, Iterator
-from typing import Any, Required
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, Required, cast
 
 from ..data_error_vlm import DuetError
 from ..image_files_vlm import BadImage, image_size
@@ -193,10 +193,10 @@ class Encoder:
         except SampleDropped as error:
             _named(error, conversation)
             raise
-        kept = {name: conversation[name] for name in KEPT if conversation.get(name) is not None}
+        kept: dict[str, Any] = {name: v for name, v in conversation.items() if name in KEPT and v is not None}
         if notes := [*kept.get("notes", ()), *encoded.get("notes", ())]:
             kept["notes"] = notes
-        return {**encoded, **kept, "images": conversation.get("images") or []}
+        return cast(Encoded, {**encoded, **kept, "images": conversation.get("images") or []})
 
 
 def _named(error: SampleDropped, conversation: Conversation) -> SampleDropped:
@@ -204,8 +204,11 @@ def _named(error: SampleDropped, conversation: Conversation) -> SampleDropped:
     return error
 
 
-def encode_item(item: Conversation | Dropped | Encoded, encoder: Encoder) -> tuple[Encoded | None, Record]:
+def encode_item(
+    item: Conversation | Dropped | Encoded | dict[str, Any], encoder: Encoder
+) -> tuple[Encoded | None, Record]:
     """An item of a data set, encoded (or `None`, where it is dropped), and the record of what became of it."""
+    item = cast(dict[str, Any], item)
     told: dict[str, Any] = {"source": item.get("source") or "", "row": item.get("row")}
     told["notes"] = tuple(item.get("notes") or ())
     if "dropped" in item:
@@ -213,7 +216,7 @@ def encode_item(item: Conversation | Dropped | Encoded, encoder: Encoder) -> tup
         return None, Record(dropped=reason, detail=detail, **told)
     if "input_ids" not in item:
         try:
-            item = encoder(item)
+            item = cast(dict[str, Any], encoder(cast(Conversation, item)))
         except SampleDropped as error:
             return None, Record(dropped=error.reason, detail=error.detail, **told)
     processor, images = encoder.processor, item.get("images") or []
@@ -234,7 +237,7 @@ def encode_item(item: Conversation | Dropped | Encoded, encoder: Encoder) -> tup
         supervised=sum(label != IGNORE for label in labels[1:]),
         **told,
     )
-    return {**item, "images": images}, record
+    return cast(Encoded, {**item, "images": images}), record
 
 
 def without_first_turn(messages: list[dict]) -> list[dict] | None:
@@ -257,7 +260,7 @@ def without_first_turn(messages: list[dict]) -> list[dict] | None:
     ]
 
 
-def place(conversation: dict) -> str:
+def place(conversation: Mapping[str, Any]) -> str:
     """Where a conversation comes from, as the beginning of a message."""
     if not conversation.get("source"):
         return ""

@@ -75,7 +75,8 @@ def read_rows(
             own_paths=True,
         ),
     )
-    found, dropped = [], []
+    found: list[Any] = []
+    dropped: list[Any] = []
     for index, row in enumerate(rows):
         for item in [{"source": source, "row": index, **row}] if is_item(row) else reading.items(row, index):
             (dropped if "dropped" in item else found).append(item)
