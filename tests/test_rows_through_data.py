@@ -15,6 +15,9 @@ from processing.image_files_vlm import ImagePolicy
 from processing.reading.items import Reading
 from processing.reading.sources import open_source
 from tests import tiny
+from training_vlm.data import load_data
+from training_vlm.settings import parse_arguments
+from training_vlm.stages import SFT
 
 
 @pytest.fixture(scope="module")
@@ -113,3 +116,22 @@ def test_stage_one_learns_an_answer_whatever_system_text_its_row_has(processor, 
     assert (
         Encoder(processor, encode_caption)(told)["input_ids"] == Encoder(processor, encode_caption)(plain)["input_ids"]
     )
+
+
+def test_a_run_asks_for_the_answers_and_leaves_out_the_columns_that_it_is_told(folder):
+    row = {"question": "Which?", "choices": ["water", "a rock"], "answer": 1, "thumbnail": "0.png"}
+    (folder / "choices.jsonl").write_text(2 * (json.dumps(row) + "\n"))
+    told = [
+        "--dataset",
+        str(folder / "choices.jsonl"),
+        "--columns",
+        "thumbnail=ignore",
+        "--use_cpu",
+        "--eval_share",
+        "0",
+    ]
+    for option, answer in ([], "B"), (["--choice_answer", "text"], "a rock"):
+        _, data_args, _, training_args = parse_arguments(SFT, [*told, *option])
+        ((rows, reading),) = load_data(SFT, data_args, training_args).train
+        (item,) = reading.items(rows[0], 0)
+        assert item["messages"][1]["content"][0]["text"] == answer
