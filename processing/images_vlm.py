@@ -5,10 +5,11 @@ read. The file travels with every checkpoint and imports nothing of this package
 """
 
 import os
+import sys
 from typing import NamedTuple
 
 import torch
-from PIL import Image, ImageCms, ImageOps
+from PIL import Image, ImageChops, ImageCms, ImageOps
 
 
 IMAGE_MODES = ("resize", "pad", "crop")
@@ -23,7 +24,7 @@ _STRIP_PIXELS = 2**22
 _DEPTHS = (1, 8, 10, 12, 14, 16, 24, 32)
 """Bits that the values of an image may have in a file that has room for more."""
 
-_BITS, _PHOTOMETRIC, _LEAST, _MOST, _SIGNED_LEAST, _SIGNED_MOST = 258, 262, 280, 281, 340, 341
+_BITS, _PHOTOMETRIC, _LEAST, _MOST, _FORMAT, _SIGNED_LEAST, _SIGNED_MOST = 258, 262, 280, 281, 339, 340, 341
 """TIFF's tags for what its values mean."""
 
 
@@ -31,7 +32,7 @@ def to_rgb(image: Image.Image) -> Image.Image:
     """
     An image as a viewer shows it: EXIF orientation applied, alpha on white, first frame, 8-bit RGB.
 
-    Grey values of more than 8 bits are scaled as the file says (TIFF's `MaxSampleValue` and `BitsPerSample`, PNG's
+    Values of more than 8 bits are scaled as the file says (TIFF's `MaxSampleValue` and `BitsPerSample`, PNG's
     `sBIT`), else as they say themselves: whole numbers by the fewest of 8, 10, 12, 14, 16, 24 or 32 bits that hold them
     all (where some are negative, from the least to the greatest), shares from 0 to 1 by 1, other fractions from the
     least (0 at most) to the greatest. An image of more than `MANY_PIXELS` comes in its `bounded_size`.
@@ -40,6 +41,7 @@ def to_rgb(image: Image.Image) -> Image.Image:
         ValueError: it has no value that could be shown.
     """
     meaning = _meaning(image) if _is_deep(image) else None  # while the file is open
+    image = _of_8_bits(image)
     if bounded_size(*image.size) != image.size:
         image = _halved(image)
     image = ImageOps.exif_transpose(image)
@@ -72,6 +74,8 @@ def _halved(image):
 
 def _flat(image):
     """An image of 8 bits as RGB, its transparency on white."""
+    if image.mode == "La":  # which Pillow converts to nothing else
+        image = image.convert("LA")
     if image.has_transparency_data:
         image = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
@@ -95,6 +99,8 @@ class _Meaning(NamedTuple):
     """What is black, and what is white."""
     is_negative: bool = False
     """Whether it is the other way round."""
+    is_signed: bool | None = None
+    """Whether values may be below 0, where it is said."""
 
 
 def _is_deep(image):
@@ -118,6 +124,7 @@ def _meaning(image):
         value(_SIGNED_LEAST, _LEAST),
         value(_SIGNED_MOST, _MOST),
         value(_PHOTOMETRIC) == 0,
+        None if _FORMAT not in tags else value(_FORMAT) == 2,
     )
 
 
@@ -136,13 +143,16 @@ def _scaled(image, meaning):
 
 
 def _numbers(values, meaning):
+    if meaning.is_signed is False:  # Pillow reads 32 bits as signed
+        values = values.long() & 0xFFFFFFFF
     least, most = (int(end) for end in values.aminmax())
     if _says_range(meaning, least, most):
         return _stretched(values, meaning.least, meaning.most)
     if least < 0:
         return _stretched(values, least, most)
     bits = meaning.bits if meaning.bits and most < 2**meaning.bits else None
-    bits = bits or next(depth for depth in _DEPTHS if most < 2**depth)
+    depths = sorted((*_DEPTHS, 15, 31)) if meaning.is_signed else _DEPTHS
+    bits = bits or next(depth for depth in depths if most < 2**depth)
     return values * 255 if bits == 1 else values << (8 - bits) if bits < 8 else values >> (bits - 8)
 
 
@@ -168,6 +178,52 @@ def _says_range(meaning, least, most):
 
 def _stretched(values, black, white):
     return (values.double() - black).mul(255 / ((white - black) or 1)).round()
+
+
+def _of_8_bits(image):
+    """
+    An image whose 8-bit values, as Pillow reads them, are what its file means.
+
+    Of 16-bit colours Pillow keeps the upper 8 bits, in which 12 bits would be all but black. Where these are small, the
+    file is read once more for the lower ones.
+    """
+    if image.format == "TIFF" and image.mode == "L" and image.tag_v2.get(_FORMAT, (1,))[0] == 2:
+        return image.point([value ^ 0x80 for value in range(256)])
+    tiles, source = getattr(image, "tile", None), getattr(image, "filename", None) or getattr(image, "fp", None)
+    raw = _raw_mode(tiles[0]) if tiles else ""
+    if ";16" not in raw or image.mode not in ("RGB", "RGBA"):
+        return image
+    significant = png_chunk(image, b"sBIT")
+    image.load()
+    colours, alpha = image.split()[:3], image.split()[3:]
+    most = max(band.getextrema()[1] for band in colours)
+    bits = significant[0] if significant and most < 2 ** (significant[0] - 8) else None
+    bits = bits or next(depth for depth in _DEPTHS if depth >= 8 and most < 2 ** (depth - 8))
+    if bits < 16:
+        if not raw.startswith("RGB"):
+            raise ValueError("its grey has fewer than the 16 bits of the file, and Pillow reads but the upper 8")
+        with Image.open(source, formats=[image.format]) as again:
+            again.tile = [_with_lower_bytes(tile) for tile in again.tile]
+            lower = again.split()[:3]
+        up, down = ([value << (16 - bits) for value in range(256)], [value >> (bits - 8) for value in range(256)])
+        colours = [ImageChops.add(high.point(up), low.point(down)) for high, low in zip(colours, lower)]
+    whole = Image.merge(image.mode, (*colours, *alpha))
+    whole.info = dict(image.info)
+    if isinstance(transparent := whole.info.get("transparency"), tuple):
+        whole.info["transparency"] = tuple(value >> (bits - 8) for value in transparent)
+    return whole
+
+
+def _raw_mode(tile):
+    return tile.args if isinstance(tile.args, str) else str(tile.args[0])
+
+
+def _with_lower_bytes(tile):
+    """A part of a file of 16-bit colours with its bytes taken the other way round, so that the lower ones are kept."""
+    kind, end = _raw_mode(tile).split(";16")
+    is_little = end == "L" or (end == "N" and sys.byteorder == "little")
+    raw = f"{kind};16{'B' if is_little else 'L'}"
+    return tile._replace(args=raw if isinstance(tile.args, str) else (raw, *tile.args[1:]))
 
 
 def png_chunk(image: Image.Image, kind: bytes) -> bytes | None:
