@@ -155,6 +155,8 @@ def _is_public(address):
         if address in _NAT64:
             inner = ipaddress.IPv4Address(int(address) & 0xFFFFFFFF)
         address = inner or address
+    if getattr(address, "is_site_local", False):
+        return False
     return address.is_global and not address.is_multicast and not address.is_reserved
 
 
