@@ -15,7 +15,7 @@ from PIL import Image
 from processing.batching.dataset import ConversationDataset, StreamedDataset
 from processing.batching.encoding import Encoder, encode_dialogue, encode_item
 from processing.image_files_vlm import ImagePolicy, load_image
-from processing.reading import text_readers
+from processing.reading import json_reader
 from processing.reading.items import Reading
 from processing.reading.rows import hold_out
 from processing.reading.sources import open_source
@@ -129,7 +129,7 @@ def test_a_list_that_is_cut_short_gives_what_comes_before(tmp_path, streaming):
 @pytest.fixture
 def small_blocks(monkeypatch):
     """A few lines go to Arrow at once, so that a file has more than one block."""
-    monkeypatch.setattr(text_readers, "BLOCK", 150)
+    monkeypatch.setattr(json_reader, "BLOCK", 150)
 
 
 @WAYS

@@ -21,8 +21,9 @@ from datasets.packaged_modules.webdataset.webdataset import WebDataset, base_plu
 from datasets.utils.file_utils import xopen
 
 from .conversations import ODD
+from .csv_reader import csv_rows
+from .json_reader import json_rows, table_of_rows
 from .odd import UNREACHED, UNREADABLE, base_name, is_alone, odd_column, reason, spared, with_odd
-from .text_readers import csv_rows, json_rows, table_of_rows
 
 
 class ParquetReader(Parquet):

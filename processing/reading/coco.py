@@ -13,8 +13,7 @@ from datasets.fingerprint import Hasher
 from ..data_error_vlm import DuetError, NotFound
 from ..image_files_vlm import inside
 from .conversations import ODD
-from .odd import with_odd
-from .text_readers import is_unicode
+from .odd import is_unicode, with_odd
 
 
 def coco_files(path: Path) -> dict[str, Path]:

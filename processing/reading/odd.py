@@ -1,10 +1,11 @@
 """What is odd about one row stays with that row: the column `ODD`, and how a reader goes on behind what it cannot read.
 
 The readers of the `datasets` library end a whole run at the first line that is no UTF-8, the first cell too many or the
-first file cut short. Those of `text_readers.py` and `binary_readers.py` give such a row, or such a file among several,
-as a row that holds nothing but `ODD`: why it could not be read, or itself as JSON where it only fits no column.
+first file cut short. Those of `json_reader.py`, `csv_reader.py` and `binary_readers.py` give such a row, or such a file
+among several, as a row that holds nothing but `ODD`: why it could not be read, or itself where it only fits no column.
 """
 
+import codecs
 import zlib
 from collections.abc import Iterable, Iterator
 from tarfile import TarError
@@ -14,6 +15,7 @@ import pyarrow as pa
 from datasets.builder import Key
 from huggingface_hub.utils import httpx
 
+from ..data_error_vlm import DuetError
 from .conversations import ODD
 
 
@@ -80,3 +82,23 @@ def reason(error: BaseException) -> str:
         error = error.__cause__
     lines = str(error).strip().splitlines()
     return lines[0][:300] if lines else type(error).__name__
+
+
+def without_mark(block: bytes, file: str) -> bytes:
+    """The beginning of a text file without the mark of UTF-8.
+
+    Raises:
+        ValueError: it is UTF-16.
+    """
+    if block.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
+        raise DuetError(f"{file}: text in UTF-16; expected UTF-8, convert it with `iconv -f utf-16 -t utf-8`")
+    return block.removeprefix(codecs.BOM_UTF8)
+
+
+def is_unicode(text: str) -> bool:
+    """Whether a text can be written in UTF-8, so none that was decoded from something else."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True

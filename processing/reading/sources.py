@@ -27,10 +27,11 @@ from huggingface_hub.utils import httpx
 from ..data_error_vlm import DuetError, NotFound, NotReached
 from .binary_readers import ArchiveReader, ImageFolderReader, ParquetReader
 from .coco import coco_files, coco_root, coco_rows
+from .csv_reader import CsvReader, csv_header
 from .drawn import drawn_splits, with_drawings
+from .json_reader import JsonReader
 from .odd import reason, with_odd, without_odd
 from .rows import Rows, Splits, joined, leaves, numbered, undecoded
-from .text_readers import CsvReader, JsonReader, csv_header
 
 
 CONVERTED = "refs/convert/parquet"

@@ -1,35 +1,27 @@
-"""JSON and CSV files as tables, row by row where something in them is wrong or odd.
+"""JSON files as tables, row by row where something in them is wrong or odd.
 
-A block of JSON lines goes to Arrow as it is, which is fast. Where Arrow refuses it, each line is looked at: one that is
-no UTF-8, no JSON or no object is a row that says so, and one that does not fit the columns of the first block (another
+A block of lines goes to Arrow as it is, which is fast. Where Arrow refuses it, each line is looked at: one that is no
+UTF-8, no JSON or no object is a row that says so, and one that does not fit the columns of the first block (another
 key, a list where there was a text) is kept whole in the column `ODD`. A field that is a text in one row and a list in
 another is a column of JSON from its top, in which every text stays the text it is.
-
-Every cell of a CSV file is text. A quote that is opened and not closed costs its own line, not the file.
 """
 
-import codecs
-import csv
-import gzip
 import io
 import json
 import re
-from collections import deque
 from collections.abc import Iterable, Iterator
-from typing import Any, NamedTuple
+from typing import Any
 
 import datasets
-import pandas as pd
 import pyarrow as pa
 import pyarrow.json as paj
-from datasets.packaged_modules.csv.csv import Csv
 from datasets.packaged_modules.json.json import FullReadDisallowed, Json
 from datasets.utils.file_utils import xopen
 from datasets.utils.json import get_json_field_paths_from_feature, json_encode_field, ujson_loads
 
 from ..data_error_vlm import DuetError
 from .conversations import ODD
-from .odd import UNREADABLE, base_name, is_alone, odd_column, reason, spared, with_odd
+from .odd import UNREADABLE, base_name, is_alone, is_unicode, odd_column, reason, spared, with_odd, without_mark
 from .rows import leaves
 
 
@@ -39,8 +31,7 @@ BLOCK = 10 << 20
 DEEPEST = 100
 """How deep a row may be nested; Arrow's and other parsers die of some ten thousand levels."""
 
-CSV_ROWS = 10_000
-
+_ODD_NUMBER = re.compile(r"\d{19}|NaN|Infinity")
 _TOKEN = re.compile(rb'"(?:[^"\\]|\\.)*"|[\[{]|[\]}]')
 
 
@@ -79,16 +70,13 @@ class JsonReader(Json):
             blocks = _blocks(opened)
             for block in blocks:
                 if line == 1:
-                    block = _without_mark(block, file)
+                    block = without_mark(block, file)
                     if _is_list(block):
                         if not allow_full_read:
                             raise FullReadDisallowed
                         block += b"".join(blocks)
                         rows = _rows_of_list(block, name)
-                        table = None
-                        if all(isinstance(row, dict) for row in rows):
-                            table = self._table_as_it_is("\n".join(map(json.dumps, rows)).encode())
-                        yield self._table_of_rows(rows) if table is None else table
+                        yield self._table_of_rows(rows)
                         return
                 table = self._table_as_it_is(block)
                 if table is None:
@@ -135,7 +123,10 @@ class JsonReader(Json):
         """The table of rows and of reasons why there is none."""
         features = self.info.features
         if features is None:
-            return table_of_rows(rows)
+            table = self._table_as_it_is("\n".join(json.dumps(row) for row in rows if isinstance(row, dict)).encode())
+            if table is None:
+                return table_of_rows(rows)
+            features = datasets.Features.from_arrow_schema(table.schema)
         lines = [_encoded(row, features) for row in rows]
         return pa.concat_tables(self._fitted(lines, rows, features))
 
@@ -188,7 +179,7 @@ def json_rows(file: str) -> Iterator[dict[str, Any] | str]:
     name, line = base_name(file), 1
     with xopen(file, "rb") as opened:
         for block in _blocks(opened):
-            yield from _rows_of_lines(_without_mark(block, file), name, line)
+            yield from _rows_of_lines(without_mark(block, file), name, line)
             line += block.count(b"\n")
 
 
@@ -276,12 +267,6 @@ def _blocks(file: Any) -> Iterator[bytes]:
         yield b"".join(parts)
 
 
-def _without_mark(block: bytes, file: str) -> bytes:
-    if block.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
-        raise DuetError(f"{file}: text in UTF-16; expected UTF-8, convert it with `iconv -f utf-16 -t utf-8`")
-    return block.removeprefix(codecs.BOM_UTF8)
-
-
 def _is_list(block: bytes) -> bool:
     """Whether a file that begins so is one list, and not lines of which the first is a list."""
     first, _, rest = block.lstrip().partition(b"\n")
@@ -349,20 +334,12 @@ def _checked(value: Any, text: str, where: str) -> dict[str, Any] | str:
         return f"{where}: a text that is no UTF-8"
     if any(name.startswith("__") for name in value):  # names of our own
         value = {name: kept for name, kept in value.items() if name != ODD}
-    try:
-        ujson_loads(json.dumps(value))  # which reads it back
-    except (ValueError, OverflowError) as error:
-        return f"{where}: not readable as JSON ({reason(error)})"
+    if _ODD_NUMBER.search(text):
+        try:
+            ujson_loads(json.dumps(value))  # which reads it back
+        except (ValueError, OverflowError) as error:
+            return f"{where}: not readable as JSON ({reason(error)})"
     return value
-
-
-def is_unicode(text: str) -> bool:
-    """Whether a text can be written in UTF-8, so none that was decoded from something else."""
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        return False
-    return True
 
 
 def _may_be_deep(block: bytes) -> bool:
@@ -387,138 +364,3 @@ def _with_odd_column(table: pa.Table) -> pa.Table:
     if ODD in table.column_names:  # a name of our own
         table = table.drop_columns(ODD)
     return table.append_column(ODD, odd_column([None] * len(table)))
-
-
-class CsvReader(Csv):
-    """CSV files with a header, every cell as text where they lie on this machine."""
-
-    def _generate_tables(self, base_files, files_iterables):
-        if self.config.features is None:  # of a Hub
-            yield from super()._generate_tables(base_files, files_iterables)
-            return
-        for shard, files in enumerate(files_iterables):
-            for file in files:
-                yield from spared(shard, file, is_alone(self.config), self._tables(file), self._odd_row)
-
-    def _odd_row(self, why: str) -> pa.Table:
-        return csv_table([why], [], self.info.features)
-
-    def _tables(self, file: str) -> Iterator[pa.Table]:
-        header, rows = csv_rows(file, self.config.sep)
-        batch = []
-        for row in rows:
-            batch.append(row)
-            if len(batch) == CSV_ROWS:
-                yield csv_table(batch, header, self.info.features)
-                batch = []
-        if batch:
-            yield csv_table(batch, header, self.info.features)
-
-
-def csv_table(rows: list[list[str] | str], header: list[str], features: datasets.Features) -> pa.Table:
-    """Cells, and reasons why there are none, as a table; cells of columns that it has not are odd."""
-    odd: list[str | None] = [None] * len(rows)
-    unknown = [number for number, name in enumerate(header) if name not in features]
-    for number, row in enumerate(rows):
-        if isinstance(row, str):
-            odd[number], rows[number] = json.dumps(row), [""] * len(header)
-        elif unknown and any(row[place] for place in unknown):
-            odd[number], rows[number] = json.dumps(dict(zip(header, row))), [""] * len(header)
-    columns = dict(zip(header, zip(*rows)))
-    nothing = [None] * len(rows)
-    arrays = [
-        odd_column(odd)
-        if name == ODD
-        else pa.array([cell or None for cell in columns[name]] if name in columns else nothing, pa.string())
-        for name in features
-    ]
-    return pa.Table.from_arrays(arrays, schema=features.arrow_schema)
-
-
-def csv_header(file: str, sep: str = ",") -> list[str]:
-    """The names of a CSV file's columns."""
-    return csv_rows(file, sep)[0]
-
-
-def csv_rows(file: str, sep: str = ",") -> tuple[list[str], Iterator[list[str] | str]]:
-    """The names of a CSV file's columns, and its rows: as many cells each, or what is wrong with them.
-
-    Raises:
-        ValueError: the first line is no header.
-    """
-    csv.field_size_limit(2**31 - 1)  # a cell may hold an image
-    with _open(file) as opened:
-        _without_mark(opened.read(4), file)
-    records, name = _records(file, sep), base_name(file)
-    first = next(records, None)
-    if first is None or not first.is_whole or not is_unicode("".join(first.cells)):
-        raise DuetError(f"{file}: its first line is no header in UTF-8; expected the names of the columns")
-    line = io.StringIO()
-    csv.writer(line).writerow(first.cells)
-    header = list(map(str, pd.read_csv(io.StringIO(line.getvalue()), nrows=0).columns))
-    return header, (_cells(record, header, name) for record in records)
-
-
-class _Record(NamedTuple):
-    """What stands between two line ends of a CSV file that are in no quotes."""
-
-    line: int
-    cells: list[str]
-    is_whole: bool
-    """Whether its quotes are closed."""
-
-
-def _open(file: str) -> Any:
-    return gzip.open(file) if file.endswith(".gz") and "::" not in file else xopen(file, "rb")
-
-
-def _cells(record: _Record, header: list[str], name: str) -> list[str] | str:
-    where, cells = f"line {record.line} of {name}", record.cells
-    spare = len(cells) - len(header)
-    if not record.is_whole:
-        return f"{where}: a quote that is opened is not closed"
-    if spare > 0 and any(cells[len(header) :]):
-        return f"{where}: {len(cells)} cells where the header names {len(header)} columns"
-    if any(_NUL in cell for cell in cells):
-        return f"{where}: a NUL byte"
-    if not is_unicode("".join(cells)):
-        return f"{where}: a text that is no UTF-8"
-    return cells[: len(header)] if spare > 0 else cells + [""] * -spare
-
-
-_NUL = "\udc00"
-"""What stands for a NUL byte, at which some versions of Python's reader stop; no decoder gives it."""
-
-
-def _records(file: str, sep: str) -> Iterator[_Record]:
-    """The records of a CSV file, without lines that hold nothing.
-
-    One over several lines that is no good may have swallowed its neighbours: its first line is left alone then.
-    """
-    number, width = 1, None
-    again: deque[str] = deque()
-    with _open(file) as opened:
-        text = io.TextIOWrapper(opened, encoding="utf-8-sig", errors="surrogateescape", newline="")
-        while True:
-            taken: list[str] = []
-            ended: list[bool] = []
-
-            def lines(taken=taken, ended=ended) -> Iterator[str]:
-                while line := again.popleft() if again else text.readline():
-                    taken.append(line)
-                    yield line.replace("\0", _NUL)
-                ended.append(True)
-
-            for cells in csv.reader(lines(), delimiter=sep):
-                if len(taken) > 1 and (ended or len(cells) != (width or len(cells))):
-                    again.extendleft(reversed(taken[1:]))
-                    yield _Record(number, [], is_whole=False)
-                    number += 1
-                    break
-                if "".join(taken).strip():
-                    width = width or len(cells)
-                    yield _Record(number, cells, is_whole=not ended)
-                number += len(taken)
-                taken.clear()
-            else:
-                return
