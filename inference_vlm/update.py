@@ -49,7 +49,7 @@ def update(folder: str | Path) -> list[str]:
         `list[str]`: what was done with each, a line.
 
     Raises:
-        ValueError, OSError: there is nothing that Duet saved, or what saved it is newer than this.
+        ValueError, OSError: Duet saved nothing there, or a newer one did, or it cannot be written.
     """
     folder = Path(folder)
     if not folder.is_dir():
@@ -61,7 +61,15 @@ def update(folder: str | Path) -> list[str]:
     code = shipped_code()
     for place, config in saved.items():  # all are looked at before one is changed
         _refuse_newer(place, config, version_of(code))
-    return [f"{place}: {_update_one(place, config, code)}" for place, config in saved.items()]
+    done = []
+    for place, config in saved.items():
+        try:
+            done.append(f"{place}: {_update_one(place, config, code)}")
+        except OSError as error:  # no right to write, no space
+            raise DuetError(
+                f"{place} could not be updated: {error}; its weights are as they were, so run it again."
+            ) from error
+    return done
 
 
 def _no_duet(name, file):

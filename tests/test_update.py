@@ -13,9 +13,10 @@ from safetensors.torch import load_file
 
 from inference_vlm import update as program
 from inference_vlm.update import main, shipped_code, update
-from modeling_vlm import VLMConfig
+from modeling_vlm import VLMConfig, VLMForConditionalGeneration
 from modeling_vlm.backbones_vlm import CACHE
 from modeling_vlm.configuration_vlm import DUET_VERSION
+from tests import matrix
 from tests.fake_hub import hub_environment, start_fake_hub
 from tests.isolated import run_without_package
 from tests.test_checkpoints import CHECKPOINTS
@@ -176,6 +177,42 @@ def test_what_is_no_folder_of_duet_s_is_refused_in_one_line(tmp_path, capsys, co
     assert said.startswith("error: ") and line in said and said.count("\n") == 1
     assert files_of(tmp_path) == before
     assert main([str(tmp_path / "nowhere")]) == 1 and "there is no folder" in capsys.readouterr().err
+
+
+def test_a_folder_that_cannot_be_written_is_one_line(tmp_path, capsys, monkeypatch):
+    folder = copy_of(PLAIN, tmp_path / "out")
+
+    def full(*args):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(program.os, "fsync", full)
+    assert main([str(folder)]) == 1
+    said = capsys.readouterr().err
+    assert "No space left on device" in said and str(folder) in said and said.count("\n") == 1
+    monkeypatch.undo()
+    assert main([str(folder)]) == 0 and not list(folder.glob(".*.new"))
+
+
+def test_a_projector_of_one_s_own_goes_on_with_the_folder(tmp_path):
+    """Its file is the user's, and the model that is built with today's code is the one that was saved."""
+    (tmp_path / "mine.py").write_text(
+        "from torch import nn\n\n\nclass Mine(nn.Linear):\n    def __init__(self, config, vision_size, text_size):\n"
+        "        super().__init__(vision_size, text_size)\n"
+    )
+    model = VLMForConditionalGeneration.from_backbones(
+        matrix.encoder_of("ViT"),
+        matrix.config_of(*matrix.LANGUAGE_MODELS["Llama"]),
+        projector_type=f"{tmp_path / 'mine.py'}:Mine",
+    ).eval()
+    folder = tmp_path / "out"
+    model.save_pretrained(folder)
+    for file in folder.glob("*_vlm.py"):
+        file.write_text("raise SystemExit('old')")
+    assert f"of its {len(shipped_code())} files written" in update(folder)[0]
+    assert (folder / "mine.py").read_bytes() == (tmp_path / "mine.py").read_bytes()
+    again = VLMForConditionalGeneration.from_pretrained(folder, trust_remote_code=True)
+    with torch.no_grad():
+        assert torch.equal(matrix.logits_of(again), matrix.logits_of(model))
 
 
 def test_a_saved_config_names_the_version_of_the_code_beside_it(tmp_path):
