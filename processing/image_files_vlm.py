@@ -351,7 +351,7 @@ def _unreadable(reference: ImageReference, error: Exception) -> BadImage:
     reason = str(error)
     if isinstance(error, Image.UnidentifiedImageError):
         reason = f"its format is not recognised as one of {', '.join(_formats())}"
-    reason = " ".join(reason.split()) or type(error).__name__
+    reason = _short(" ".join(reason.split())) or type(error).__name__
     return BadImage(
         f"{_name(reference)}: not a readable image ({reason}); remove the row or replace the file", UNREADABLE
     )
