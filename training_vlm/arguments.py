@@ -18,6 +18,7 @@ from processing.batching.collator import ON_BAD_SAMPLE
 from processing.batching.encoding import SUPERVISE, TRUNCATIONS
 from processing.data_error_vlm import DuetError
 from processing.reading.conversations import CAPTION_CHOICES
+from processing.reading.items import SPLIT_TURNS
 from processing.reading.layouts import CHOICE_ANSWERS
 
 
@@ -253,6 +254,13 @@ class DataArguments:
         },
     )
     supervise: str = field(default="all", metadata={"help": "Learn all answers of a dialogue, or only the last."})
+    split_turns: str = field(
+        default="none",
+        metadata={
+            "help": "history makes each answer of a dialogue the last of a sample of its own, with the earlier ones as "
+            "context: for templates that write earlier answers otherwise (thoughts, system texts)."
+        },
+    )
     supervise_prompt: bool = field(default=False, metadata={"help": "Learn what the user and the system say as well."})
     on_bad_sample: str = field(
         default="skip", metadata={"help": "A row or image that cannot be read: skip and count it, or error and stop."}
@@ -275,6 +283,7 @@ class DataArguments:
             ("choice_answer", CHOICE_ANSWERS),
             ("truncation", TRUNCATIONS),
             ("supervise", SUPERVISE),
+            ("split_turns", SPLIT_TURNS),
             ("on_bad_sample", ON_BAD_SAMPLE),
         ):
             if (value := getattr(self, name)) not in choices:
@@ -350,12 +359,19 @@ class DataArguments:
         Raises:
             ValueError: something about prompts, where there are none.
         """
+        if asks and self.split_turns != "none" and (self.supervise != "all" or self.supervise_prompt):
+            raise DuetError(
+                "split_turns=history makes each answer a last one, which alone is learned; leave out --supervise and "
+                "--supervise_prompt."
+            )
         if asks:
             return {
                 "truncation": self.truncation, "supervise": self.supervise, "supervise_prompt": self.supervise_prompt
             }  # fmt: skip
-        if self.supervise != "all" or self.supervise_prompt:
-            raise DuetError("supervise and supervise_prompt are about dialogues; stage 1 learns captions alone.")
+        if self.supervise != "all" or self.supervise_prompt or self.split_turns != "none":
+            raise DuetError(
+                "supervise, supervise_prompt and split_turns are about dialogues; stage 1 learns captions alone."
+            )
         return {"truncation": self.truncation}
 
 

@@ -79,7 +79,7 @@ def load_data(stage: Stage, data_args: DataArguments, training_args: VLMTraining
                 evaluation.append(held._replace(reading=replace(held.reading, caption_choice=choice)))
         test = data_args.test_source()
         if test is not None:
-            whole = replace(data_args, streaming=False, caption_choice="first")
+            whole = replace(data_args, streaming=False, caption_choice="first", split_turns="none")
             test = _open(stage, whole, test, test.split, test.max_samples)
     if asked and not evaluation:
         raise DuetError(_nothing_held_out(data_args, training_args))
@@ -124,6 +124,7 @@ def _open(
         prompt=data_args.prompt if stage.asks else "",
         caption_choice=data_args.caption_choice,
         choice_answer=data_args.choice_answer,
+        split_turns=data_args.split_turns,
         columns=source.columns,
         images=ImagePolicy(
             None if found.image_dir is None else str(found.image_dir),

@@ -15,7 +15,7 @@ from transformers.utils import logging
 from ..data_error_vlm import DuetError
 from ..image_files_vlm import BadImage, ImagePolicy, load_image
 from ..processing_vlm import VLMProcessor
-from ..reading.items import Reading, is_item
+from ..reading.items import SPLIT_TURNS, Reading, each_answer_last, is_item
 from .account import BAD_SAMPLE_REASONS, DROP_REASONS, BatchAccount, Record
 from .encoding import IGNORE, Encode, Encoder, encode_dialogue, encode_item, place
 
@@ -43,6 +43,8 @@ class VLMDataCollator:
         pad_to_multiple_of: round the batch's length up.
         on_bad_sample: what happens to a row or an image that cannot be read: `"skip"` leaves the conversation out and
             counts it, `"error"` raises.
+        split_turns: `"history"` makes each answer of a row or conversation that is not encoded the last of a sample of
+            its own (see `each_answer_last`), so that a batch has more samples than it was given rows.
         account: add the batch's `BatchAccount` under `"account"`, for `VLMTrainer`, which takes it out again.
 
     Returns (from a call with a list of such):
@@ -65,9 +67,14 @@ class VLMDataCollator:
         pad_to_multiple_of: int | None = None,
         on_bad_sample: str = "skip",
         account: bool = False,
+        split_turns: str = "none",
     ):
-        if on_bad_sample not in ON_BAD_SAMPLE:
-            raise DuetError(f"on_bad_sample={on_bad_sample!r}: expected one of {', '.join(ON_BAD_SAMPLE)}.")
+        for name, value, choices in (
+            ("on_bad_sample", on_bad_sample, ON_BAD_SAMPLE), ("split_turns", split_turns, SPLIT_TURNS)
+        ):  # fmt: skip
+            if value not in choices:
+                raise DuetError(f"{name}={value!r}: expected one of {', '.join(choices)}.")
+        self.split_turns = split_turns
         self.encoder = processor if isinstance(processor, Encoder) else Encoder(processor, encode, max_length)
         self.processor = self.encoder.processor
         self.pad_to_multiple_of = pad_to_multiple_of
@@ -93,7 +100,10 @@ class VLMDataCollator:
         if self._is_skipped():
             return {}
         items, records = [], []
-        for conversation in self._read(rows):
+        read = self._read(rows)
+        if self.split_turns != "none":
+            read = (part for item in read for part in ([item] if "input_ids" in item else each_answer_last(item)))
+        for conversation in read:
             item, record = self._opened(conversation)
             records.append(record)
             if not self.account:

@@ -6,6 +6,7 @@ counts it where it counts everything else. Items that are not encoded are encode
 """
 
 import functools
+import itertools
 import random
 from collections.abc import Iterator
 from typing import Any, cast
@@ -19,7 +20,7 @@ from ..image_files_vlm import NamedImage
 from ..reading.conversations import ODD, ROW, Conversation, Dropped, caption_column, caption_count
 from ..reading.items import Reading
 from .account import Account
-from .encode_ahead import encode_rows
+from .encode_ahead import encode_rows, without_image_bytes
 from .encoding import KEPT, Encoded, Encoder
 
 
@@ -61,7 +62,7 @@ class ConversationDataset(torch.utils.data.Dataset):
 
     @property
     def _is_random(self):
-        return self.reading.caption_choice == "random"
+        return self.reading.draws(self.rows.column_names)
 
     def __len__(self):
         if self._groups is not None:
@@ -124,6 +125,13 @@ class ConversationDataset(torch.utils.data.Dataset):
 
 def _conversation_ends(rows: datasets.Dataset, reading: Reading) -> np.ndarray | None:
     """For each row the number of conversations up to its end; `None` where every row holds one."""
+    if reading.split_turns != "none":  # only the messages say
+        shown, counts = rows.with_format("arrow"), []
+        for start, table in zip(itertools.count(0, 1_000), shown.iter(1_000)):
+            columns = without_image_bytes(table, rows.features)
+            cells = [dict(zip(columns, values)) for values in zip(*columns.values())]
+            counts += [len(reading.items(row, start + offset)) for offset, row in enumerate(cells)]
+        return np.cumsum(np.array(counts, dtype=np.int64))
     if reading.caption_choice == "first":
         return None
     counts = _caption_counts(rows, caption_column(rows.column_names, reading.columns))
@@ -294,7 +302,7 @@ class StreamedDataset(torch.utils.data.IterableDataset):
         for index, row in enumerate(rows):
             index = row.pop(ROW, index)
             items = reading.items(row, index if worker is None else f"{index} of worker {worker}")
-            yield from [rng.choice(items)] if reading.caption_choice == "random" else items
+            yield from [rng.choice(items)] if reading.draws(row) else items
 
 
 def _shuffled(items: Iterator[Any], size: int, rng: random.Random) -> Iterator[Any]:

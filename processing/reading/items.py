@@ -5,7 +5,7 @@ given rows or items tells them apart with `is_item`, so that a row is read once,
 """
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 from ..image_files_vlm import NO_FOLDER, ImagePolicy
@@ -14,9 +14,17 @@ from .conversations import ROW, Conversation, Dropped, caption_column, caption_c
 from .messages import ROLES
 
 
+SPLIT_TURNS = ("none", "history")
+
+
 @dataclasses.dataclass(frozen=True)
 class Reading:
-    """How the rows of a source are read; the fields are those of `conversations_from_row`."""
+    """
+    How the rows of a source are read; the fields but the last are those of `conversations_from_row`.
+
+    Args:
+        split_turns: `"history"` makes each answer the last of a conversation of its own, see `each_answer_last`.
+    """
 
     source: str = ""
     prompt: str = ""
@@ -24,10 +32,18 @@ class Reading:
     choice_answer: str = "letter"
     columns: dict[str, str] | None = None
     images: ImagePolicy = NO_FOLDER
+    split_turns: str = "none"
 
     def conversations(self, row: dict[str, Any], index: int | str) -> list[Conversation | Dropped]:
         """The conversations of a row, named by the number that its source gave it; see `conversations_from_row`."""
-        return conversations_from_row(row, index=row.get(ROW, index), **vars(self))
+        options = {name: value for name, value in vars(self).items() if name != "split_turns"}
+        read = conversations_from_row(row, index=row.get(ROW, index), **options)
+        return read if self.split_turns == "none" else [part for item in read for part in each_answer_last(item)]
+
+    def draws(self, column_names: Collection[str]) -> bool:
+        """Whether one conversation of a row is drawn for each epoch: one of its captions, never one of its turns."""
+        splits = self.split_turns != "none" and caption_column(column_names, self.columns) is None
+        return self.caption_choice == "random" and not splits
 
     def items(self, row: Mapping[str, Any], index: int | str) -> list[Conversation | Dropped]:
         """The same; of a row that cannot be read as many items with the reason as it would have given."""
@@ -48,6 +64,23 @@ class Reading:
 
     def _dropped(self, index: int | str, line: str) -> Dropped:
         return {"source": self.source, "row": index, "dropped": ("malformed row", line)}
+
+
+def each_answer_last(item: Conversation | Dropped) -> list[Conversation | Dropped]:
+    """
+    For each answer that is to be learned the conversation up to it, in which the earlier answers are only context.
+
+    Its prompt is then what generation would be given, whatever the chat template makes of earlier answers or of the
+    last question. A conversation without such an answer stays as it is.
+    """
+    messages, split = item.get("messages", []), []
+    for index, message in enumerate(messages):
+        if message["role"] != "assistant" or message.get("train") is False or message.get("weight") == 0:
+            continue
+        earlier = [{**m, "train": False} if m["role"] == "assistant" else m for m in messages[:index]]
+        shown = sum(part["type"] == "image" for m in messages[: index + 1] for part in m["content"])
+        split.append({**item, "messages": [*earlier, message], "images": item["images"][:shown]})
+    return split or [item]
 
 
 def is_item(row: Any) -> bool:

@@ -26,6 +26,7 @@ def read_rows(
     prompt: str = "",
     caption_choice: str = "all",
     choice_answer: str = "letter",
+    split_turns: str = "none",
     allow_urls: bool = False,
     allow_local_urls: bool = False,
     allow_links: bool = False,
@@ -43,6 +44,7 @@ def read_rows(
         prompt: the question that a caption answers; none for stage 1, where a caption stands alone.
         caption_choice: `"all"` captions of an image, each a conversation, or only the `"first"`.
         choice_answer: what answers a multiple choice, the `"letter"` of the right option or its `"text"`.
+        split_turns: `"history"` makes each answer the last of a conversation of its own.
         allow_urls: whether images may be fetched; with `allow_local_urls` from networks of this machine, too.
         allow_links: whether links in `image_dir` may lead out of it.
         source: what to call the rows in messages and accounts.
@@ -66,6 +68,7 @@ def read_rows(
         prompt=prompt,
         caption_choice=caption_choice,
         choice_answer=choice_answer,
+        split_turns=split_turns,
         columns=columns,
         images=ImagePolicy(
             None if folder is None else str(folder),
