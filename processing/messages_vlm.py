@@ -114,7 +114,8 @@ def _is_hidden(message, text, hides):
 
 def _fill(literals: Sequence[str], slots: Sequence[_Slot], words: Sequence[str]) -> list[str]:
     """The words as the template writes them; what is stripped reaches through parts that stand side by side."""
-    filled, strips = [words[slot.word] for slot in slots], ""
+    filled = [words[slot.word] for slot in slots]
+    strips: str | None = ""
     for index, slot in enumerate(slots):
         reached = index and not filled[index - 1] and not literals[index]
         strips = slot.left if slot.left != "" else strips if reached else ""
@@ -310,8 +311,8 @@ class MessageEncoder:
         self.image_token = image_token
         self.image_token_id = tokenizer.convert_tokens_to_ids(image_token)
         self.text = TextEncoder(tokenizer)
-        self._layouts = {}
-        self._reads = {}
+        self._layouts: dict[tuple, _Layout] = {}
+        self._reads: dict[str, dict[str, bool]] = {}
 
     def encode_messages(
         self,

@@ -40,8 +40,10 @@ _EARLIER_PART = re.compile(
     r"\A{%- set joined = namespace\(messages=\[\]\) -%}\n.*?{%- set messages = joined\.messages -%}\n", re.DOTALL
 )
 
-_OPTIONS = ("padding", "max_length", "truncation", "padding_side", "pad_to_multiple_of", "add_special_tokens")
-_OPTIONS += ("return_mm_token_type_ids", "images", "images_kwargs")
+_OPTIONS = (
+    "padding", "max_length", "truncation", "padding_side", "pad_to_multiple_of", "add_special_tokens",
+    "return_mm_token_type_ids", "images", "images_kwargs",
+)  # fmt: skip
 _IMAGE_KEYS = ("image", "path", "url", "base64")
 _MEDIA = ("videos", "audio", "audios")
 _NO_BOUND = 1e20  # a tokenizer that knows no bound names a larger one
@@ -212,7 +214,8 @@ class VLMProcessor(ProcessorMixin):
         """Height and width in pixels of what the encoder sees."""
         images = self.image_processor
         size = dict(images.crop_size if getattr(images, "do_center_crop", False) else images.size)
-        return tuple(size.get(side, size.get("shortest_edge")) for side in ("height", "width"))
+        height, width = (size.get(side, size.get("shortest_edge")) for side in ("height", "width"))
+        return height, width
 
     def tile_grid(self, height: int, width: int) -> tuple[int, int]:
         """Rows and columns of the tiles of an image of that many pixels; 1 and 1 where it is not tiled."""
@@ -266,7 +269,8 @@ class VLMProcessor(ProcessorMixin):
 
     def _fit(self, image, grid):
         """The image made to fit that many rows and columns of views."""
-        size = tuple(side * count for side, count in zip(self.view_size, grid))
+        height, width = self.view_size
+        size = (height * grid[0], width * grid[1])
         fill = tuple(round(255 * mean) for mean in self.image_processor.image_mean or (0, 0, 0))
         return fit(image, size, self.image_mode or "resize", fill, self.image_processor.resample)
 
@@ -337,7 +341,8 @@ class VLMProcessor(ProcessorMixin):
             kwargs.pop(key, None)
         return_tensors = options.get("return_tensors") if return_tensors in (None, "auto") else return_tensors
         batched = bool(conversation) and not isinstance(conversation[0], dict)
-        conversations = [with_parts(c) for c in (conversation if batched else [conversation])]
+        given: list = conversation if batched else [conversation]
+        conversations = [with_parts(messages) for messages in given]
         rendering = dict(
             add_generation_prompt=add_generation_prompt, continue_final_message=continue_final_message, **kwargs
         )
@@ -348,14 +353,14 @@ class VLMProcessor(ProcessorMixin):
         if self.tokenizer.truncation_side == "right":
             rendering["max_length"] = most
         encoded = [self.encode_messages(m, chat_template=template, **rendering) for m in conversations]
-        given = iter(make_flat_list_of_images(options["images"]) if _holds_any(options.get("images")) else ())
+        beside = iter(make_flat_list_of_images(options["images"]) if _holds_any(options.get("images")) else ())
         opened = [
-            [self._open(p if _names_image(p) else {**p, "image": next(given, None)}) for p in parts_of_images]
+            [self._open(p if _names_image(p) else {**p, "image": next(beside, None)}) for p in parts_of_images]
             for parts_of_images in ([p for p in all_parts(m) if p["type"] == "image"] for m in conversations)
         ]
         counts = [[self.image_tokens(image.height, image.width) for image in images] for images in opened]
         expanded = [self.expand_images(*pair, counts=of_row) for of_row, pair in zip(counts, encoded)]
-        expanded = [self._cut(*pair, most) for pair in expanded]
+        expanded = [self._cut(ids, weights, most) for ids, weights in expanded]
         rows = [ids for ids, _ in expanded]
         if length is None:
             length = max(map(len, rows), default=0)

@@ -126,12 +126,12 @@ class ConversationDataset(torch.utils.data.Dataset):
 def _conversation_ends(rows: datasets.Dataset, reading: Reading) -> np.ndarray | None:
     """For each row the number of conversations up to its end; `None` where every row holds one."""
     if reading.split_turns != "none":  # only the messages say
-        shown, counts = rows.with_format("arrow"), []
+        shown, found = rows.with_format("arrow"), []
         for start, table in zip(itertools.count(0, 1_000), shown.iter(1_000)):
             columns = without_image_bytes(table, rows.features)
             cells = [dict(zip(columns, values)) for values in zip(*columns.values())]
-            counts += [len(reading.items(row, start + offset)) for offset, row in enumerate(cells)]
-        return np.cumsum(np.array(counts, dtype=np.int64))
+            found += [len(reading.items(row, start + offset)) for offset, row in enumerate(cells)]
+        return np.cumsum(np.array(found, dtype=np.int64))
     if reading.caption_choice == "first":
         return None
     counts = _caption_counts(rows, caption_column(rows.column_names, reading.columns))

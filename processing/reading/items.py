@@ -6,7 +6,7 @@ given rows or items tells them apart with `is_item`, so that a row is read once,
 
 import dataclasses
 from collections.abc import Collection, Mapping
-from typing import Any
+from typing import Any, cast
 
 from ..image_files_vlm import NO_FOLDER, ImagePolicy
 from .cells import MalformedRow
@@ -73,13 +73,17 @@ def each_answer_last(item: Conversation | Dropped) -> list[Conversation | Droppe
     Its prompt is then what generation would be given, whatever the chat template makes of earlier answers or of the
     last question. A conversation without such an answer stays as it is.
     """
-    messages, split = item.get("messages", []), []
+    if "dropped" in item:
+        return [item]
+    split: list[Conversation | Dropped] = []
+    conversation = cast(Conversation, item)
+    messages, images = conversation["messages"], conversation.get("images", [])
     for index, message in enumerate(messages):
         if message["role"] != "assistant" or message.get("train") is False or message.get("weight") == 0:
             continue
         earlier = [{**m, "train": False} if m["role"] == "assistant" else m for m in messages[:index]]
         shown = sum(part["type"] == "image" for m in messages[: index + 1] for part in m["content"])
-        split.append({**item, "messages": [*earlier, message], "images": item["images"][:shown]})
+        split.append({**conversation, "messages": [*earlier, message], "images": images[:shown]})
     return split or [item]
 
 
