@@ -10,6 +10,7 @@ import datasets
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import torch
 from PIL import Image
 
 from processing.batching.dataset import ConversationDataset, StreamedDataset
@@ -197,6 +198,22 @@ def test_csv_is_read_as_it_is_written(tmp_path, streaming):
     content = '\ufeffimage,caption\na.png,"two\nlines"\r\n\n  \na.png,"a ""word"""\na.png,"x",\n'
     (tmp_path / "data.csv").write_text(content, newline="")
     assert items_of(tmp_path / "data.csv", streaming) == ["two\nlines", 'a "word"', "x"]
+
+
+@WAYS
+@pytest.mark.parametrize("columns", [None, {"image": "filename", "caption": "raw"}])
+def test_flickr30ks_own_table_is_read(tmp_path, columns, streaming):
+    """Its captions are a list that is written as a text."""
+    header = "raw,sentids,split,filename,img_id\n"
+    table = [header]
+    for k in range(3):
+        table.append(f'"[""Dog {k}, a."", ""It is {k}.""]","[{2 * k}, {2 * k + 1}]",train,{k}.jpg,{k}\n')
+    (tmp_path / "flickr_annotations_30k.csv").write_text("".join(table))
+    source = open_source(tmp_path / "flickr_annotations_30k.csv", streaming=streaming)
+    reading = Reading(source="data", columns=columns, images=ImagePolicy(folder=str(tmp_path)))
+    items = [item for index, row in enumerate(source.rows) for item in reading.items(row, index)]
+    assert list(map(said, items)) == [text for k in range(3) for text in (f"Dog {k}, a.", f"It is {k}.")]
+    assert [Path(item["images"][0]).name for item in items] == [f"{k}.jpg" for k in range(3) for _ in range(2)]
 
 
 @WAYS
@@ -412,6 +429,24 @@ def test_an_image_of_a_folder_that_is_missing_or_broken_is_known_when_it_is_look
 
 
 # --- the account
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_stream_goes_on_behind_a_bad_row_in_every_worker(tmp_path, workers):
+    for file in "ab":
+        lines = [b"caf\xe9" if number == 3 else line(f"{file} {number}") for number in range(6)]
+        (tmp_path / f"{file}.jsonl").write_bytes(b"\n".join(lines))
+    source = open_source(tmp_path / "*.jsonl", streaming=True)
+    dataset = StreamedDataset([(source.rows, Reading(source="data", images=ImagePolicy(folder=str(tmp_path))))])
+    loader = torch.utils.data.DataLoader(dataset, batch_size=None, num_workers=workers)
+    epoch = [item for item, _ in zip(loader, range(12))]
+    dropped = [item["dropped"][1] for item in epoch if "dropped" in item]
+    assert sorted(said(item) for item in epoch if "dropped" not in item) == sorted(
+        f"{file} {number}" for file in "ab" for number in range(6) if number != 3
+    )
+    assert sorted(why.partition("line ")[2] for why in dropped) == [
+        f"4 of {file}.jsonl: the byte 0xe9 at 3 is no UTF-8" for file in "ab"
+    ]
 
 
 @pytest.mark.parametrize("ahead", [False, True])
