@@ -143,7 +143,7 @@ class VLMDataCollator:
 
     def _warn(self, record):
         """Say once of each kind what is wrong with a sample: without an account nobody would know."""
-        lines = {note: note for note in record.notes}
+        lines = {note: f"{record.source}: {note}" for note in record.notes}
         if record.dropped is not None:
             lines[record.dropped] = f"left out: {record.detail or place(record._asdict()) + record.dropped}"
         for kind, line in lines.items():
