@@ -171,14 +171,14 @@ def test_rotation_removes_the_oldest(run, tmp_path):
     assert names(tmp_path) == ["checkpoint-6"]
 
 
-def test_a_checkpoint_of_the_model_alone_resumes_with_its_weights(run, tmp_path):
+def test_a_checkpoint_of_the_model_alone_resumes_with_its_weights(run, tmp_path, capsys):
     whole = run(tmp_path, save_only_model=True, max_steps=4)
     whole.train()
     checkpoint = tmp_path / "checkpoint-4"
     assert "optimizer.pt" not in names(checkpoint) and fault(checkpoint) is None
     resumed = run(tmp_path, max_steps=4)
     resumed.train(resume_from_checkpoint=True)
-    assert same(weights(resumed), weights(whole))
+    assert same(weights(resumed), weights(whole)) and "holds the model alone" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("strategy", ["every_save", "checkpoint", "all_checkpoints"])

@@ -142,6 +142,8 @@ class VLMTrainer(Trainer):
                     f"the processes found checkpoints of the steps {', '.join(map(str, sorted(steps)))}; name one that "
                     "all have with --resume_from_checkpoint FOLDER."
                 )
+            if self.is_world_process_zero() and not any(checkpoint.glob("rng_state*.pth")):
+                print(f"{checkpoint} holds the model alone: optimizer, learning rate and random numbers start anew")
             self._skip_batches = self._batches_to_skip()
             # One process a disk goes on with what all counted, so that nothing is lost where fewer go on.
             self.account = load_account(checkpoint) if self.args.should_save else Account()
