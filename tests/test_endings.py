@@ -16,7 +16,7 @@ from transformers import AutoModelForImageTextToText, AutoProcessor, GenerationC
 
 import train_pretrain
 import train_sft
-from evaluation_vlm.questions import Question, generate_answers, greedy
+from inference_vlm.answering import Prompt, answer, greedy
 from modeling_vlm import VLMForConditionalGeneration
 from modeling_vlm.generation_vlm import savable
 from tests import tiny
@@ -132,8 +132,14 @@ def test_a_users_own_settings_do_not_stand_in_the_way_of_saving(composed, tmp_pa
 def test_greedy_answers_inherit_nothing_but_token_ids(composed):
     model, processor = composed
     ids = processor.tokenizer("the cat is", add_special_tokens=False)["input_ids"]
-    questions = [Question(ids, [], "", "all", "all")] * 2
-    expected = generate_answers(model, processor, questions, 2, greedy(model, processor, 12))
+    questions = [Prompt(ids, [])] * 2
+
+    def asked():
+        config = greedy(model, processor, 12)
+        config.suppress_tokens = sorted({*config.suppress_tokens, *processor.tokenizer.all_special_ids})
+        return answer(model, processor, questions, 2, config)
+
+    expected = asked()
     assert expected[0] == expected[1] != ""
     own = GenerationConfig(
         do_sample=True, temperature=5.0, repetition_penalty=50.0, no_repeat_ngram_size=1, min_new_tokens=12,
@@ -143,7 +149,7 @@ def test_greedy_answers_inherit_nothing_but_token_ids(composed):
         suppress_tokens=list(range(10, 60)), custom_setting=1,
     )  # fmt: skip
     model.generation_config = own
-    assert generate_answers(model, processor, questions, 2, greedy(model, processor, 12)) == expected
+    assert asked() == expected
     assert model.generation_config is own
 
 
@@ -170,16 +176,16 @@ def test_answers_are_as_long_as_positions_allow(folders, capsys):
     config = greedy(model, processor, 64)
     config.suppress_tokens = sorted({*config.suppress_tokens, 0})  # without an end
     config.eos_token_id = None
-    questions = [Question([word] * length, [], "", "all", "all") for length in lengths]
+    questions = [Prompt([word] * length, []) for length in lengths]
     written = {}
     real = processor.tokenizer.decode
     processor.tokenizer.decode = lambda ids, **options: written.setdefault(len(written), len(ids)) and real(ids) or ""
-    together = generate_answers(model, processor, questions, 6, config)
+    together = answer(model, processor, questions, 6, config)
     assert sorted(written.values()) == [0, 0, 1, 2, 33, 64]
     assert together[4:] == ["", ""] and "2 of 6 questions fill all 128 positions" in capsys.readouterr().out
     processor.tokenizer.decode = real
-    together = generate_answers(model, processor, questions, 6, config)
-    assert together == [generate_answers(model, processor, [one], 1, config)[0] for one in questions]
+    together = answer(model, processor, questions, 6, config)
+    assert together == [answer(model, processor, [one], 1, config)[0] for one in questions]
 
 
 def test_a_run_with_prompts_of_nearly_all_positions_ends_well(backbones, tmp_path, capsys):
@@ -208,8 +214,8 @@ AFTER = {
     "writing the metrics": (VLMTrainer, "save_metrics"),
     "the account of the data": (finish, "write_data_report"),
     "the test questions": (finish, "exact_match"),
-    "the samples": (finish, "generate_answers"),
-    "samples.png": (finish, "draw_samples"),
+    "the samples": (finish, "answer"),
+    "samples.png": (finish, "draw_gallery"),
     "the model card": (finish, "write_model_card"),
 }
 
@@ -299,7 +305,7 @@ import training_vlm.finish as finish
 def wait(*args, **kwargs):
     Path(sys.argv[1], "waiting").touch()
     time.sleep(600)
-finish.generate_answers = wait
+finish.answer = wait
 import train_pretrain
 train_pretrain.main(sys.argv[2:])
 """
