@@ -214,7 +214,7 @@ class VLMProcessor(ProcessorMixin):
         """Height and width in pixels of what the encoder sees."""
         images = self.image_processor
         size = dict(images.crop_size if getattr(images, "do_center_crop", False) else images.size)
-        height, width = (size.get(side, size.get("shortest_edge")) for side in ("height", "width"))
+        height, width = (int(size.get(side) or size["shortest_edge"]) for side in ("height", "width"))
         return height, width
 
     def tile_grid(self, height: int, width: int) -> tuple[int, int]:
