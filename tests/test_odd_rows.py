@@ -466,3 +466,20 @@ def test_a_bad_row_is_in_the_account_with_file_and_line(tmp_path, ahead, folders
     assert account.total["samples"] == 200 and account.total["learned from"] == 199
     (((_, row), (reason, detail)),) = account.named.items()
     assert (row, reason) == ("150", "malformed row") and "line 151 of data.jsonl: the byte 0xe9" in detail
+
+
+@WAYS
+@pytest.mark.parametrize("suffix", ["jsonl", "csv", "parquet", "tar"])
+def test_an_empty_file_among_several_is_named(tmp_path, suffix, streaming):
+    content = {"jsonl": good(0), "csv": b"image,caption\na.png,row 0\n"}.get(suffix)
+    for name in ("a", "c"):
+        file = tmp_path / f"{name}.{suffix}"
+        if content:
+            file.write_bytes(content)
+        elif suffix == "parquet":
+            captions(file, ["row 0"])
+        else:
+            archive(file, samples({}, 1))
+    (tmp_path / f"b.{suffix}").touch()
+    found = items_of(tmp_path / f"*.{suffix}", streaming)
+    assert found[::2] == ["row 0", "row 0"] and found[1][0] == 1 and found[1][1].startswith(f"b.{suffix}: ")

@@ -229,6 +229,7 @@ class ImageFolderReader(ImageFolder):
             yield from self._row_by_row(metadata_file, metadata_ext, done)
 
     def _row_by_row(self, file: str, kind: str, done: int) -> Iterator[pa.Table]:
+        rows: Iterator[dict[str, Any] | str]
         if kind == ".csv":
             header, cells = csv_rows(file)
             rows = (row if isinstance(row, str) else {n: c or None for n, c in zip(header, row)} for row in cells)

@@ -96,17 +96,16 @@ def _captioned(
                 inside(folder, image["file_name"])
             except ValueError as error:
                 why = f"images[{number}]: {error}"
-        key = _key(image["id"]) if isinstance(image, dict) and "id" in image else None
-        if why and key is None:
+        if not isinstance(image, dict) or "id" not in image:
             odd.append(why)
         elif why:
-            wrong[key] = why
+            wrong[_key(image["id"])] = why
         else:
-            captions[key] = image, []
+            captions[_key(image["id"])] = image, []
     for number, annotation in enumerate(annotations):
         place = f"annotations[{number}]"
         why = _wrong(annotation, place, image_id=(int, float, str), caption=(str, NoneType))
-        key = None if why else _key(annotation["image_id"])
+        key = "" if why else _key(annotation["image_id"])
         if why:
             odd.append(why)
         elif key in captions:

@@ -32,7 +32,8 @@ def _drawn_dialogues(split: str, count: int) -> datasets.Dataset:
     if split != "test":
         scenes = [shapes.scene(split, index) for index in range(count)]
         return _drawn(scenes, {"messages": [_turns(scene.dialogue()) for scene in scenes]})
-    scenes, turns = zip(*shapes.questions(split, count))
+    asked = shapes.questions(split, count)
+    scenes, turns = [scene for scene, _ in asked], [turn for _, turn in asked]
     columns = {
         "messages": [_turns([turn]) for turn in turns],
         "kind": [turn.kind for turn in turns],

@@ -65,7 +65,7 @@ class JsonReader(Json):
         return table if self.info.features is None else self._cast_table(table)
 
     def _tables(self, file: str, allow_full_read: bool) -> Iterator[pa.Table]:
-        name, line = base_name(file), 1
+        name, line, block = base_name(file), 1, b""
         with xopen(file, "rb", download_config=self._download_config()) as opened:
             blocks = _blocks(opened)
             for block in blocks:
@@ -91,6 +91,8 @@ class JsonReader(Json):
                 if len(table):
                     yield table
                 line += block.count(b"\n")
+            if not block:
+                raise DuetError(f"{name}: an empty file")
 
     def _download_config(self) -> datasets.DownloadConfig:
         return datasets.DownloadConfig(token=self.token, storage_options=self.storage_options)
@@ -236,15 +238,15 @@ def _json_paths(features: datasets.Features) -> list[list[Any]]:
 def _encoded(row: dict[str, Any] | str, features: datasets.Features) -> bytes:
     """A row as a line in which JSON columns are texts; a reason in its column."""
     if isinstance(row, str):
-        row = {ODD: row}
+        cells: dict[str, Any] = {ODD: row}
     else:
-        row = {name: value for name, value in row.items() if value is not None or name in features}
+        cells = {name: value for name, value in row.items() if value is not None or name in features}
     for path in _json_paths(features):
         if len(path) > 1:
-            row = json_encode_field(row, path)
-        elif row.get(path[0]) is not None:
-            row = {**row, path[0]: json.dumps(row[path[0]])}
-    return json.dumps(row).encode()
+            cells = json_encode_field(cells, path)
+        elif cells.get(path[0]) is not None:
+            cells[path[0]] = json.dumps(cells[path[0]])
+    return json.dumps(cells).encode()
 
 
 def _blocks(file: Any) -> Iterator[bytes]:
@@ -282,10 +284,11 @@ def _is_list(block: bytes) -> bool:
 def _rows_of_list(content: bytes, name: str) -> list[dict[str, Any] | str]:
     """The rows of a file that is one list, and what is wrong with those that are none."""
     text = content.decode("utf-8", "surrogateescape")
-    decoder, rows, place = json.JSONDecoder(), [], text.index("[") + 1
-    gap = re.compile(r"[\s,]*")
+    decoder, place = json.JSONDecoder(), text.index("[") + 1
+    rows: list[dict[str, Any] | str] = []
     while True:
-        place = gap.match(text, place).end()
+        while place < len(text) and text[place] in " \t\r\n,":
+            place += 1
         if text.startswith("]", place):
             break
         where = f"entry {len(rows)} of {name}"
@@ -297,9 +300,8 @@ def _rows_of_list(content: bytes, name: str) -> list[dict[str, Any] | str]:
             break
         rows.append(_checked(value, text[place:end], where))
         place = end
-    if rows and all(isinstance(row, _Text) for row in rows):
-        return [{"text": row.text} for row in rows]
-    return rows
+    texts = [row for row in rows if isinstance(row, _Text)]
+    return [{"text": row.text} for row in texts] if len(texts) == len(rows) else rows
 
 
 class _Text(str):

@@ -6,7 +6,7 @@ What is special: none of it copies or decodes what is stored. Only how a table i
 import dataclasses
 import hashlib
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, TypeAlias
 
 import datasets
 import numpy as np
@@ -23,7 +23,7 @@ HELD_OUT_ROWS = 1_000
 STORED_IMAGE = {"bytes": datasets.Value("binary"), "path": datasets.Value("string")}
 """How an image is stored, and so what is left of its column's type where a file does not say that it is one."""
 
-Rows = datasets.Dataset | datasets.IterableDataset
+Rows: TypeAlias = datasets.Dataset | datasets.IterableDataset
 Splits = dict[str, Callable[[], Rows]]
 """Split name -> what opens it."""
 
@@ -90,7 +90,7 @@ def _is_learned(row: dict[str, Any], every: int, seed: int) -> bool:
     return not _is_held_out(row, every, seed)
 
 
-def _add_to(digest: "hashlib._Hash", value: Any) -> None:
+def _add_to(digest: hashlib.blake2b, value: Any) -> None:
     """Add the content of a row to a hash: everything but where it came from."""
     if isinstance(value, dict):
         stored = value.get("bytes") is not None  # an image, whose path is then only a name

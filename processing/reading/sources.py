@@ -99,7 +99,7 @@ def open_source(
     Raises:
         FileNotFoundError, ValueError, ConnectionError: one line each: what was found, where, and how to mend it.
     """
-    folder, caches = Path(image_dir).expanduser() if image_dir else None, ()
+    folder, caches = Path(image_dir).expanduser() if image_dir else None, tuple[str, ...]()
     where = _where(path)
     if folder is not None and not folder.is_dir():
         raise NotFound(f"{where}: no image folder {folder}; check --image_dir")
@@ -206,9 +206,9 @@ def _file_splits(where: str, files: list[Path], streaming: bool) -> Splits:
     for file in files:
         if _format(file) is None:
             raise DuetError(f"{file}: a file of unknown kind; expected one of {', '.join(FILE_FORMATS)}, or a folder")
-        if not file.stat().st_size:
-            raise DuetError(f"{file}: an empty file; expected rows")
-    formats = sorted({_format(file) for file in files})
+    if not any(file.stat().st_size for file in files):
+        raise DuetError(f"{files[0]}: an empty file; expected rows")
+    formats = sorted({str(_format(file)) for file in files})
     if len(formats) > 1:
         raise DuetError(f"{where}: files of several kinds ({', '.join(formats)}); name those of one kind")
     build = partial(datasets.load_dataset_builder, formats[0], data_files=[glob.escape(str(file)) for file in files])
