@@ -34,7 +34,7 @@ def _drawn_dialogues(split: str, count: int) -> datasets.Dataset:
         return _drawn(scenes, {"messages": [_turns(scene.dialogue()) for scene in scenes]})
     asked = shapes.questions(split, count)
     scenes, turns = [scene for scene, _ in asked], [turn for _, turn in asked]
-    columns = {
+    columns: dict[str, list] = {
         "messages": [_turns([turn]) for turn in turns],
         "kind": [turn.kind for turn in turns],
         "subset": ["unseen pairs" if turn.unseen else "seen pairs" for turn in turns],

@@ -351,10 +351,11 @@ def _reading(where: str | Path, read: Callable[[], Any]) -> Any:
             "check the path, or the network and HF_HUB_OFFLINE"
         ) from error
     except Exception as error:  # the formats' readers raise their own kinds, down to StopIteration for an empty file
-        while error.__cause__ is not None:
-            error = error.__cause__
-        if isinstance(error, DuetError):
-            raise error from None
+        cause: BaseException = error
+        while cause.__cause__ is not None:
+            cause = cause.__cause__
+        if isinstance(cause, DuetError):
+            raise cause from None
         kind = NotFound if isinstance(error, FileNotFoundError) else DuetError
         raise kind(f"{where}: not readable as a data set ({reason(error)}); check its format and name") from error
 
