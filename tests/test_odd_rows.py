@@ -14,6 +14,7 @@ import torch
 from PIL import Image
 
 from processing.batching.dataset import ConversationDataset, StreamedDataset
+from processing.batching.encode_ahead import without_image_bytes
 from processing.batching.encoding import Encoder, encode_dialogue, encode_item
 from processing.image_files_vlm import ImagePolicy, load_image
 from processing.reading import json_reader
@@ -291,6 +292,17 @@ def test_plain_bytes_are_images(tmp_path, kind, streaming, ahead, folders):
     colours = [[load_image(image).getpixel((0, 0)) for image in item["images"]] for item in items]
     red, blue = (255, 0, 0), (0, 0, 255)
     assert colours == ([[red, blue], [red]] if several else [[red], [blue]])
+
+
+@pytest.mark.parametrize("kind", [pa.binary(), pa.large_binary()])
+def test_plain_bytes_are_not_loaded_to_encode_texts(kind):
+    columns = {
+        "image": pa.array([b"x" * 1_000, None], kind),
+        "images": pa.array([[b"y" * 1_000, None], None], pa.list_(kind)),
+    }
+    table = pa.table({**columns, "text": ["a", "b"]})
+    light = without_image_bytes(table, datasets.Features.from_arrow_schema(table.schema))
+    assert light == {"image": [b"x" * 16, None], "images": [[b"y" * 16, None], None], "text": ["a", "b"]}
 
 
 # --- archives of samples
