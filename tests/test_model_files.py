@@ -200,7 +200,8 @@ def test_a_stage_1_that_was_stopped_midway_leads_on(folders, tmp_path, monkeypat
     monkeypatch.setattr(VLMTrainer, "training_step", stopped)
     rows = [{"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}] * 8
     (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    common = ["--dataset", str(tmp_path / "rows.jsonl"), "--use_cpu", "--bf16", "False", "--max_steps", "4"]
+    common = ["--dataset", str(tmp_path / "rows.jsonl"), "--use_cpu", "--bf16", "False", "--max_steps", "4",
+              "--tune_text", "full"]  # fmt: skip
     with pytest.raises(SystemExit):
         train_sft.main([
             *common, "--vision_model", str(vision), "--text_model", str(text), "--save_strategy", "steps",
