@@ -695,6 +695,21 @@ def test_an_answer_is_learned_as_a_template_that_cuts_thoughts_writes_it(answer,
         assert sum(weight for weight in weights) > len(learned_last)
 
 
+def test_what_a_template_writes_anew_is_its_own_and_what_it_leaves_is_typed():
+    """Though both look the same: a thought cut out and written with nothing around it, and a question beside it."""
+    written_with_lines = r"'<think>\n' + thought + '\n</think>\n\n' + text.lstrip('\n')"
+    template = THINKS.replace(written_with_lines, "'<think>' + thought + '</think>' + text")
+    assert template != THINKS
+    processor = thinking(template)
+    think, close = processor.tokenizer.convert_tokens_to_ids(["<think>", "</think>"])
+    for answer in ("it is</think>blue.", "<think>it is</think>blue."):
+        messages = spoken("what is a </think> b?", answer)
+        ids, weights = processor.encode_messages(messages)
+        learned_last = [id for id, weight in zip(ids, weights) if weight]
+        assert processor.tokenizer.decode(learned_last) == "<think>it is</think>blue.<|im_end|>"
+        assert [learned_last.count(id) for id in (think, close)] == [1, 1] == [ids.count(think), ids.count(close)]
+
+
 @pytest.mark.parametrize(
     "template, system, context",
     [(OPENS, None, 2), (OPENS, "be brief", 2), (MOVES, "be brief", 2), (MOVES, None, 0), (tiny.CHATML, "be brief", 0)],
