@@ -104,7 +104,8 @@ def check(root) -> None:
         "train2017/000000000025.jpg",
     ]
     assert [path.name for path in root.iterdir() if path.name.startswith(".")] == []
-    _, rows, image_dir = open_source(root)
+    source = open_source(root)
+    rows, image_dir = source.rows, source.image_dir
     assert rows["caption"][:] == [["Number 9."], ["Number 25."]]
     assert load_image(image_dir / rows[1]["image"]).size == (32, 32)
 
