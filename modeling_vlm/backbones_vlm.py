@@ -19,6 +19,7 @@ from transformers import (
     AutoModel,
     AutoModelForCausalLM,
     AutoTokenizer,
+    GenerationConfig,
     ImageProcessingMixin,
     PreTrainedConfig,
     PreTrainedModel,
@@ -378,8 +379,41 @@ def check_logits(model: PreTrainedModel, causal_lm: PreTrainedModel):
         )
 
 
+@torch.no_grad()
+def check_generation(model: PreTrainedModel):
+    """
+    Try two steps of generation with a cache, behind padding as in a batch, against the same text alone and whole.
+
+    Raises:
+        `DuetError`: padding or the cache change what is said.
+    """
+    ids = _some_ids(model)
+    ids = ids.masked_fill(ids == model.config.image_token_id, 0)
+    padding = 3
+    if model.model.max_positions is not None and model.model.max_positions < ids.shape[1] + padding + 2:
+        return
+    padded, mask = nn.functional.pad(ids, (padding, 0)), nn.functional.pad(torch.ones_like(ids), (padding, 0))
+    settings = GenerationConfig(
+        max_new_tokens=2, do_sample=False, pad_token_id=0, output_logits=True, return_dict_in_generate=True
+    )
+    training, own = model.training, model.generation_config
+    model.eval().generation_config = settings  # what is not said, `generate` takes from the model's own
+    try:
+        found = model.generate(padded, attention_mask=mask)
+        whole = model(found.sequences[:, padding:]).logits[:, -3:-1].float()
+    finally:
+        model.train(training).generation_config = own
+    difference = _difference(whole, torch.stack(found.logits, 1).float())
+    kind = model.config.text_config.model_type
+    if not difference <= (1e-2 if model.dtype == torch.float32 else 1e-1):
+        raise DuetError(
+            f"the language model ({kind}) says something else in a padded batch, or with a cache, than alone: logits "
+            f"differ by {difference:.1e} (relative); {_CHOOSE}"
+        )
+
+
 def _some_ids(causal_lm):
-    return torch.arange(1, 9, device=causal_lm.device).unsqueeze(0) % causal_lm.config.vocab_size
+    return torch.arange(1, 9, device=causal_lm.device).unsqueeze(0) % causal_lm.config.get_text_config().vocab_size
 
 
 def _difference(one, two):

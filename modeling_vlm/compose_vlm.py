@@ -15,6 +15,7 @@ from .backbones_vlm import (
     BackboneKwargs,
     check_causal,
     check_decoder,
+    check_generation,
     check_logits,
     find_image_token_id,
     grow_embeddings,
@@ -115,6 +116,7 @@ def compose(
     generation_config.suppress_tokens = sorted({*(generation_config.suppress_tokens or []), config.image_token_id})
     model.generation_config, _ = savable(generation_config)
     description = describe(model.eval())
+    check_generation(model)
     if os.environ.get("RANK", "0") == "0":  # tried in every process, said in one
         print(description)
     return model
