@@ -10,6 +10,7 @@ import sys
 import unicodedata
 from collections.abc import Iterable
 from pathlib import Path
+from typing import cast
 
 from PIL import ImageDraw, ImageFont
 
@@ -65,7 +66,8 @@ class Fonts:
     def __init__(self, size: int = 13):
         self.size = size
         self.missing: set[str] = set()
-        self._fonts: list[ImageFont.FreeTypeFont] = [ImageFont.load_default(size=size)]
+        # With a size it is always of this class.
+        self._fonts = [cast(ImageFont.FreeTypeFont, ImageFont.load_default(size=size))]
         self._untried = iter(system_fonts())
         self._font_of: dict[str, ImageFont.FreeTypeFont] = {}
 

@@ -7,8 +7,9 @@ Without a question the image is captioned, which is all that a model of stage 1 
 
 import argparse
 import sys
+from typing import cast
 
-from transformers import TextStreamer
+from transformers import GenerationMixin, TextStreamer
 from transformers.utils import logging
 
 from processing.image_files_vlm import load_image
@@ -49,7 +50,7 @@ def ask(name: str, image: str, question: str | None = None, **generate) -> None:
             add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt",
         )  # fmt: skip
     streamer = _Answer(processor.tokenizer, skip_prompt=True, skip_special_tokens=True)
-    model.generate(**inputs.to(model.device, model.dtype), streamer=streamer, **generate)
+    cast(GenerationMixin, model).generate(**inputs.to(model.device, model.dtype), streamer=streamer, **generate)
 
 
 def main(argv: list[str] | None = None) -> int:

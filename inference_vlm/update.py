@@ -32,13 +32,15 @@ _BESIDE = ".{}.new"
 def shipped_code() -> dict[str, bytes]:
     """What a save puts beside the weights: name -> content of every file that model and processor reach."""
     entries = (ROOT / "modeling_vlm" / "modeling_vlm.py", ROOT / "processing" / "processing_vlm.py")
-    files = {Path(file) for entry in entries for file in (entry, *get_relative_import_files(entry))}
+    files = {file for entry in entries for file in (entry, *map(Path, get_relative_import_files(entry)))}
     return {file.name: file.read_bytes() for file in sorted(files)}
 
 
 def version_of(code: dict[str, bytes]) -> str:
     """The version that the code itself says it is."""
-    return re.search(rb'^DUET_VERSION = "(.+)"$', code["configuration_vlm.py"], re.MULTILINE)[1].decode()
+    found = re.search(rb'^DUET_VERSION = "(.+)"$', code["configuration_vlm.py"], re.MULTILINE)
+    assert found is not None
+    return found[1].decode()
 
 
 def update(folder: str | Path) -> list[str]:

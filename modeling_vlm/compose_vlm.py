@@ -6,6 +6,7 @@ encoder is found by running it, so nothing here knows a family. The file travels
 """
 
 import os
+from typing import TypeVar
 
 import torch
 from torch import nn
@@ -32,6 +33,7 @@ from .projector_vlm import select_features
 from .vision_vlm import VLMVisionPair, blank_image, leave_out_unused
 
 
+Model = TypeVar("Model", bound=PreTrainedModel)
 Backbone = str | PreTrainedConfig
 """Hub name or folder of a checkpoint, or a config to start from scratch."""
 
@@ -83,14 +85,14 @@ def encoders_of(vision: Backbone | tuple[Backbone, ...]) -> tuple[Backbone, ...]
 
 
 def compose(
-    model_class: type[PreTrainedModel],
+    model_class: type[Model],
     vision: Backbone | tuple[Backbone, Backbone],
     text: Backbone,
     dtype: torch.dtype,
     vision_kwargs: BackboneKwargs,
     text_kwargs: BackboneKwargs,
     **settings,
-) -> PreTrainedModel:
+) -> Model:
     """
     A model of two backbones, tried on a text and an image; see `VLMForConditionalGeneration.from_backbones`.
 
@@ -122,7 +124,7 @@ def compose(
     return model
 
 
-def shape_of(model_class: type[PreTrainedModel], config: PreTrainedConfig) -> PreTrainedModel:
+def shape_of(model_class: type[Model], config: PreTrainedConfig) -> Model:
     """
     A model without memory or weights, on the meta device; what its config left open is found all the same.
 

@@ -21,7 +21,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
 from PIL import Image
 
@@ -109,11 +109,9 @@ def resolve_reference(reference: ImageReference, policy: ImagePolicy) -> ImageRe
     Raises:
         ValueError: a reference of another kind, or one that leads where it may not; one line, without the row.
     """
-    path = reference
-    if isinstance(reference, dict):
-        if reference.get("bytes") is not None:
-            return reference
-        path = reference.get("path")
+    if isinstance(reference, dict) and reference.get("bytes") is not None:
+        return reference
+    path = reference.get("path") if isinstance(reference, dict) else reference
     if isinstance(path, Image.Image):
         return path
     if not isinstance(path, (str, os.PathLike)) or not str(path):
@@ -274,10 +272,12 @@ def _opened(reference: ImageReference) -> Iterator[Image.Image]:
 
 def _source(reference: ImageReference) -> Image.Image | str | os.PathLike | io.BytesIO:
     """What Pillow opens: the bytes of an image that is stored, written out or fetched, else its path."""
-    source = reference
+    source: Image.Image | str | os.PathLike | io.BytesIO | None
     if isinstance(reference, dict):
         content = reference.get("bytes")
         source = io.BytesIO(content) if content is not None else reference.get("path")
+    else:
+        source = reference
     if not isinstance(source, (Image.Image, str, os.PathLike, io.BytesIO)):
         raise _no_reference(reference)
     if _is_data_uri(source):
@@ -331,12 +331,12 @@ def _fetch(url: str) -> bytes:
         raise BadImage(f"{_short(url)}: the image could not be fetched ({error}); {remedy}", NOT_FETCHED) from None
 
 
-def is_url(reference: Any) -> bool:
+def is_url(reference: Any) -> TypeGuard[str]:
     """Whether a reference has to be fetched."""
     return isinstance(reference, str) and re.match("https?://", reference, re.IGNORECASE) is not None
 
 
-def _is_data_uri(reference: Any) -> bool:
+def _is_data_uri(reference: Any) -> TypeGuard[str]:
     return isinstance(reference, str) and re.match("data:image/[^,]*;base64,", reference, re.IGNORECASE) is not None
 
 

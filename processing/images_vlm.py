@@ -48,11 +48,11 @@ def to_rgb(image: Image.Image) -> Image.Image:
     return _flat(image if meaning is None else _scaled(image, meaning))
 
 
-def bounded_size(*size: int) -> tuple[int, ...]:
-    """The sides that an image of `size` is shown with, in either order: halved while it has too many pixels."""
-    while size[0] * size[1] > MANY_PIXELS:
-        size = tuple(-(-side // 2) for side in size)
-    return size
+def bounded_size(side: int, other: int) -> tuple[int, int]:
+    """The sides that an image of this size is shown with, in either order: halved while it has too many pixels."""
+    while side * other > MANY_PIXELS:
+        side, other = -(-side // 2), -(-other // 2)
+    return side, other
 
 
 def _halved(image):
@@ -291,7 +291,7 @@ def fit(image: Image.Image, size: tuple[int, int], mode: str, fill: tuple[int, i
     scale = min(size[0] / image.width, size[1] / image.height)
     image = image.resize([max(1, round(side * scale)) for side in image.size], resample)
     ground = Image.new("RGB", size, fill)
-    ground.paste(image, [(whole - part) // 2 for whole, part in zip(size, image.size)])
+    ground.paste(image, ((size[0] - image.width) // 2, (size[1] - image.height) // 2))
     return ground
 
 

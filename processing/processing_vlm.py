@@ -11,6 +11,7 @@ import itertools
 import os
 import re
 from pathlib import Path
+from typing import cast
 
 import transformers
 from PIL import Image
@@ -70,6 +71,7 @@ class VLMProcessor(ProcessorMixin):
         `ValueError`: no such `image_mode`, or less than one tile.
     """
 
+    chat_template: str | None
     allow_local_urls = False
     """Whether the URLs of image parts may lead to this machine and to networks of its own; set it where they may."""
 
@@ -297,7 +299,8 @@ class VLMProcessor(ProcessorMixin):
 
     # -- messages -------------------------------------------------------------------------------------------------
 
-    def apply_chat_template(
+    # Options by keyword only, and what a version of the library has more of them is in `kwargs`.
+    def apply_chat_template(  # type: ignore[override]
         self,
         conversation: list[dict] | list[list[dict]],
         chat_template: str | None = None,
@@ -331,7 +334,7 @@ class VLMProcessor(ProcessorMixin):
             `ValueError`: the template cannot render these messages, `max_length` would cut an image, or something is
                 given that is neither text nor image.
         """
-        template = chat_template or self.chat_template
+        template = self._template(chat_template)
         options = dict(processor_kwargs or {})
         for key in ("common_kwargs", "text_kwargs"):
             options |= options.pop(key, {})
@@ -341,8 +344,8 @@ class VLMProcessor(ProcessorMixin):
             kwargs.pop(key, None)
         return_tensors = options.get("return_tensors") if return_tensors in (None, "auto") else return_tensors
         batched = bool(conversation) and not isinstance(conversation[0], dict)
-        given: list = conversation if batched else [conversation]
-        conversations = [with_parts(messages) for messages in given]
+        each: list = conversation if batched else [conversation]
+        conversations = [with_parts(messages) for messages in each]
         rendering = dict(
             add_generation_prompt=add_generation_prompt, continue_final_message=continue_final_message, **kwargs
         )
@@ -353,7 +356,8 @@ class VLMProcessor(ProcessorMixin):
         if self.tokenizer.truncation_side == "right":
             rendering["max_length"] = most
         encoded = [self.encode_messages(m, chat_template=template, **rendering) for m in conversations]
-        beside = iter(make_flat_list_of_images(options["images"]) if _holds_any(options.get("images")) else ())
+        given = cast(list, make_flat_list_of_images(options["images"])) if _holds_any(options.get("images")) else []
+        beside = iter(given)
         opened = [
             [self._open(p if _names_image(p) else {**p, "image": next(beside, None)}) for p in parts_of_images]
             for parts_of_images in ([p for p in all_parts(m) if p["type"] == "image"] for m in conversations)
@@ -386,6 +390,12 @@ class VLMProcessor(ProcessorMixin):
             data = {"input_ids": data["input_ids"]}
         features = BatchFeature(data, tensor_type=return_tensors)
         return features if return_dict else features["input_ids"]
+
+    def _template(self, given: str | None) -> str:
+        template = given or self.chat_template
+        if template is None:
+            raise DuetError("this processor has no chat template; set one with `set_chat_template`.")
+        return template
 
     def _open(self, part):
         """The image that an image part carries."""
@@ -456,12 +466,9 @@ class VLMProcessor(ProcessorMixin):
         Raises:
             `ValueError`: the template refuses the messages, or rewrites them in a way that cannot be followed.
         """
-        template = chat_template or self.chat_template
-        if template is None:
-            raise DuetError("this processor has no chat template; set one with `set_chat_template`.")
         return self.encoder.encode_messages(
             messages,
-            template,
+            self._template(chat_template),
             add_generation_prompt=add_generation_prompt,
             continue_final_message=continue_final_message,
             supervise_prompt=supervise_prompt,

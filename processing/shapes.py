@@ -152,7 +152,9 @@ class Scene:
         """
         rng = Random(f"dialogue {self.seed}")
         wanted = rng.choice((2, 3, 4, 5, 5))
-        turns, asked, kinds = [], set(), []
+        turns: list[Turn] = []
+        asked: set[str] = set()
+        kinds: list[str] = []
         while len(turns) < wanted:
             if not kinds:
                 kinds = [*KINDS, "relation", "place"]

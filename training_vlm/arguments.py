@@ -7,12 +7,13 @@ import difflib
 import json
 import os
 from dataclasses import dataclass, field, fields, replace
-from typing import Any
+from typing import Any, cast
 
 import torch
 from transformers import CONFIG_MAPPING, PreTrainedConfig, Trainer, TrainingArguments
 from transformers.integrations import get_available_reporting_integrations
 
+from modeling_vlm.backbones_vlm import BackboneKwargs
 from modeling_vlm.configuration_vlm import PROJECTOR_SETTINGS
 from processing.batching.collator import ON_BAD_SAMPLE
 from processing.batching.encoding import SUPERVISE, TRUNCATIONS
@@ -141,10 +142,10 @@ class ModelArguments:
         )  # fmt: skip
         return {name: getattr(self, name) for name in names}
 
-    def backbone_kwargs(self, side: str) -> dict[str, Any]:
+    def backbone_kwargs(self, side: str) -> BackboneKwargs:
         """What `from_pretrained` is given for one side, `"vision"` or `"text"`."""
         names = ("revision", "token", "trust_remote_code", "attn_implementation")
-        return {name: value for name in names if (value := getattr(self, f"{side}_{name}"))}
+        return cast(BackboneKwargs, {name: value for name in names if (value := getattr(self, f"{side}_{name}"))})
 
 
 def backbone_of(option: str, value: str | dict | PreTrainedConfig | None) -> str | PreTrainedConfig | None:
@@ -152,7 +153,7 @@ def backbone_of(option: str, value: str | dict | PreTrainedConfig | None) -> str
     if not isinstance(value, dict):
         return value
     model_type = value.get("model_type")
-    if model_type not in CONFIG_MAPPING:
+    if not isinstance(model_type, str) or model_type not in CONFIG_MAPPING:
         raise DuetError(f"{option} has model_type {model_type!r}; expected one that transformers knows, such as vit.")
     return CONFIG_MAPPING[model_type](**{key: setting for key, setting in value.items() if key != "model_type"})
 
@@ -309,7 +310,7 @@ class DataArguments:
             return [
                 SourceArguments(
                     self.dataset, self.dataset_name, self.train_split, self.eval_split, self.dataset_revision,
-                    self.image_dir, self.columns, self.max_samples,
+                    self.image_dir, cast(dict[str, str] | None, self.columns), self.max_samples,
                 )
             ]  # fmt: skip
         single = ("dataset", "dataset_name", "dataset_revision", "train_split", "eval_split", "test_split")
@@ -399,7 +400,8 @@ def _parse_columns(columns: Any) -> dict[str, str] | None:
         return None
     given = columns
     if isinstance(columns, str):
-        columns = dict((pair.split("=", 1) + [None])[:2] for pair in columns.split(","))
+        pairs = (pair.partition("=") for pair in columns.split(","))
+        columns = {name: column if equals else None for name, equals, column in pairs}
     if not isinstance(columns, dict) or not columns or not all(isinstance(v, str) for v in columns.values()):
         raise DuetError(f"columns={given!r}: expected what each is called, such as image=photo,caption=text.")
     return {str(name).strip(): column.strip() for name, column in columns.items()}
@@ -436,7 +438,7 @@ class GenerationArguments:
 
     def told(self) -> dict[str, Any]:
         """What was said of generation, as settings of a `GenerationConfig`."""
-        settings = {"max_new_tokens": self.max_new_tokens}
+        settings: dict[str, Any] = {"max_new_tokens": self.max_new_tokens}
         if self.temperature is not None or self.top_p is not None:
             settings["do_sample"] = self.temperature != 0
         elif self.num_beams is not None:
@@ -458,13 +460,14 @@ class VLMTrainingArguments(TrainingArguments):
     )
     # The collator reads columns that the model does not take.
     remove_unused_columns: bool = field(default=False, metadata={"help": "Must stay off: the collator reads images."})
-    bf16: bool | None = field(
+    # None until the hardware has been asked.
+    bf16: bool | None = field(  # type: ignore[assignment]
         default=None, metadata={"help": "Autocast to bfloat16; on where the hardware has it, unless fp16 is chosen."}
     )
-    dataloader_num_workers: int | None = field(
+    dataloader_num_workers: int | None = field(  # type: ignore[assignment]
         default=None, metadata={"help": "Processes that decode images; from the number of cores if not given."}
     )
-    dataloader_pin_memory: bool | None = field(
+    dataloader_pin_memory: bool | None = field(  # type: ignore[assignment]
         default=None, metadata={"help": "Pinned memory; on where there is an accelerator to copy to."}
     )
     logging_steps: float = field(default=10, metadata={"help": "Log every that many steps, or that share of them."})
@@ -547,7 +550,7 @@ def _in_a_line(error: BaseException) -> str:
 
 def _cpu_has_bf16() -> bool:
     """Whether the processor multiplies bfloat16 itself; torch before 2.12 cannot tell."""
-    capabilities = getattr(torch.cpu, "get_capabilities", dict)()
+    capabilities: dict[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()
     return bool(capabilities.get("avx512_bf16") or capabilities.get("amx_bf16"))
 
 

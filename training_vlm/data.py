@@ -3,9 +3,10 @@
 import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import datasets
+from transformers.trainer_utils import IntervalStrategy
 
 from processing.batching.dataset import ConversationDataset, MixedDataset, Reading, StreamedDataset
 from processing.batching.encoding import Encoder
@@ -66,30 +67,32 @@ def load_data(stage: Stage, data_args: DataArguments, training_args: VLMTraining
         train, evaluation = [], []
         for source in sources:
             part = _open(stage, data_args, source, source.split, source.max_samples)
+            held: Part | None
             if source.eval_split is not None:
                 held = _open(stage, data_args, source, source.eval_split, data_args.max_eval_samples)
             else:
                 share, at_least = data_args.held_out_share, 1 if asked and data_args.held_out_share else 0
-                rows, held = hold_out(part.rows, share, data_args.sample_seed, at_least)
-                held = limited(held, data_args.max_eval_samples, data_args.sample_seed)
-                part, held = part._replace(rows=rows), part._replace(rows=held)
+                rows, others = hold_out(part.rows, share, data_args.sample_seed, at_least)
+                others = limited(others, data_args.max_eval_samples, data_args.sample_seed)
+                held = None if others is None else part._replace(rows=others)
+                part = part._replace(rows=rows)
             train.append(part)
-            if held.rows is not None:
+            if held is not None:
                 choice = "first" if data_args.caption_choice == "random" else data_args.caption_choice
                 evaluation.append(held._replace(reading=replace(held.reading, caption_choice=choice)))
-        test = data_args.test_source()
-        if test is not None:
+        test, source_of_test = None, data_args.test_source()
+        if source_of_test is not None:
             whole = replace(data_args, streaming=False, caption_choice="first", split_turns="none")
-            test = _open(stage, whole, test, test.split, test.max_samples)
+            test = _open(stage, whole, source_of_test, source_of_test.split, source_of_test.max_samples)
     if asked and not evaluation:
         raise DuetError(_nothing_held_out(data_args, training_args))
-    weights = [source.weight for source in sources]
-    return Data(train, evaluation, test, None if None in weights else weights)
+    weights = [source.weight for source in sources if source.weight is not None]
+    return Data(train, evaluation, test, weights if len(weights) == len(sources) else None)
 
 
 def evaluation_is_asked(data_args: DataArguments, training_args: VLMTrainingArguments) -> bool:
     """Whether an evaluation was asked for, so that a run without one would not be what was asked for."""
-    strategy = training_args.eval_strategy.value
+    strategy = IntervalStrategy(training_args.eval_strategy).value
     return strategy != "no" or bool(data_args.eval_share) or any(source.eval_split for source in data_args.sources())
 
 
@@ -152,7 +155,7 @@ def training_texts(stage: Stage, data_args: DataArguments, data: Data, limit: in
         plain = rows if isinstance(rows, datasets.IterableDataset) else rows.with_format(None)
         for index, row in enumerate(itertools.islice(plain, limit)):
             for item in reading.items(row, index):
-                for message in item.get("messages", ()):
+                for message in item["messages"] if "dropped" not in item else ():
                     yield from (" " + part["text"] for part in message["content"] if part["type"] == "text")
 
 
@@ -177,11 +180,12 @@ def encode_data(
             "are known when a batch is made; leave out --encode_ahead and --train_sampling_strategy group_by_length, "
             "or fetch the images and name their folder with --image_dir."
         )
-    evaluation = None
+    evaluation: EvalDataset = None
     with training_args.main_process_first(desc="encoding the data"):
         train = joined(data.train, data.weights, seed, settings if ahead else None, data_args.shuffle_buffer)
         if isinstance(train, StreamedDataset):  # more workers than files would have nothing to read
-            training_args.dataloader_num_workers = min(training_args.dataloader_num_workers, train.num_shards)
+            workers = training_args.dataloader_num_workers or 0
+            training_args.dataloader_num_workers = min(workers, train.num_shards)
         if data.eval and data_args.streaming:
             evaluation = [
                 item
@@ -190,7 +194,8 @@ def encode_data(
                 for item in reading.items(row, index)
             ]
         elif data.eval:
-            evaluation = joined(data.eval, None, seed, settings if ahead else None)
+            whole = joined(data.eval, None, seed, settings if ahead else None)
+            evaluation = cast(ConversationDataset | MixedDataset, whole)  # none of its parts is streamed
     return train, evaluation
 
 
@@ -225,8 +230,9 @@ def joined(
     if any(isinstance(rows, datasets.IterableDataset) for rows, _ in parts):
         return StreamedDataset(parts, weights, seed, shuffle_buffer)
     found = [ConversationDataset(rows, reading, seed) for rows, reading in parts]
-    for dataset in found if encoding is not None else ():
-        dataset.encode_ahead(**encoding)
+    if encoding is not None:
+        for dataset in found:
+            dataset.encode_ahead(**encoding)
     return found[0] if len(found) == 1 else MixedDataset(found, weights, seed)
 
 

@@ -11,6 +11,7 @@ import sys
 import traceback
 from collections.abc import Iterator
 from pathlib import Path
+from typing import cast
 
 import torch
 from transformers import GenerationConfig
@@ -25,7 +26,7 @@ from processing.batching.encoding import encode_item
 from processing.data_error_vlm import DuetError
 from processing.image_files_vlm import BadImage, check_image, load_image
 
-from .data import Data
+from .data import Data, TrainDataset
 from .learning.trainer import VLMTrainer
 from .learning.tuning import describe_parts
 from .model_card import read_base_models, write_model_card
@@ -87,6 +88,7 @@ def finish(
         SystemExit: something failed.
     """
     model_args, _, generation_args, args = arguments
+    assert args.output_dir is not None  # where none is given, the library has a name
     attempts, losses = Attempts(args.output_dir), {"train_loss": result.training_loss}
     with attempts.trying("writing the metrics"):
         trainer.log_metrics("train", result.metrics)
@@ -97,7 +99,8 @@ def finish(
     account = trainer.gathered_account()
     if trainer.is_world_process_zero():
         with attempts.trying("the account of the data"):
-            print(f"\nconsumed\n{write_data_report(Path(args.output_dir), account, trainer.train_dataset).table()}")
+            learned_from = cast(TrainDataset, trainer.train_dataset)
+            print(f"\nconsumed\n{write_data_report(Path(args.output_dir), account, learned_from).table()}")
         answers = _Answers(generation_args, trainer, test)
         with attempts.trying("the test questions"):
             answers.ask_test()

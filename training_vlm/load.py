@@ -5,9 +5,11 @@ What is no model of Duet's, or does not belong together, is known here, before d
 
 import json
 from pathlib import Path
+from typing import cast
 
 import torch
 from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError, RevisionNotFoundError
+from torch import nn
 from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
 from modeling_vlm import VLMConfig, VLMForConditionalGeneration
@@ -77,9 +79,12 @@ def check_model(model_args: ModelArguments) -> None:
     """
     if model_args.model is not None:
         return check_composed(model_args)
-    sides = (("vision encoder", "vision_model", VISION_FILES), ("vision encoder", "second_vision_model", VISION_FILES))
-    sides += (("language model", "text_model", TEXT_FILES if model_args.tokenizer is None else TEXT_FILES[:1]),)
-    for what, option, files in sides:
+    sides: dict[str, tuple[str, tuple[str, ...]]] = {
+        "vision_model": ("vision encoder", VISION_FILES),
+        "second_vision_model": ("vision encoder", VISION_FILES),
+        "text_model": ("language model", TEXT_FILES if model_args.tokenizer is None else TEXT_FILES[:1]),
+    }
+    for option, (what, files) in sides.items():
         name = getattr(model_args, option)
         if isinstance(name, str):
             kwargs = model_args.backbone_kwargs("text" if option == "text_model" else "vision")
@@ -107,6 +112,7 @@ def check_composed(model_args: ModelArguments, weights: bool = True) -> None:
         ValueError: what it is, or that there is none.
     """
     name = model_args.model
+    assert name is not None
     if others := model_args.composing_settings():
         raise DuetError(f"model and {others[0]} are both given, and {name} is composed already; leave out one of them.")
     if Path(name).exists():
@@ -240,10 +246,11 @@ def check_fit(model: VLMForConditionalGeneration, processor: VLMProcessor) -> No
                 f"processor and model do not belong together: {what} is {theirs} in the processor and {ours} in the "
                 "model; use the processor that was saved with the model."
             )
-    if len(processor.tokenizer) > model.get_input_embeddings().num_embeddings:
+    rows = cast(nn.Embedding, model.get_input_embeddings()).num_embeddings
+    if len(processor.tokenizer) > rows:
         raise DuetError(
             f"processor and model do not belong together: the tokenizer has {len(processor.tokenizer)} entries, the "
-            f"language model {model.get_input_embeddings().num_embeddings} embeddings; use the processor saved with it."
+            f"language model {rows} embeddings; use the processor saved with it."
         )
 
 

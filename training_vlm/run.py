@@ -9,9 +9,10 @@ import os
 import shutil
 import sys
 from pathlib import Path
+from typing import cast
 
 import datasets
-from transformers import TrainerCallback, set_seed
+from transformers import PreTrainedModel, TrainerCallback, set_seed
 from transformers.trainer_utils import TrainOutput
 from transformers.utils import logging
 
@@ -64,6 +65,7 @@ def prepare(training_args: VLMTrainingArguments) -> None:
         )
     if training_args.output_dir == "trainer_output":
         raise DuetError("no output folder is named; add --output_dir FOLDER.")
+    assert training_args.output_dir is not None  # where none is given, the library has a name
     folder = Path(training_args.output_dir)
     resume = training_args.resume_from_checkpoint
     if resume is not None:
@@ -122,7 +124,7 @@ def report(stage: Stage, trainer: VLMTrainer, surveys: dict[str, Survey]) -> Non
     args, rate = trainer.args, f"{trainer.args.learning_rate:g}"
     print(f"\nStage {stage.number}, {stage.name}\n")
     print(f"{'part':<18}{'parameters':>14}{'learn':>14}   rate")
-    for part in describe_parts(trainer.model):
+    for part in describe_parts(cast(PreTrainedModel, trainer.model)):
         print(f"{part.name:<18}{part.parameters:>14,}{part.trained:>14,}   {rate if part.trained else '-'}")
     print(f"\n{report_data(surveys)}")
     batch = args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size

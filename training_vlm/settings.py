@@ -9,7 +9,7 @@ is run.
 import sys
 from dataclasses import fields
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import yaml
 from transformers import HfArgumentParser
@@ -48,7 +48,7 @@ def parse_arguments(stage: Stage, argv: list[str] | None = None) -> Arguments:
     """
     argv = list(sys.argv[1:] if argv is None else argv)
     parser = _Parser(
-        (ModelArguments, DataArguments, GenerationArguments, VLMTrainingArguments),
+        (ModelArguments, DataArguments, GenerationArguments, VLMTrainingArguments),  # type: ignore[arg-type]
         description=f"Stage {stage.number} of {len(STAGES)}. Every setting can stand in a yaml file: --config FILE.",
         allow_abbrev=False,
     )
@@ -67,7 +67,7 @@ def parse_arguments(stage: Stage, argv: list[str] | None = None) -> Arguments:
     if unknown:
         options = [option for action in parser._actions for option in action.option_strings]
         raise DuetError(f"unknown argument {unknown[0]!r}{suggest(unknown[0], options)}; --help lists all.")
-    return tuple(arguments)
+    return cast(Arguments, tuple(arguments))
 
 
 # Settings that a yaml file may give as a mapping or a list.

@@ -8,11 +8,11 @@ import itertools
 import json
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 from processing.batching.account import Account, Record
 from processing.batching.dataset import ConversationDataset, StreamedDataset
-from processing.batching.encoding import Encoder, encode_item
+from processing.batching.encoding import Encoded, Encoder, encode_item
 from processing.data_error_vlm import DuetError
 from processing.image_files_vlm import BadImage, check_image, is_url
 
@@ -100,7 +100,7 @@ def _without_bad_images(test: ConversationDataset, encoder: Encoder) -> Account:
     account = Account()
     account.merge(test.account.dropped_only())
     for index in range(len(test)):
-        item = test[index]
+        item = cast(Encoded, test[index])  # as all of a test are, ahead
         record = encode_item(item, encoder)[1]
         try:
             for reference in item["images"]:
@@ -140,7 +140,8 @@ def _check_questions(stage: Stage, account: Account, data_args: DataArguments) -
 
 def _check_images(dataset, on_bad_sample: str) -> None:
     """Open the headers of some images, so that a wrong folder is known now and not in the first epoch."""
-    failed, readable = {}, set()
+    failed: dict[str | None, BadImage] = {}
+    readable = set()
     for item in some_items(dataset, IMAGES_CHECKED):
         source = item.get("source")
         for reference in item.get("images") or ():
@@ -154,9 +155,9 @@ def _check_images(dataset, on_bad_sample: str) -> None:
                 failed.setdefault(source, error)
             else:
                 readable.add(source)
-    for source, error in failed.items():
+    for source, first in failed.items():
         if source not in readable:
-            raise error
+            raise first
 
 
 def report_data(surveys: dict[str, Survey]) -> str:
@@ -174,7 +175,7 @@ def write_data_report(folder: Path, consumed: Account, train: TrainDataset) -> A
 
     What was dropped when the data were encoded ahead never came into a batch, and counts once.
     """
-    if getattr(train, "is_encoded", False):
+    if not isinstance(train, StreamedDataset) and train.is_encoded:
         consumed.merge(train.account.dropped_only())
     text = json.dumps(consumed.report(), indent=2, ensure_ascii=False)
     (folder / "data_report.json").write_text(text + "\n", encoding="utf-8")

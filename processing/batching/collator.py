@@ -112,7 +112,7 @@ class VLMDataCollator:
                 self._count(record)
             else:
                 items.append(item)
-        batch = self._padded(items)
+        batch: dict[str, Any] = self._padded(items)
         batch["shift_labels"] = _of_next(batch["labels"], IGNORE)
         if any(item.get("weights") for item in items):
             batch["loss_weights"] = _of_next(self._weights(items, batch["labels"]), 0)

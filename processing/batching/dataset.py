@@ -8,7 +8,7 @@ counts it where it counts everything else. Items that are not encoded are encode
 import functools
 import itertools
 import random
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any, cast
 
 import datasets
@@ -263,7 +263,7 @@ class StreamedDataset(torch.utils.data.IterableDataset):
 
     def __init__(
         self,
-        parts: list[tuple[datasets.IterableDataset, Reading]],
+        parts: Sequence[tuple[datasets.IterableDataset, Reading]],
         weights: list[float] | None = None,
         seed: int = 0,
         shuffle_buffer: int = SHUFFLE_BUFFER,

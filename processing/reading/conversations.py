@@ -20,7 +20,7 @@ and dropped where nothing of it can be learned (see `encoding`). What is not rea
 
 import functools
 from collections.abc import Collection
-from typing import Any, NotRequired, Required, TypedDict
+from typing import Any, NotRequired, Required, TypedDict, cast
 
 from ..data_error_vlm import DuetError
 from ..image_files_vlm import NO_FOLDER, ImagePolicy, resolve_reference
@@ -112,14 +112,13 @@ def conversations_from_row(
     if choice_answer not in CHOICE_ANSWERS:
         raise DuetError(f"choice_answer is {choice_answer!r}; expected one of {', '.join(CHOICE_ANSWERS)}")
     columns = columns or {}
-    place = {"source": source, "row": index}
     where = f"{source}, row {index}" if source else f"row {index}"
     row = whole_row(row)
     try:
         if row.get(ODD) is not None:
             raise MalformedRow(row[ODD])
         named = _renamed(*_with_json(row), columns)
-        known = _known(named)
+        known: dict[str, Any] = _known(named)
         read = find_layout(named, columns).read(named, Wanted(prompt, choice_answer))
         _check_count(read, row, columns)
         notes = named.notes(any(item.get("images") for item in read))
@@ -135,9 +134,9 @@ def conversations_from_row(
         raise MalformedRow(f"{where}: {error}") from None
     known = {**known, "notes": notes} if notes else known
     return [
-        {**place, "dropped": ("malformed row", f"{where}: {item['dropped']}")}
+        Dropped(source=source, row=index, dropped=("malformed row", f"{where}: {item['dropped']}"))
         if "dropped" in item
-        else {**item, "group": index, **place, **known}
+        else cast(Conversation, {**item, "group": index, "source": source, "row": index, **known})
         for item in read
     ]
 

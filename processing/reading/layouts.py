@@ -90,7 +90,8 @@ def _read_messages(row: Row, wanted: Wanted) -> list[dict[str, Any]]:
 
 def _read_completion(row: Row, wanted: Wanted) -> list[dict[str, Any]]:
     """TRL's `prompt` and `completion`, texts or lists of messages; what is learned is the completion."""
-    given, learned = [], []
+    given: list[dict[str, Any]] = []
+    learned: list[dict[str, Any]] = []
     for messages, columns, role in ((given, ("prompt",), "user"), (learned, COMPLETION_COLUMNS, "assistant")):
         column, value = row.take(columns)
         if isinstance(value, (str, int, float)):
@@ -169,8 +170,8 @@ def _read_captions(row: Row, wanted: Wanted) -> list[dict[str, Any]]:
     """An image and what is said of it; each caption is the answer of its own conversation."""
     images = row_images(row)
     if not images:
-        named = "an image for the caption, in a column that is named with --columns image=NAME"
-        raise malformed("no image", row.hint()[1] if row.hint() else named)
+        hint, named = row.hint(), "an image for the caption, in a column that is named with --columns image=NAME"
+        raise malformed("no image", hint[1] if hint else named)
     column, value = row.take(CAPTION_COLUMNS)
     captions = captions_of(value)
     if not captions:
@@ -329,7 +330,7 @@ def _choices(row: Row) -> tuple[list[str], bool]:
     options = [as_text(option, column).strip() for option in value]
     own = [re.match(rf"\(?{letter}\s*[).:]\s*", option) for letter, option in zip(_LETTERS, options)]
     if all(own):  # their letters stand in them already
-        options = [option[match.end() :] for option, match in zip(options, own)]
+        options = [option[match.end() :] for option, match in zip(options, own) if match]
     return options, is_positional
 
 
@@ -477,5 +478,5 @@ def with_numbered_images(cells: dict[str, Any]) -> dict[str, Any]:
 
 @functools.lru_cache(maxsize=64)
 def _numbered_columns(names: tuple[str, ...]) -> list[str]:
-    found = {name: _NUMBERED_IMAGE.fullmatch(name) for name in names}
-    return sorted((name for name, match in found.items() if match), key=lambda name: int(found[name][1]))
+    found = {name: int(match[1]) for name in names if (match := _NUMBERED_IMAGE.fullmatch(name))}
+    return sorted(found, key=lambda name: found[name])

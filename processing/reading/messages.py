@@ -65,7 +65,7 @@ def _message(row: Row, given: Any, kind: str, place: str) -> dict[str, Any]:
         raise malformed(f"role {short(speaker)} in {place}", f"one of {', '.join(_SPEAKERS)}")
     if "loss" in message and "train" not in message:  # as ms-swift says it
         message["train"] = _truth(message.pop("loss"), f"loss of {place}")
-    said = {"role": role, "content": _parts(row, content, place)}
+    said: dict[str, Any] = {"role": role, "content": _parts(row, content, place)}
     if "train" in message:
         said["train"] = _truth(message.pop("train"), f"train of {place}")
     if "weight" in message:
@@ -218,18 +218,19 @@ def _put_into_places(row: Row, messages: list[dict[str, Any]], images: list[Any]
         if all(tag["path"] and is_picture(tag["path"]) for tag in tags):
             _split(asked, lambda tag: {"type": "image", "reference": tag["path"]})
         elif places and (tag := next(filter(None, map(_tag_at_an_end, texts)), None)):
-            remedy = "an image column, or --columns image=ignore where the tag is text"
-            raise malformed(f"{tag} in the turns but no image in the row", row.hint()[1] if row.hint() else remedy)
+            hint, remedy = row.hint(), "an image column, or --columns image=ignore where the tag is text"
+            raise malformed(f"{tag} in the turns but no image in the row", hint[1] if hint else remedy)
         return images
     numbers = [_number(tag) for tag in tags]
-    order = [*dict.fromkeys(numbers)] if None not in numbers else [*range(len(tags))]
+    known = [number for number in numbers if number is not None]
+    order = [*dict.fromkeys(known)] if len(known) == len(tags) else [*range(len(tags))]
     if len(order) != len(images):
         tag = tags[0][0].strip()
         raise malformed(
             f"{len(order)} {tag} in the turns but {len(images)} image(s) in the row",
             f"one {tag} for each image, or none at all",
         )
-    spoken_of = set()
+    spoken_of: set[int] = set()
 
     def part_of(tag):
         """An image may be spoken of again: its first tag is its place."""

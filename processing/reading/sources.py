@@ -254,7 +254,11 @@ def _check_own_files(where: str | Path, settings: Any, key: str = "") -> None:
 
 def _saved_splits(saved: datasets.Dataset | datasets.DatasetDict) -> Splits:
     parts = saved if isinstance(saved, datasets.DatasetDict) else {str(saved.split or "train"): saved}
-    return {name: lambda rows=rows: rows for name, rows in parts.items()}
+    return {name: partial(_as_it_is, rows) for name, rows in parts.items()}
+
+
+def _as_it_is(rows: datasets.Dataset) -> datasets.Dataset:
+    return rows
 
 
 def _built_splits(
@@ -368,7 +372,8 @@ def _hub_splits(repo: str, name: str | None, revision: str | None, token: str | 
     at = f"{repo} at revision {revision}" if revision else repo
     try:
         # Asked first because `datasets`, when anything is wrong, takes whatever older copy it finds in its cache.
-        files = [file.rfilename for file in huggingface_hub.dataset_info(repo, revision=revision, token=token).siblings]
+        info = huggingface_hub.dataset_info(repo, revision=revision, token=token)
+        files = [file.rfilename for file in info.siblings or ()]
     except RevisionNotFoundError:
         raise NotFound(f"{at}: the Hub has no such revision; check --dataset_revision") from None
     except (RepositoryNotFoundError, HFValidationError):

@@ -72,8 +72,9 @@ def inspect(
 
     failure = None
     try:
-        sets = [*encode_data(data, encoder, data_args, training_args), encode_test(data, encoder, training_args)]
-        account = report_data(survey_data(stage, *sets, encoder, data_args, training_args))
+        train, evaluation = encode_data(data, encoder, data_args, training_args)
+        test = encode_test(data, encoder, training_args)
+        account = report_data(survey_data(stage, train, evaluation, test, encoder, data_args, training_args))
     except (ValueError, OSError) as error:
         account, failure = f"training would end here: {' '.join(str(error).split())}", error
     if page is not None:

@@ -3,7 +3,7 @@
 import itertools
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 from PIL import Image
@@ -130,7 +130,8 @@ def read_samples(
             opened = enumerate(map(load_image, item.get("images") or ()), start=1)
             images = [(f"image {place}", image) for place, image in opened]
         counts = [processor.tile_tokens(*shape) for shape in shapes]
-        samples.append(Sample(record, images, list(pieces_of(processor, counts, *next(encodings), next(weights)))))
+        ids, labels, mask = next(encodings)
+        samples.append(Sample(record, images, list(pieces_of(processor, counts, ids, labels, mask, next(weights)))))
     return samples
 
 
@@ -185,9 +186,12 @@ def pieces_of(processor, counts, ids, labels, mask, weights) -> Iterator[Piece]:
 
 def _text_of(tokenizer: PreTrainedTokenizerBase, before: list[int], ids: list[int]) -> str:
     """The text of ids behind others: decoded alone, many tokenizers leave out the blank at their beginning."""
-    options = {"skip_special_tokens": False, "clean_up_tokenization_spaces": False}
-    left, both = tokenizer.decode(before, **options), tokenizer.decode(before + ids, **options)
-    return both[len(left) :] if both.startswith(left) else tokenizer.decode(ids, **options)
+
+    def decoded(ids: list[int]) -> str:  # of one sequence, and so one text
+        return cast(str, tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False))
+
+    left, both = decoded(before), decoded(before + ids)
+    return both[len(left) :] if both.startswith(left) else decoded(ids)
 
 
 def _visible(text: str) -> str:

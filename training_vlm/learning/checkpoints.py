@@ -108,15 +108,15 @@ def find_checkpoint(asked: str | bool, folder: Path, say: bool = True) -> Path:
         ValueError: there is none, or the one that is named is not whole.
     """
     finish_renaming(folder)
-    if str(asked).lower() not in ("last", "true"):
-        if (reason := fault(Path(asked))) is not None:
+    if (named := str(asked)).lower() not in ("last", "true"):
+        if (reason := fault(Path(named))) is not None:
             raise DuetError(
                 f"there is no checkpoint to resume from at {asked}: {reason}; expected a folder such as "
                 f"{folder / 'checkpoint-500'}; `--resume_from_checkpoint last` takes the newest whole one, leaving it "
                 "out starts anew."
             )
-        return Path(asked)
-    passed = []
+        return Path(named)
+    passed: list[str] = []
     for checkpoint in numbered(folder):
         if (reason := fault(checkpoint)) is None:
             for line in passed if say else ():

@@ -109,6 +109,7 @@ class Guard(TrainerCallback):
             ValueError: by the name of the first.
         """
         trainer = self.trainer
+        assert trainer.model is not None
         learned = [(name, p.detach()) for name, p in trainer.model.named_parameters() if p.requires_grad]
         local = [(name, p.to_local() if hasattr(p, "to_local") else p) for name, p in learned]
         finite = torch.stack([p.isfinite().all() for _, p in local]) if local else torch.ones(1, dtype=torch.bool)

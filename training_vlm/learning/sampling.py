@@ -7,6 +7,8 @@ import torch
 from transformers import TrainerCallback
 from transformers.trainer_pt_utils import get_length_grouped_indices
 
+from processing.batching.dataset import ConversationDataset, MixedDataset
+
 
 class LengthGroupedOrder(torch.utils.data.Sampler):
     """
@@ -21,7 +23,7 @@ class LengthGroupedOrder(torch.utils.data.Sampler):
         seed: for the order.
     """
 
-    def __init__(self, dataset: torch.utils.data.Dataset, batch_size: int, seed: int = 0):
+    def __init__(self, dataset: ConversationDataset | MixedDataset, batch_size: int, seed: int = 0):
         self.dataset, self.batch_size, self.seed = dataset, batch_size, seed
         self.epoch = 0
 

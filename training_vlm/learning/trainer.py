@@ -69,6 +69,7 @@ class VLMTrainer(Trainer):
     @property
     def run_folder(self) -> Path:
         """Where checkpoints and the trained model are written."""
+        assert self.args.output_dir is not None  # where none is given, the library has a name
         return Path(self.args.output_dir)
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
@@ -109,7 +110,8 @@ class VLMTrainer(Trainer):
     def evaluation_loop(self, *args, metric_key_prefix: str = "eval", **kwargs) -> EvalLoopOutput:
         """See `Trainer.evaluation_loop`; `eval_loss` is the mean over all supervised tokens of all processes."""
         self._evaluated = torch.zeros(2, dtype=torch.float64)
-        output = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)
+        output = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)  # type: ignore[misc]
+        assert output.metrics is not None
         (total, tokens), self._evaluated = self._evaluated.tolist(), None
         if f"{metric_key_prefix}_loss" in output.metrics:
             output.metrics[f"{metric_key_prefix}_loss"] = total / max(tokens, 1)
@@ -150,7 +152,7 @@ class VLMTrainer(Trainer):
         if self.args.should_save:
             discard_unfinished(self.run_folder)
         self.accelerator.wait_for_everyone()
-        output = super().train(checkpoint and str(checkpoint), *args, **kwargs)
+        output = super().train(None if checkpoint is None else str(checkpoint), *args, **kwargs)
         return output._replace(training_loss=output.metrics["train_loss"])
 
     def set_initial_training_values(self, *args, **kwargs) -> tuple:

@@ -92,7 +92,8 @@ def describe_parts(model: PreTrainedModel) -> list[Part]:
         "language model": list(model.model.language_model.parameters()),
         "head": list(model.get_output_embeddings().parameters()),
     }
-    seen, parts = set(), []
+    seen: set[int] = set()
+    parts = []
     for name, parameters in groups.items():
         if name == "language model":
             parameters = [p for p in parameters if id(p) not in {id(e) for e in embeddings}]
