@@ -382,7 +382,7 @@ def test_an_unknown_layout_names_its_columns_and_the_nearest_known_ones(names, n
 @pytest.mark.parametrize(
     ("row", "remedy"),
     [
-        ({"image": "/a.jpg", "query": "What?", "label": ["x"]}, "--columns answer=NAME"),
+        ({"image": "/a.jpg", "query": "What?", "verdict": ["x"]}, "--columns answer=NAME"),
         ({"image_url": "/a.jpg", "description": "A dog."}, "--columns caption=NAME"),
         ({"shot": "/a.jpg", "caption": "A dog."}, "--columns image=shot"),
         ({"prompt": "What?", "chosen": "x", "rejected": "y"}, "--columns completion=NAME"),

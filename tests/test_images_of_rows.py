@@ -133,11 +133,36 @@ def test_numbered_columns_are_images_in_their_order():
     assert read(row, columns={"image_10": "ignore"})["images"] == ["/d/image_1.png", "/d/image_2.png"]
 
 
+@pytest.mark.parametrize(
+    "names",
+    [("left_image", "right_image"), ("Image_Left", "Image_Right"), ("image_before", "image_after"), ("img_a", "img_b")],
+)
+def test_a_pair_of_columns_is_two_images_in_their_order(names):
+    row = {names[1]: "b.png", names[0]: "a.png", "question": "Same?", "answer": "no"}
+    assert read(row)["images"] == ["/d/a.png", "/d/b.png"] and "notes" not in read(row)
+    assert asked({**row, "question": "<image> as <image>?"}) == ["[/d/a.png] as [/d/b.png]?"]
+    with pytest.raises(MalformedRow, match=f"--columns image={names[1]}, or --columns {names[1]}=ignore"):
+        read({names[1]: "b.png", "question": "Same?", "answer": "no"})
+
+
+def test_what_a_part_says_beside_its_image_costs_no_image():
+    for settings in ({"min_pixels": 3136, "max_pixels": 50176}, {"detail": "low"}, {"resized_height": 280.0}):
+        for row, part in (({}, {"image": "a.png"}), ({"images": ["a.png"]}, {})):
+            content = [{"type": "image", **part, **settings}, {"type": "text", "text": "What?"}]
+            conversation = read({**row, "messages": [{"role": "user", "content": content}, assistant("x")]})
+            assert conversation["images"] == ["/d/a.png"] and conversation["messages"][0] == user("image", "What?")
+            assert conversation["notes"] == [f"the key {key} of an image part is not read" for key in settings]
+    for other in ({"text": "a caption"}, {"image_url": "b.png"}, {"source": {"data": "AAAA"}}):
+        content = [{"type": "image", "image": "a.png", **other}]
+        with pytest.raises(MalformedRow, match="found a part {'type': 'image', 'image': 'a.png', "):
+            read({"messages": [{"role": "user", "content": content}, assistant("x")]})
+
+
 UNREAD = [
     ({"photo": "a.png"}, "photo", True),
     ({"picture": "no ending"}, "picture", True),
     ({"thumbnail": STORED}, "thumbnail", True),
-    ({"left_image": "a.png", "right_image": "b.png"}, "left_image", True),
+    ({"near_image": "a.png", "far_image": "b.png"}, "near_image", True),
     ({"x": "https://x.org/a.jpeg?size=3"}, "x", True),
     ({"x": "deep/down/A.JPG"}, "x", True),
     ({"x": PICTURE}, "x", True),

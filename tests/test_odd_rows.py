@@ -122,6 +122,20 @@ def test_a_bad_entry_of_a_list_costs_itself(tmp_path, streaming):
 
 
 @WAYS
+@pytest.mark.parametrize("depth", [300, 100_000])
+def test_an_entry_of_a_list_that_breaks_off_or_is_nested_deep_costs_itself(tmp_path, streaming, depth):
+    deep = b'{"image": "a.png", "caption": ' + b"[" * depth + b"]" * depth + b"}"
+    entries = [good(0), deep, b'{"image": "a.png", "caption": "x",}', b'{"caption": "}]", no}', good(4)]
+    (tmp_path / "data.json").write_bytes(b"[\n" + b",\n".join(entries) + b"\n]")
+    found = items_of(tmp_path / "data.json", streaming)
+    assert (found[0], found[-1]) == ("row 0", "row 4") and [row for row, _ in found[1:-1]] == [1, 2, 3]
+    assert all(detail.startswith(f"entry {row} of data.json: ") for row, detail in found[1:-1])
+    # Where nobody can tell where the next one begins, it is not guessed.
+    (tmp_path / "data.json").write_bytes(b"[" + b",".join([good(0), b"no", good(2)]) + b"]")
+    assert "entry 1 of data.json and all behind it" in items_of(tmp_path / "data.json", streaming)[-1][1]
+
+
+@WAYS
 def test_a_list_that_is_cut_short_gives_what_comes_before(tmp_path, streaming):
     (tmp_path / "data.json").write_bytes(b"[" + b",".join([good(0), good(1), b'{"image": "a.']))
     found = items_of(tmp_path / "data.json", streaming)

@@ -181,7 +181,7 @@ def test_captions_written_as_text_are_a_list(captions):
 
 def test_a_caption_of_brackets_is_one():
     for caption in ("[a dog]", "[1]", "[]", "[1, 2]"):
-        (conversation,) = conversations_from_row({"image": "/d/a.png", "caption": caption}, images=FOLDER)
+        conversation = read({"image": "/d/a.png", "caption": caption})
         assert conversation["messages"][1] == assistant(caption)
 
 
@@ -205,3 +205,42 @@ def test_a_caption_that_is_none_costs_itself_alone():
         assert found[0]["notes"] == ["a caption beside it is none"]
     with pytest.raises(MalformedRow, match="found '' as caption"):
         conversations_from_row({"image": "a.png", "caption": ["", None]}, images=FOLDER)
+
+
+def test_a_list_of_questions_and_one_of_answers_are_the_turns_of_a_dialogue():
+    row = {"image": "a.png", "questions": ["Who?", "How many?"], "answers": ["Ann", 2], "title": "t"}
+    conversation = read(row)
+    assert conversation["messages"] == [user("image", "Who?"), assistant("Ann"), user("How many?"), assistant("2")]
+    assert conversation["notes"] == ["the column title is not read"]
+    written = read({**row, "questions": '["Who?", "How many?"]', "answers": "['Ann', 2]"})
+    assert written == conversation
+    with pytest.raises(MalformedRow, match="found 2 questions and 1 answers; expected one answer to each question"):
+        read({**row, "answers": ["Ann"]})
+
+
+def test_the_label_of_a_query_is_its_answer():
+    for label in (["14"], "14", 14):
+        for image in ("image", "imgname"):
+            conversation = read({image: "a.png", "query": "How many?", "label": label})
+            assert conversation["messages"] == [user("image", "How many?"), assistant("14")]
+    # Elsewhere a label is a class, which answers nothing.
+    with pytest.raises(MalformedRow, match="expected a known layout"):
+        read({"image": "a.png", "question": "What?", "label": 3})
+    conversation = read({"query": "What?", "answer": "x", "label": 3})
+    assert conversation["messages"][1] == assistant("x") and conversation["notes"] == ["the column label is not read"]
+
+
+def test_a_row_written_into_the_text_of_another_is_no_caption():
+    """RLHF-V keeps a question, the better and the worse answer as JSON in `text`."""
+    said = {"question": "What?", "chosen": "a dog", "rejected": "a cat"}
+    line = "found JSON with chosen, question, rejected as text; expected a caption, or what the JSON holds in columns"
+    with pytest.raises(MalformedRow, match=line):
+        read({"image": "a.png", "text": json.dumps(said)})
+    with pytest.raises(MalformedRow, match="found {'question': 'What"):
+        read({"image": "a.png", "text": said})
+    for text in (
+        '{"total": "3.50", "items": ["tea"]}',
+        "{question: a brace}",
+    ):  # a form is read as JSON by those who want it
+        conversation = read({"image": "a.png", "text": text})
+        assert conversation["messages"][1] == assistant(text)

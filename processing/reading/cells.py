@@ -223,6 +223,9 @@ def found(value: Any, place: str) -> str:
 
 def short(value: Any) -> str:
     """A value as it can stand in a line."""
+    stored = value.get("bytes") if isinstance(value, dict) else value
+    if isinstance(stored, bytes) and stored.startswith(_MAGIC):
+        return "an image's bytes"
     try:
         return cut(repr(value[:200] if isinstance(value, (str, bytes)) else value), 80)
     except (ValueError, RecursionError):  # a number of thousands of digits, lists nested a thousand deep

@@ -33,6 +33,8 @@ DEEPEST = 100
 
 _ODD_NUMBER = re.compile(r"\d{19}|NaN|Infinity")
 _TOKEN = re.compile(rb'"(?:[^"\\]|\\.)*"|[\[{]|[\]}]')
+_TOKEN_OF_TEXT = re.compile(_TOKEN.pattern.decode())
+_NEXT_ENTRY = re.compile(r"\s*(?:,\s*[\[{]|\])")
 
 
 class JsonReader(Json):
@@ -295,13 +297,30 @@ def _rows_of_list(content: bytes, name: str) -> list[dict[str, Any] | str]:
         try:
             value, end = decoder.raw_decode(text, place)
         except (ValueError, RecursionError) as error:
+            behind = _behind_entry(text, place)
             what = reason(error) if text[place:].strip() else "the file ends before it"
-            rows.append(f"{where} and all behind it: not readable as JSON ({what})")
-            break
-        rows.append(_checked(value, text[place:end], where))
+            which = where if behind else f"{where} and all behind it"
+            rows.append(f"{which}: not readable as JSON ({what})")
+            if not behind:
+                break
+            place = behind
+            continue
+        entry = text[place:end]
+        deep = _is_too_deep(entry.encode("utf-8", "surrogateescape"))
+        rows.append(f"{where}: nested more than {DEEPEST} deep" if deep else _checked(value, entry, where))
         place = end
     texts = [row for row in rows if isinstance(row, _Text)]
     return [{"text": row.text} for row in texts] if len(texts) == len(rows) else rows
+
+
+def _behind_entry(text: str, place: int) -> int | None:
+    """Where an entry of a list ends by its brackets; `None` where neither another one nor the list's end follows."""
+    depth = 0
+    for token in _TOKEN_OF_TEXT.finditer(text, place) if text.startswith(("{", "["), place) else ():
+        depth += {"[": 1, "{": 1, "]": -1, "}": -1}.get(token[0], 0)
+        if not depth:
+            return token.end() if _NEXT_ENTRY.match(text, token.end()) else None
+    return None
 
 
 class _Text(str):
@@ -314,7 +333,7 @@ def _row(line: bytes, where: str) -> dict[str, Any] | str | None:
     """The row of a line, what is wrong with it, or `None` where there is nothing in it."""
     if not line.strip():
         return None
-    if _depth(line) > DEEPEST:
+    if _is_too_deep(line):
         return f"{where}: nested more than {DEEPEST} deep"
     try:
         text = line.decode("utf-8")
@@ -346,20 +365,21 @@ def _checked(value: Any, text: str, where: str) -> dict[str, Any] | str:
 
 def _may_be_deep(block: bytes) -> bool:
     return any(
-        len(line) > 4_000 and line.count(b"[") + line.count(b"{") > 1_000 and _depth(line) > DEEPEST
+        len(line) > 4_000 and line.count(b"[") + line.count(b"{") > 1_000 and _is_too_deep(line)
         for line in block.split(b"\n")
     )
 
 
-def _depth(line: bytes) -> int:
-    """How deep a line is nested, looked at only where it could be too deep."""
+def _is_too_deep(line: bytes) -> bool:
+    """Whether a line is nested too deeply, looked at only where it could be, and only up to there."""
     if line.count(b"[") + line.count(b"{") <= DEEPEST:
-        return 0
-    depth = deepest = 0
+        return False
+    depth = 0
     for token in _TOKEN.finditer(line):
         depth += {b"[": 1, b"{": 1, b"]": -1, b"}": -1}.get(token[0], 0)
-        deepest = max(deepest, depth)
-    return deepest
+        if depth > DEEPEST:
+            return True
+    return False
 
 
 def _with_odd_column(table: pa.Table) -> pa.Table:

@@ -36,13 +36,14 @@ _WEAK_IMAGE_COLUMNS = ("filename", "file_name", "url", "URL")
 # The last ones of images and captions are what the files of a WebDataset sample end in, then names of single data sets.
 IMAGE_COLUMNS = (
     *("decoded_image", "images", "image", "jpg", "jpeg", "png", "webp", "img", "imgs"),
-    *("image_path", "image_paths", "image_file", "image_files", "image_filename", "image_file_name"),
+    *("image_path", "image_paths", "image_file", "image_files", "image_filename", "image_file_name", "imgname"),
     *("img_path", "image_url", "image_urls", *_WEAK_IMAGE_COLUMNS),
 )
 CAPTION_COLUMNS = ("caption", "captions", "text", "txt", "raw", "sentences", "TEXT")
 CONVERSATION_COLUMNS = ("conversations", "conversation")
 SYSTEM_COLUMNS = ("system", "system_prompt")
 PAIR_COLUMNS = ("texts", "qas", "qa_pairs")
+_QUESTION_LISTS = ("questions",)
 COMPLETION_COLUMNS = ("completion", "response")
 QUESTION_COLUMNS = ("question", "query", "instruction")
 _INDEX_COLUMNS = ("correct_choice_idx", "answer_index", "answer_idx")
@@ -50,6 +51,9 @@ _ANSWER_LISTS = ("answers", "direct_answers")
 ANSWER_COLUMNS = (
     *("answer", "multiple_choice_answer", *_INDEX_COLUMNS, "answerKey", *_ANSWER_LISTS, "response", "output"),
 )
+_ANSWERS_OF_A_QUERY = ("label",)
+# What is a row of its own, though it stands in the text of another (RLHF-V), is learned by nobody as it is written.
+_NO_CAPTION_KEYS = {"question", "messages", "conversations", "chosen", "rejected"}
 ID_COLUMNS = ("id", "question_id", "questionId", "qid", "sample_id", "uid")
 _CHOICE_COLUMNS = ("choices", "options")
 _CONTEXT_COLUMNS = ("context", "hint")
@@ -64,7 +68,12 @@ _FAMILIES = (
     ANSWER_COLUMNS,
 )
 
-_NUMBERED_IMAGE = re.compile(r"(?:image|img|picture)[_ -]?(\d+)")
+# Columns of one image each, whose names say in which order: image_1 and image_2, left_image and right_image.
+_NUMBERED_IMAGE = re.compile(
+    r"(?:image|img|picture)[_ -]?(\d+)|(?:image|img|picture)[_ -]([a-z]+)|([a-z]+)[_ -](?:image|img|picture)",
+    re.IGNORECASE,
+)
+_PAIRED_IMAGES = (("left", "right"), ("first", "second"), ("before", "after"), ("a", "b"))
 _LETTERED_OPTION = re.compile(r"(?:(choice|option)[_ -]?)?([A-Z])", re.IGNORECASE)
 _LETTER = re.compile(r"\(?([A-Za-z])\)?[.:]?")
 _LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
@@ -131,6 +140,19 @@ def _read_pairs(row: Row, wanted: Wanted) -> list[dict[str, Any]]:
     return [_dialogue(row, messages)]
 
 
+def _read_question_lists(row: Row, wanted: Wanted) -> list[dict[str, Any]]:
+    """Questions about one image and their answers as two lists (OCR-VQA): the turns of one dialogue."""
+    questions = _items(row, _QUESTION_LISTS, "a list of questions")
+    answers = _items(row, ("answers",), "a list of answers")
+    if len(questions) != len(answers):
+        raise malformed(f"{len(questions)} questions and {len(answers)} answers", "one answer to each question")
+    messages = []
+    for number, pair in enumerate(zip(questions, answers)):
+        for role, text, column in zip(("user", "assistant"), pair, ("questions", "answers")):
+            messages.append(said(role, text, f"{column} {number}"))
+    return [_dialogue(row, messages)]
+
+
 def _read_question(row: Row, wanted: Wanted) -> list[dict[str, Any]]:
     """
     A question and its answer; of several answers (VQAv2, TextVQA) the one most often given, the first among equals.
@@ -141,7 +163,8 @@ def _read_question(row: Row, wanted: Wanted) -> list[dict[str, Any]]:
     column, question = row.take(QUESTION_COLUMNS)
     lines = [as_text(question, column)]
     choices, is_positional = _choices(row)
-    column, answer = row.take(ANSWER_COLUMNS)
+    is_labelled = not any(name in row.cells for name in ANSWER_COLUMNS)
+    column, answer = row.take(_ANSWERS_OF_A_QUERY if is_labelled else ANSWER_COLUMNS)
     is_choice = bool(choices) and column not in ("response", "output")
     if not is_choice and column in _INDEX_COLUMNS:
         raise malformed(found(answer, column), "a column of choices or options that it is the number of")
@@ -194,12 +217,23 @@ def _read_captions(row: Row, wanted: Wanted) -> list[dict[str, Any]]:
 
 def _caption(caption: Any, column: str) -> str:
     if isinstance(caption, dict):  # as in Karpathy's splits of COCO
-        caption = caption.get("raw", caption.get("caption"))
+        caption = caption.get("raw", caption.get("caption", caption))
     text = as_text(caption, column, "a text, or a list of texts")
+    if text.lstrip().startswith("{") and (keys := _NO_CAPTION_KEYS & _keys(text)):
+        raise malformed(
+            f"JSON with {', '.join(sorted(keys))} as {column}",
+            "a caption, or what the JSON holds in columns of its own",
+        )
     # Captions come with stray spaces and line ends (COCO's do), and a model would learn to say them.
     if not text.strip():
         raise malformed(found(caption, column), "a text, or a list of texts")
     return text.strip()
+
+
+def _keys(text: str) -> set[str]:
+    """The keys of a text that is a JSON object."""
+    value = literal(text) if len(text) <= LONGEST_LIST else None
+    return set(value) if isinstance(value, dict) else set()
 
 
 def captions_of(value: Any) -> list[Any]:
@@ -386,6 +420,8 @@ class Layout(NamedTuple):
     """The columns that make it: one of each family."""
     read: Read
     """Row and what it is to become -> conversations; of a part that is bad, why it is `dropped`."""
+    is_common: bool = True
+    """Whether it is proposed to those whose rows have none."""
 
     def fits(self, names: Collection[str]) -> bool:
         """Whether these names are enough."""
@@ -411,6 +447,13 @@ LAYOUTS = (
     Layout("conversations [+ system, image or images]", (CONVERSATION_COLUMNS,), _read_conversations),
     Layout("texts (user and assistant) [+ images]", (PAIR_COLUMNS,), _read_pairs),
     Layout("question + answer or answers [+ image]", (QUESTION_COLUMNS, ANSWER_COLUMNS), _read_question),
+    Layout("query + label [+ image]", (("query",), _ANSWERS_OF_A_QUERY), _read_question, is_common=False),
+    Layout(
+        "questions + answers, two lists [+ image]",
+        (_QUESTION_LISTS, ("answers",)),
+        _read_question_lists,
+        is_common=False,
+    ),
     Layout("image + caption, captions or text", (IMAGE_COLUMNS, CAPTION_COLUMNS), _read_captions),
 )
 
@@ -449,7 +492,8 @@ def find_layout(row: Row, preferred: Collection[str] = ()) -> Layout:
 @functools.lru_cache(maxsize=64)  # comparing takes milliseconds, and what one row lacks, all of its data set do
 def _nearest(names: tuple[str, ...]) -> tuple[str, str]:
     """The three layouts that these names come nearest to, in words, and what the first of them lacks."""
-    nearest = sorted(LAYOUTS, key=lambda layout: layout.likeness(names or ("",)), reverse=True)[:3]
+    common = [layout for layout in LAYOUTS if layout.is_common]
+    nearest = sorted(common, key=lambda layout: layout.likeness(names or ("",)), reverse=True)[:3]
     missing = next(family for family in nearest[0].needs if not set(family) & set(names))
     name = "image" if missing is IMAGE_COLUMNS else missing[0]
     return "; ".join(layout.description for layout in nearest), name
@@ -468,7 +512,7 @@ def relatives(names: Iterable[str]) -> set[str]:
 
 
 def with_numbered_images(cells: dict[str, Any]) -> dict[str, Any]:
-    """The cells with those named image_1, image_2, ... as one list of images, where no other image column has one."""
+    """The cells whose names number or pair them as images as one list, where no other image column has one."""
     numbered = _numbered_columns(tuple(cells))
     if not numbered or any(not is_nothing(cells.get(name)) for name in IMAGE_COLUMNS):
         return cells
@@ -478,5 +522,10 @@ def with_numbered_images(cells: dict[str, Any]) -> dict[str, Any]:
 
 @functools.lru_cache(maxsize=64)
 def _numbered_columns(names: tuple[str, ...]) -> list[str]:
-    found = {name: int(match[1]) for name in names if (match := _NUMBERED_IMAGE.fullmatch(name))}
-    return sorted(found, key=lambda name: found[name])
+    """Columns named image_1, image_2, ..., else two that are named as a pair; in order."""
+    found = {name: match for name in names if (match := _NUMBERED_IMAGE.fullmatch(name))}
+    if numbered := [name for name, match in found.items() if match[1]]:
+        return sorted(numbered, key=lambda name: int(found[name][1]))
+    worded = {(match[2] or match[3]).lower(): name for name, match in found.items()}
+    pair = next((pair for pair in _PAIRED_IMAGES if worded.keys() >= {*pair}), ())
+    return [worded[word] for word in pair]

@@ -13,7 +13,7 @@ from typing import Any
 
 from PIL import Image
 
-from .cells import Row, found, is_encoded_picture, is_nothing, is_picture, malformed, short
+from .cells import Row, found, is_encoded_picture, is_nothing, is_picture, malformed, short, speaks_of_image
 
 
 ROLES = ("system", "user", "assistant")
@@ -28,6 +28,8 @@ _SPEAKERS = {
     **dict.fromkeys(("gpt", "assistant", "bot", "chatgpt", "model", "ai"), "assistant"),
     "developer": "system",
 }
+
+_REFERENCES = {"image", "path", "url", "base64"}
 
 # LLaVA sets a line end between the image and the text; it belongs to neither.
 _TAG = re.compile(
@@ -129,9 +131,10 @@ def _part(row: Row, part: Any, place: str) -> dict[str, Any]:
             if key != "url":
                 row.leave("an image part", key, value)
         given = {"url": url}
-    elif given.get("text") == "":
-        del given["text"]
-    if kind not in ("image", "image_url") or len(given) > 1 or not given.keys() <= {"image", "path", "url", "base64"}:
+    elif kind == "image":  # what else a part says (Qwen's min_pixels) costs no image
+        for key in [key for key, value in given.items() if key not in _REFERENCES and _is_setting(key, value)]:
+            row.leave("an image part", key, given.pop(key))
+    if kind not in ("image", "image_url") or len(given) > 1 or not given.keys() <= _REFERENCES:
         raise malformed(
             f"a part {short(part)} in {place}",
             '{"type": "text", "text": ...} or {"type": "image"}, the image in the part or in the images column',
@@ -142,6 +145,13 @@ def _part(row: Row, part: Any, place: str) -> dict[str, Any]:
     if key == "base64" and isinstance(reference, str) and not reference.startswith("data:"):
         reference = f"data:image/*;base64,{reference}"
     return {"type": "image", **index, "reference": as_reference(reference, f"image in {place}")}
+
+
+def _is_setting(key: str, value: Any) -> bool:
+    """Whether what an image part says beside its image is neither a text nor an image."""
+    return (
+        key != "text" and isinstance(value, (bool, int, float, str)) and not speaks_of_image(key, value) or value == ""
+    )
 
 
 def without_nulls(mapping: dict[str, Any]) -> dict[str, Any]:
