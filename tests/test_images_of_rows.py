@@ -145,6 +145,15 @@ def test_a_pair_of_columns_is_two_images_in_their_order(names):
         read({names[1]: "b.png", "question": "Same?", "answer": "no"})
 
 
+def test_several_columns_of_other_names_are_images_in_the_order_that_is_given():
+    row = {"near": "b.png", "far": "a.png", "image": "c.png", "question": "Same?", "answer": "no"}
+    conversation = read(row, columns={"image_1": "far", "image_2": "near"})
+    assert conversation["images"] == ["/d/a.png", "/d/b.png"]
+    assert conversation["notes"] == ["the column image is not read"]
+    with pytest.raises(MalformedRow, match="expected the column 'nearer' that was given"):
+        read(row, columns={"image_1": "far", "image_2": "nearer"})
+
+
 def test_what_a_part_says_beside_its_image_costs_no_image():
     for settings in ({"min_pixels": 3136, "max_pixels": 50176}, {"detail": "low"}, {"resized_height": 280.0}):
         for row, part in (({}, {"image": "a.png"}), ({"images": ["a.png"]}, {})):

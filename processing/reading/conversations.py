@@ -36,6 +36,7 @@ from .layouts import (
     captions_of,
     find_layout,
     fitting,
+    is_numbered_image,
     relatives,
     with_numbered_images,
 )
@@ -95,9 +96,10 @@ def conversations_from_row(
         choice_answer: what answers a multiple choice, the "letter" of the right option or its "text".
         source: the data set's name, for messages and accounts.
         index: the row's number in it.
-        columns: a name of `LAYOUTS` -> the data set's column for it, where the data set has names of its own. A column
-            goes by that name alone, and what is named here is preferred to what is recognised. A column of the data set
-            -> "ignore" says that it is none of the row's content (`image`: that tags in the row are text).
+        columns: a name of `LAYOUTS`, or image_1, image_2, ... -> the data set's column for it, where that has names of
+            its own. A column goes by that name alone, and what is named here is preferred to what is recognised. A
+            column of the data set -> "ignore" says that it is none of the row's content (`image`: that tags in the row
+            are text).
         images: where image references may lead.
 
     Returns:
@@ -178,8 +180,8 @@ def _check_count(read: list[dict[str, Any]], row: dict[str, Any], columns: dict[
     promised = 1 if column is None else caption_count(row.get(column))
     if len(read) != promised:
         raise malformed(
-            f"{len(read)} conversation(s) where the columns promise {promised}",
-            "several captions in a column of their own, named as caption in columns where there are other layouts too",
+            f"{len(read)} captions in a row whose columns may be another layout, too",
+            "one caption a row there, or such rows in a file of their own with the captions in the column caption",
         )
 
 
@@ -205,12 +207,13 @@ def _renamed(row: dict[str, Any], notes: list[str], columns: dict[str, str]) -> 
     """
     ignored = {name for name, column in columns.items() if column == IGNORED}
     columns = {name: column for name, column in columns.items() if name not in ignored}
-    if unknown := [name for name in columns if name not in NAMES]:
+    numbered = [name for name in columns if is_numbered_image(name)]
+    if unknown := [name for name in columns if name not in NAMES and name not in numbered]:
         raise DuetError(f"columns has {unknown[0]!r}; expected one of {', '.join(sorted(NAMES))}")
     if missing := [column for column in columns.values() if column not in row]:
         names = ", ".join(str(name) for name in row if not str(name).startswith("__")) or "(none)"
         raise malformed(f"columns {cut(names, 300)}", f"the column {missing[0]!r} that was given")
-    left_out = relatives(columns) | set(columns.values())
+    left_out = relatives([*columns, *(IMAGE_COLUMNS if numbered else ())]) | set(columns.values())
     kept = {
         name: value
         for name, value in row.items()
@@ -219,9 +222,9 @@ def _renamed(row: dict[str, Any], notes: list[str], columns: dict[str, str]) -> 
     if columns:
         passed = [name for name in row if name in left_out and name not in columns.values()]
         notes = [*notes, *(f"the column {name} is not read" for name in passed if not is_nothing(row[name]))]
-    if columns.keys().isdisjoint(IMAGE_COLUMNS):
-        kept = with_numbered_images(kept)
     cells = {**kept, **{name: row[column] for name, column in columns.items()}}
+    if columns.keys().isdisjoint(IMAGE_COLUMNS):
+        cells = with_numbered_images(cells)
     return Row(cells, notes, ignored, tags_are_text=not ignored.isdisjoint(IMAGE_COLUMNS))
 
 

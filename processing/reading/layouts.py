@@ -520,6 +520,12 @@ def with_numbered_images(cells: dict[str, Any]) -> dict[str, Any]:
     return {**kept, "images": [cells[name] for name in numbered if not is_nothing(cells[name])]}
 
 
+def is_numbered_image(name: str) -> bool:
+    """Whether a column is called image_1 or the like."""
+    match = _NUMBERED_IMAGE.fullmatch(name)
+    return match is not None and match[1] is not None
+
+
 @functools.lru_cache(maxsize=64)
 def _numbered_columns(names: tuple[str, ...]) -> list[str]:
     """Columns named image_1, image_2, ..., else two that are named as a pair; in order."""
