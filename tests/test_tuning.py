@@ -7,7 +7,7 @@ import torch
 
 from modeling_vlm import VLMForConditionalGeneration
 from tests import tiny
-from training_vlm.learning.tuning import apply_tuning, describe_parts, find_blocks
+from training_vlm.learning.tuning import apply_tuning, describe_components, find_blocks
 
 
 CHOICES = ["frozen", "last:1", "last:2", "full"]
@@ -133,7 +133,7 @@ def test_blocks_are_found_by_their_number(composed):
 def test_the_table_counts_every_parameter_once(composed, text):
     model, _ = composed
     apply_tuning(model, "last:1", text)
-    parts = describe_parts(model)
+    parts = describe_components(model)
     assert (
         sum(part.parameters for part in parts) == model.num_parameters() == sum(p.numel() for p in model.parameters())
     )

@@ -26,7 +26,7 @@ TrainDataset = ConversationDataset | MixedDataset | StreamedDataset
 EvalDataset = ConversationDataset | MixedDataset | list | None
 
 
-class Part(NamedTuple):
+class Opened(NamedTuple):
     """The rows of one source, and how they are read."""
 
     rows: datasets.Dataset | datasets.IterableDataset
@@ -37,9 +37,9 @@ class Part(NamedTuple):
 class Data:
     """The rows of a run: to learn from, for the evaluation loss, and for the questions answered after training."""
 
-    train: list[Part]
-    eval: list[Part]
-    test: Part | None
+    train: list[Opened]
+    eval: list[Opened]
+    test: Opened | None
     weights: list[float] | None
 
 
@@ -62,21 +62,21 @@ def load_data(stage: Stage, data_args: DataArguments, training_args: VLMTraining
     with training_args.main_process_first(desc="loading the data"):
         if data_args.download:
             named = filter(None, (data_args.train_split, data_args.eval_split, data_args.test_split))
-            splits = {part for split in named for part in split_names(split)} or {"train2017"}
+            splits = {name for split in named for name in split_names(split)} or {"train2017"}
             download_coco(sources[0].path, sorted(splits))
         train, evaluation = [], []
         for source in sources:
-            part = _open(stage, data_args, source, source.split, source.max_samples)
-            held: Part | None
+            opened = _open(stage, data_args, source, source.split, source.max_samples)
+            held: Opened | None
             if source.eval_split is not None:
                 held = _open(stage, data_args, source, source.eval_split, data_args.max_eval_samples)
             else:
                 share, at_least = data_args.held_out_share, 1 if asked and data_args.held_out_share else 0
-                rows, others = hold_out(part.rows, share, data_args.sample_seed, at_least)
+                rows, others = hold_out(opened.rows, share, data_args.sample_seed, at_least)
                 others = limited(others, data_args.max_eval_samples, data_args.sample_seed)
-                held = None if others is None else part._replace(rows=others)
-                part = part._replace(rows=rows)
-            train.append(part)
+                held = None if others is None else opened._replace(rows=others)
+                opened = opened._replace(rows=rows)
+            train.append(opened)
             if held is not None:
                 choice = "first" if data_args.caption_choice == "random" else data_args.caption_choice
                 evaluation.append(held._replace(reading=replace(held.reading, caption_choice=choice)))
@@ -113,7 +113,7 @@ def _nothing_held_out(data_args, training_args):
 
 def _open(
     stage: Stage, data_args: DataArguments, source: SourceArguments, split: str | None, limit: int | None
-) -> Part:
+) -> Opened:
     found = open_source(
         source.path,
         name=source.name,
@@ -137,7 +137,7 @@ def _open(
             caches=found.caches,
         ),
     )
-    return Part(limited(found.rows, limit, data_args.sample_seed), reading)
+    return Opened(limited(found.rows, limit, data_args.sample_seed), reading)
 
 
 def _groups_by_length(training_args):
@@ -146,12 +146,12 @@ def _groups_by_length(training_args):
 
 def training_texts(stage: Stage, data_args: DataArguments, data: Data, limit: int = 20_000) -> Iterator[str]:
     """Every text of the first rows, with the words that the default template adds: for a tokenizer that is trained."""
-    parts = list(data.train)
+    sources = list(data.train)
     if data_args.tokenizer_dataset_name is not None:
         source = replace(data_args.sources()[0], name=data_args.tokenizer_dataset_name)
-        parts.append(_open(stage, data_args, source, source.split, None))
+        sources.append(_open(stage, data_args, source, source.split, None))
     yield "User: \nAssistant: "
-    for rows, reading in parts:
+    for rows, reading in sources:
         plain = rows if isinstance(rows, datasets.IterableDataset) else rows.with_format(None)
         for index, row in enumerate(itertools.islice(plain, limit)):
             for item in reading.items(row, index):
@@ -195,7 +195,7 @@ def encode_data(
             ]
         elif data.eval:
             whole = joined(data.eval, None, seed, settings if ahead else None)
-            evaluation = cast(ConversationDataset | MixedDataset, whole)  # none of its parts is streamed
+            evaluation = cast(ConversationDataset | MixedDataset, whole)  # none of its sources is streamed
     return train, evaluation
 
 
@@ -214,7 +214,7 @@ def encode_test(data: Data, encoder: Encoder, training_args: VLMTrainingArgument
 
 
 def joined(
-    parts: list[Part],
+    sources: list[Opened],
     weights: list[float] | None,
     seed: int,
     encoding: dict[str, Any] | None = None,
@@ -227,9 +227,9 @@ def joined(
         encoding: arguments of `encode_ahead`, where that is wanted.
         shuffle_buffer: of a stream.
     """
-    if any(isinstance(rows, datasets.IterableDataset) for rows, _ in parts):
-        return StreamedDataset(parts, weights, seed, shuffle_buffer)
-    found = [ConversationDataset(rows, reading, seed) for rows, reading in parts]
+    if any(isinstance(rows, datasets.IterableDataset) for rows, _ in sources):
+        return StreamedDataset(sources, weights, seed, shuffle_buffer)
+    found = [ConversationDataset(rows, reading, seed) for rows, reading in sources]
     if encoding is not None:
         for dataset in found:
             dataset.encode_ahead(**encoding)
@@ -239,7 +239,7 @@ def joined(
 __all__ = [
     "Data",
     "EvalDataset",
-    "Part",
+    "Opened",
     "TrainDataset",
     "encode_data",
     "encode_test",

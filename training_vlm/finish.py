@@ -28,7 +28,7 @@ from processing.image_files_vlm import BadImage, check_image, load_image
 
 from .data import Data, TrainDataset
 from .learning.trainer import VLMTrainer
-from .learning.tuning import describe_parts
+from .learning.tuning import describe_components
 from .model_card import read_base_models, write_model_card
 from .settings import Arguments
 from .stages import Stage
@@ -118,7 +118,7 @@ def finish(
                 config=trainer.accelerator.unwrap_model(trainer.model).config,
                 base_models=_base_models(model_args),
                 dataset=dataset,
-                parts=describe_parts(trainer.accelerator.unwrap_model(trainer.model)),
+                components=describe_components(trainer.accelerator.unwrap_model(trainer.model)),
                 settings=_settings(dataset, args),
                 metrics=losses,
                 exact=answers.exact,

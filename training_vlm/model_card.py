@@ -52,7 +52,7 @@ def write_model_card(
     config,
     base_models: list[str],
     dataset: str | None,
-    parts,
+    components,
     settings: dict[str, Any],
     metrics: dict[str, float],
     exact: str | None,
@@ -64,7 +64,7 @@ def write_model_card(
     Args:
         name: how the model will be loaded (Hub name or folder).
         stage: the last one, whose way of asking the card shows.
-        parts: lines of the tuning table, see `tuning.describe_parts`.
+        components: lines of the tuning table, see `tuning.describe_components`.
         exact: the exact-match table, where there is one.
         samples: question, expected and generated answer.
     """
@@ -75,7 +75,7 @@ def write_model_card(
         datasets=[dataset] if dataset and dataset.count("/") == 1 and not Path(dataset).exists() else None,
         tags=["duet", "vision-language", f"stage-{stage.number}"],
     )
-    learned = [f"{part.name} ({part.trained:,} of {part.parameters:,} parameters)" for part in parts if part.trained]
+    learned = [f"{c.name} ({c.trained:,} of {c.parameters:,} parameters)" for c in components if c.trained]
     results = "".join(f"- {key}: {value:.4g}\n" for key, value in metrics.items())
     if exact:
         results += f"\nAnswers exactly right, greedy decoding:\n\n```\n{exact}\n```\n"

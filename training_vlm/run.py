@@ -25,7 +25,7 @@ from processing.data_error_vlm import DuetError
 from .arguments import GenerationArguments, VLMTrainingArguments
 from .learning.checkpoints import discard_unfinished, find_checkpoint, numbered
 from .learning.trainer import VLMTrainer
-from .learning.tuning import describe_parts
+from .learning.tuning import describe_components
 from .settings import Arguments
 from .stages import Stage
 from .survey import Survey, report_data
@@ -124,7 +124,7 @@ def report(stage: Stage, trainer: VLMTrainer, surveys: dict[str, Survey]) -> Non
     args, rate = trainer.args, f"{trainer.args.learning_rate:g}"
     print(f"\nStage {stage.number}, {stage.name}\n")
     print(f"{'part':<18}{'parameters':>14}{'learn':>14}   rate")
-    for part in describe_parts(cast(PreTrainedModel, trainer.model)):
+    for part in describe_components(cast(PreTrainedModel, trainer.model)):
         print(f"{part.name:<18}{part.parameters:>14,}{part.trained:>14,}   {rate if part.trained else '-'}")
     print(f"\n{report_data(surveys)}")
     batch = args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size

@@ -79,13 +79,14 @@ def _survey(dataset, encoder: Encoder) -> Survey:
 
 def some_items(dataset, number: int) -> Iterator[dict[str, Any]]:
     """Items from all over a data set, as many of each of its sources; of a stream the first."""
-    parts = getattr(dataset, "parts", None)
-    if parts is not None and len(parts) > 1:
-        parts = [StreamedDataset([part], None, dataset.seed) for part in parts] if _is_stream(dataset) else parts
-        each = -(-number // len(parts))
-        return itertools.islice(itertools.chain.from_iterable(some_items(part, each) for part in parts), number)
+    sources = getattr(dataset, "sources", None)
+    if sources is not None and len(sources) > 1:
+        if _is_stream(dataset):
+            sources = [StreamedDataset([source], None, dataset.seed) for source in sources]
+        each = -(-number // len(sources))
+        return itertools.islice(itertools.chain.from_iterable(some_items(source, each) for source in sources), number)
     if _is_stream(dataset):
-        first = StreamedDataset(dataset.parts, dataset.weights, dataset.seed, shuffle_buffer=1)
+        first = StreamedDataset(dataset.sources, dataset.weights, dataset.seed, shuffle_buffer=1)
         return itertools.islice(first, number)
     number = min(number, len(dataset))
     return (dataset[index * len(dataset) // number] for index in range(number))

@@ -171,79 +171,80 @@ class MixedDataset(torch.utils.data.Dataset):
 
     Without weights it holds each item of each once. With weights an epoch has as many items as all together, of which
     a data set gives its weight's share: a small one is repeated, each time in another order, and of a large one the
-    next epoch shows the part that this one left out.
+    next epoch shows the rest, which this one left out.
 
     Args:
-        parts: the data sets.
+        sources: the data sets.
         weights: one for each, or `None`.
         seed: for the orders.
     """
 
-    def __init__(self, parts: list[ConversationDataset], weights: list[float] | None = None, seed: int = 0):
-        self.parts, self.seed = parts, seed
+    def __init__(self, sources: list[ConversationDataset], weights: list[float] | None = None, seed: int = 0):
+        self.sources, self.seed = sources, seed
         self.weights = weights
         self._epoch = torch.zeros(1, dtype=torch.long).share_memory_()
-        total = sum(map(len, parts))
+        total = sum(map(len, sources))
         if weights is None:
-            shares = np.array([len(part) for part in parts], dtype=float)
+            shares = np.array([len(source) for source in sources], dtype=float)
         else:
             shares = total * np.array(weights, dtype=float) / sum(weights)
         self._ends = np.round(np.cumsum(shares)).astype(np.int64)
-        # One order a part is kept: a new one is made when a part begins anew.
-        self._order = functools.lru_cache(2 * len(parts))(self._make_order)
+        # One order a source is kept: a new one is made when a source begins anew.
+        self._order = functools.lru_cache(2 * len(sources))(self._make_order)
 
     def __getstate__(self):
         return {**self.__dict__, "_order": None}
 
     def __setstate__(self, state):
         self.__dict__.update(state)
-        self._order = functools.lru_cache(2 * len(self.parts))(self._make_order)
+        self._order = functools.lru_cache(2 * len(self.sources))(self._make_order)
 
-    def _make_order(self, part, cycle):
-        return np.random.default_rng([self.seed, part, cycle]).permutation(len(self.parts[part]))
+    def _make_order(self, source, cycle):
+        return np.random.default_rng([self.seed, source, cycle]).permutation(len(self.sources[source]))
 
     def __len__(self):
         return int(self._ends[-1])
 
     def _place(self, index):
-        part = int(np.searchsorted(self._ends, index, side="right"))
-        start = int(self._ends[part - 1]) if part else 0
+        source = int(np.searchsorted(self._ends, index, side="right"))
+        start = int(self._ends[source - 1]) if source else 0
         number = index - start
         if self.weights is not None:
-            cycle, position = divmod(int(self._epoch) * int(self._ends[part] - start) + number, len(self.parts[part]))
-            number = int(self._order(part, cycle)[position])
-        return part, number
+            shown = int(self._epoch) * int(self._ends[source] - start)  # by the epochs before this
+            cycle, position = divmod(shown + number, len(self.sources[source]))
+            number = int(self._order(source, cycle)[position])
+        return source, number
 
     def __getitem__(self, index: int) -> Conversation | Dropped | Encoded:
         if not 0 <= index < len(self):
             raise IndexError(index)
-        part, number = self._place(index)
-        return self.parts[part][number]
+        source, number = self._place(index)
+        return self.sources[source][number]
 
     @property
     def is_encoded(self) -> bool:
-        """Whether all parts are encoded."""
-        return all(part.is_encoded for part in self.parts)
+        """Whether all sources are encoded."""
+        return all(source.is_encoded for source in self.sources)
 
     @property
     def lengths(self) -> list[int]:
-        """Positions of every item of this epoch, where all parts are encoded."""
-        lengths = [part.lengths for part in self.parts]
-        return [lengths[part][number] for part, number in map(self._place, range(len(self)))]
+        """Positions of every item of this epoch, where all sources are encoded."""
+        lengths = [source.lengths for source in self.sources]
+        return [lengths[source][number] for source, number in map(self._place, range(len(self)))]
 
     @property
     def account(self) -> Account:
-        """The parts' accounts together; see `ConversationDataset`."""
+        """The sources' accounts together; see `ConversationDataset`."""
         account = Account()
-        for part in self.parts:
-            account.merge(part.account)
+        for source in self.sources:
+            account.merge(source.account)
         return account
 
     def set_epoch(self, epoch: int):
-        """Go on to another epoch, of every part as well."""
+        """Go on to another epoch, of every source as well."""
         self._epoch.fill_(epoch)
-        for part in self.parts:
-            part.set_epoch(epoch)
+        for source in self.sources:
+            source.set_epoch(epoch)
 
 
 class StreamedDataset(torch.utils.data.IterableDataset):
@@ -255,7 +256,7 @@ class StreamedDataset(torch.utils.data.IterableDataset):
     items of a source are shuffled within a buffer, and none comes again before all have come.
 
     Args:
-        parts: rows and how they are read, for each source.
+        sources: rows and how they are read, for each source.
         weights: each source's share of the items; equal shares if not given.
         seed: for the order, and for `caption_choice="random"`.
         shuffle_buffer: items among which the next is drawn; 1 keeps the order.
@@ -263,25 +264,25 @@ class StreamedDataset(torch.utils.data.IterableDataset):
 
     def __init__(
         self,
-        parts: Sequence[tuple[datasets.IterableDataset, Reading]],
+        sources: Sequence[tuple[datasets.IterableDataset, Reading]],
         weights: list[float] | None = None,
         seed: int = 0,
         shuffle_buffer: int = SHUFFLE_BUFFER,
     ):
-        self.parts = parts
-        self.weights = [1.0] * len(parts) if weights is None else list(weights)
+        self.sources = sources
+        self.weights = [1.0] * len(sources) if weights is None else list(weights)
         self.seed, self.shuffle_buffer = seed, shuffle_buffer
 
     @property
     def num_shards(self) -> int:
         """As many workers as this can share the reading."""
-        return min(rows.num_shards for rows, _ in self.parts)
+        return min(rows.num_shards for rows, _ in self.sources)
 
     def __iter__(self) -> Iterator[Conversation | Dropped]:
         worker = torch.utils.data.get_worker_info()
         number = worker.id if worker is not None and worker.num_workers > 1 else None
         rng = random.Random(f"{self.seed} {number}")
-        streams, weights = [self._endless(*part, number, rng) for part in self.parts], list(self.weights)
+        streams, weights = [self._endless(*source, number, rng) for source in self.sources], list(self.weights)
         while streams:
             chosen = rng.choices(range(len(streams)), weights)[0]
             item = next(streams[chosen], None)

@@ -16,7 +16,7 @@ from processing.batching.account import Record
 from processing.data_error_vlm import DuetError
 
 from .checkpoints import newest_whole
-from .tuning import describe_parts
+from .tuning import describe_components
 
 
 if TYPE_CHECKING:
@@ -140,7 +140,7 @@ class Guard(TrainerCallback):
     def _stop_unreached(self, state) -> None:
         model: Any = self.trainer.accelerator.unwrap_model(self.trainer.model)
         model = model.get_base_model() if hasattr(model, "get_base_model") else model  # of adapters
-        parts = ", ".join(part.name for part in describe_parts(model) if part.trained)
+        parts = ", ".join(part.name for part in describe_components(model) if part.trained)
         raise DuetError(
             f"no sample has reached what learns ({parts}) in the first {state.global_step - self._began} steps: every "
             "gradient was 0. A projector or an encoder learns from images alone, and a sample only from what is "

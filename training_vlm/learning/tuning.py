@@ -74,7 +74,7 @@ def find_blocks(backbone: PreTrainedModel) -> nn.ModuleList:
     return lists[0]
 
 
-class Part(NamedTuple):
+class Component(NamedTuple):
     """One line of the table shown before training."""
 
     name: str
@@ -82,8 +82,8 @@ class Part(NamedTuple):
     trained: int
 
 
-def describe_parts(model: PreTrainedModel) -> list[Part]:
-    """How many parameters each part has, and how many of them learn; a head tied to the embeddings counts once."""
+def describe_components(model: PreTrainedModel) -> list[Component]:
+    """How many parameters each component has, and how many of them learn; a head tied to the embeddings counts once."""
     embeddings = list(model.get_input_embeddings().parameters())
     groups = {
         "vision encoder": list(model.model.vision_tower.parameters()),
@@ -93,7 +93,7 @@ def describe_parts(model: PreTrainedModel) -> list[Part]:
         "head": list(model.get_output_embeddings().parameters()),
     }
     seen: set[int] = set()
-    parts = []
+    components = []
     for name, parameters in groups.items():
         if name == "language model":
             parameters = [p for p in parameters if id(p) not in {id(e) for e in embeddings}]
@@ -101,5 +101,5 @@ def describe_parts(model: PreTrainedModel) -> list[Part]:
         seen.update(id(p) for p in parameters)
         trained = sum(p.numel() for p in parameters if p.requires_grad)
         if parameters:
-            parts.append(Part(name, sum(p.numel() for p in parameters), trained))
-    return parts
+            components.append(Component(name, sum(p.numel() for p in parameters), trained))
+    return components
