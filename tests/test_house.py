@@ -2,10 +2,14 @@
 
 import ast
 import configparser
+import dataclasses
+import re
 import sys
 from pathlib import Path
 
 import pytest
+
+from training_vlm.arguments import DataArguments
 
 
 ROOT = Path(__file__).parents[1]
@@ -88,3 +92,11 @@ def test_what_is_imported_is_declared():
     files = [file for package in MAY_IMPORT for file in (ROOT / package).rglob("*.py")] + list(ROOT.glob("train_*.py"))
     imported = set().union(*map(imported_packages, files)) - set(sys.stdlib_module_names) - MAY_IMPORT.keys()
     assert imported <= declared | extras, imported - declared
+
+
+def test_every_option_of_the_data_is_explained():
+    docs = (ROOT / "docs" / "data.md").read_text(encoding="utf-8")
+    options = [field.name for field in dataclasses.fields(DataArguments)]
+    assert "columns" in options
+    unexplained = [name for name in options if not re.search(rf"--{name}\b|`{name}:", docs)]
+    assert not unexplained, "options that docs/data.md says nothing about"
