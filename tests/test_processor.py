@@ -156,7 +156,7 @@ def test_a_slow_tokenizer_is_refused():
     class Slow:
         is_fast = False
 
-    from processing.messages_vlm import TextEncoder
+    from processing.texts_vlm import TextEncoder
 
     with pytest.raises(ValueError, match="Slow is a slow tokenizer.*tokenizer.json") as caught:
         TextEncoder(Slow())
