@@ -348,7 +348,7 @@ MALFORMED = [
     ({"question": "What?", "answer": float("nan")}, "found nan as answer; expected a text"),
     ({"prompt": "What?", "completion": False}, "found False as completion; expected a text"),
     ({"question": "What?", "answers": []}, "found an empty list in answers; expected at least one answer"),
-    ({"question": "What?", "answers": ["A", {"answer": None}]}, "found None as answers; expected a text"),
+    ({"question": "What?", "answers": [{"answer": None}, {"answer": None}]}, "found None as answers; expected a text"),
     ({"question": "What?", "answers": {"text": ["A"]}}, "found None as answers; expected a text"),
 ]
 

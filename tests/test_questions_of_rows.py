@@ -221,11 +221,14 @@ def test_a_list_of_questions_and_one_of_answers_are_the_turns_of_a_dialogue():
 def test_the_label_of_a_query_is_its_answer():
     for label in (["14"], "14", 14):
         for image in ("image", "imgname"):
-            conversation = read({image: "a.png", "query": "How many?", "label": label})
-            assert conversation["messages"] == [user("image", "How many?"), assistant("14")]
+            for beside in ({}, {"question": None, "answer": None, "answers": []}):  # of other rows in its file
+                conversation = read({image: "a.png", "query": "How many?", "label": label, **beside})
+                assert conversation["messages"] == [user("image", "How many?"), assistant("14")]
     # Elsewhere a label is a class, which answers nothing.
     with pytest.raises(MalformedRow, match="expected a known layout"):
         read({"image": "a.png", "question": "What?", "label": 3})
+    with pytest.raises(MalformedRow, match="found None as answer"):
+        read({"image": "a.png", "question": "What?", "answer": None, "label": 3})
     conversation = read({"query": "What?", "answer": "x", "label": 3})
     assert conversation["messages"][1] == assistant("x") and conversation["notes"] == ["the column label is not read"]
 
@@ -244,3 +247,14 @@ def test_a_row_written_into_the_text_of_another_is_no_caption():
     ):  # a form is read as JSON by those who want it
         conversation = read({"image": "a.png", "text": text})
         assert conversation["messages"][1] == assistant(text)
+
+
+def test_an_answer_of_several_that_is_none_costs_itself_alone():
+    for none in ("", None, " \n", float("nan")):
+        for answers in ([none, "a dog"], [{"answer": none}, {"answer": "a dog"}], {"answer": [none, none, "a dog"]}):
+            conversation = read({"image": "a.png", "question": "What?", "answers": answers})
+            assert conversation["messages"][1] == assistant("a dog")
+            assert conversation["notes"] == ["an answer beside it is none"]
+    assert read({"image": "a.png", "question": "What?", "answers": [""]})["messages"][1] == assistant("")
+    with pytest.raises(MalformedRow, match="found None as answers; expected a text"):
+        read({"image": "a.png", "question": "What?", "answers": [None, ""]})

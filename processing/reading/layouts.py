@@ -163,12 +163,12 @@ def _read_question(row: Row, wanted: Wanted) -> list[dict[str, Any]]:
     column, question = row.take(QUESTION_COLUMNS)
     lines = [as_text(question, column)]
     choices, is_positional = _choices(row)
-    is_labelled = not any(name in row.cells for name in ANSWER_COLUMNS)
-    column, answer = row.take(_ANSWERS_OF_A_QUERY if is_labelled else ANSWER_COLUMNS)
+    is_labelled = column == "query" and not any(holds_something(row.cells.get(name)) for name in ANSWER_COLUMNS)
+    column, answer = row.take(_ANSWERS_OF_A_QUERY if is_labelled and "label" in row.unread else ANSWER_COLUMNS)
     is_choice = bool(choices) and column not in ("response", "output")
     if not is_choice and column in _INDEX_COLUMNS:
         raise malformed(found(answer, column), "a column of choices or options that it is the number of")
-    answers = _answers(answer, column)
+    answers = _answers(row, answer, column)
     counts = Counter(answers)
     learned = max(counts, key=counts.__getitem__)  # the first, as a Counter keeps the order in which they came
     if choices and lines[0].endswith("<image>"):
@@ -288,8 +288,8 @@ def _items(row: Row, columns: Collection[str], expected: str = "a list of messag
 # --- the columns of a question
 
 
-def _answers(value: Any, column: str) -> list[str]:
-    """The answers that a cell holds."""
+def _answers(row: Row, value: Any, column: str) -> list[str]:
+    """The answers that a cell holds; of several that one is none costs itself alone."""
     is_list = column in _ANSWER_LISTS
     value = listed(value, (str, dict, int, float) if is_list else (str,))
     if isinstance(value, dict):  # a list of structs, as `datasets` stores it where it was declared as a sequence
@@ -298,14 +298,18 @@ def _answers(value: Any, column: str) -> list[str]:
         value = [value]
     if not value:
         raise malformed(f"an empty list in {column}", "at least one answer")
-    return [as_text(answer.get("answer") if isinstance(answer, dict) else answer, column) for answer in value]
+    answers = [answer.get("answer") if isinstance(answer, dict) else answer for answer in value]
+    given = [answer for answer in answers if not is_nothing(answer)] or answers
+    if len(given) < len(answers):
+        row.note("an answer beside it is none")
+    return [as_text(answer, column) for answer in given]
 
 
 def _further_answers(row: Row) -> list[str]:
     """All right answers beside the one that is learned; none where a row has no list of them."""
     column, value = row.take_said(_ANSWER_LISTS)
     try:
-        return _answers(value, column) if column else []
+        return _answers(row, value, column) if column else []
     except MalformedRow:
         row.leave("the row", column, value)
         return []
