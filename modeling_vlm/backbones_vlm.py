@@ -68,7 +68,11 @@ def _from_pretrained(what: str, name: str, loader, **kwargs):
         ) from error
 
 
-_FILES = {"vision encoder": VISION_FILES, "language model": TEXT_FILES[:1], "tokenizer": TEXT_FILES}
+_FILES = {
+    "vision encoder": VISION_FILES,
+    "language model": ("config.json", "generation_config.json"),
+    "tokenizer": TEXT_FILES,
+}
 
 
 def load_backbone_config(what: str, backbone: str | PreTrainedConfig, kwargs: BackboneKwargs) -> PreTrainedConfig:

@@ -82,9 +82,11 @@ def _wrong_with(file: Path) -> str | None:
             return f"is a git-lfs pointer and not the file itself; run `git lfs pull` in {file.parent}"
         if file.suffix == ".json":
             try:
-                json.loads(head + stream.read())
+                settings = json.loads(head + stream.read())
             except ValueError:
                 return "is no JSON, as if it were cut short; fetch it again"
+            if not isinstance(settings, dict):
+                return "holds no settings by name; fetch it again"
         elif file.suffix == ".safetensors":
             length = int.from_bytes(head[:8], "little")
             if length > size - 8:

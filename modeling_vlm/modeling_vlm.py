@@ -553,6 +553,12 @@ class VLMForConditionalGeneration(VLMPreTrainedModel, VLMGenerationMixin):
                 Supervised tokens of the whole optimiser step, by which `Trainer` has the sum divided.
         """
         # Not in the signature, where `Trainer` would take it for a label that every batch has.
+        if self.training and labels is None and num_items_in_batch is not None and "shift_labels" in kwargs:
+            raise DuetError(
+                "the Trainer keeps the labels from the model, for its own label smoothing or compute_loss_func, and "
+                "that smoothing would hold each token against itself; use Duet's VLMTrainer, or leave out "
+                "label_smoothing_factor (a loop of your own gives labels beside shift_labels)."
+            )
         targets, weights = targets_of(labels, loss_weights, kwargs.pop("shift_labels", None))
         if use_cache is None and (self.training or targets is not None):
             use_cache = False  # a cache has no reader in training, and would switch off packed attention masks

@@ -257,6 +257,38 @@ def test_the_weights_are_on_disk_before_the_last_evaluation_and_checkpoint(backb
     load(out)
 
 
+@pytest.mark.parametrize("saving", [("no",), ("steps", "--save_steps", "2")], ids="-".join)
+def test_what_fails_in_the_middle_costs_no_step_that_was_made(backbones, data, tmp_path, monkeypatch, capsys, saving):
+    out = tmp_path / "out"
+
+    def seen(self, *args, **kwargs):
+        if self.state.global_step == 3:
+            raise RuntimeError("as evaluated")
+        return evaluate(self, *args, **kwargs)
+
+    evaluate = VLMTrainer.evaluate
+    monkeypatch.setattr(VLMTrainer, "evaluate", seen)
+    common = [*backbones(), *data, *QUICK, "--max_steps", "4", "--eval_split", "train[:4]", "--eval_strategy", "steps"]
+    common += ["--eval_steps", "1", "--save_strategy", *saving, "--output_dir", str(out)]
+    with pytest.raises(RuntimeError, match="as evaluated"):
+        train_pretrain.main(common)
+    assert f"What was learned until then is in {out / 'checkpoint-3'}" in capsys.readouterr().out
+    load(out / "checkpoint-3")
+    monkeypatch.undo()
+    train_pretrain.main([*common, "--resume_from_checkpoint", "last"])
+    assert json.loads((out / "trainer_state.json").read_text())["global_step"] == 4
+
+
+def test_a_run_that_diverges_leaves_nothing_new(backbones, data, tmp_path, capsys):
+    out = tmp_path / "out"
+    with pytest.raises(SystemExit):
+        train_pretrain.main([
+            *backbones(), *data, *QUICK, "--max_steps", "20", "--learning_rate", "1e30", "--tune_text", "full",
+            "--save_strategy", "no", "--output_dir", str(out),
+        ])  # fmt: skip
+    assert "nothing was saved of it" in capsys.readouterr().err and not list(out.glob("checkpoint-*"))
+
+
 def test_the_best_checkpoint_is_what_is_saved(backbones, data, tmp_path):
     """The loss of each next checkpoint is worse than the first's."""
     out = tmp_path / "out"

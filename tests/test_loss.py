@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from torch.nn.functional import log_softmax
+from transformers import Trainer, TrainingArguments
 
 from modeling_vlm.backbones_vlm import CACHE
 from processing import VLMDataCollator, VLMProcessor
@@ -302,6 +303,17 @@ def test_smoothing_leaves_a_mixture_of_experts_its_balance_loss(folders, image, 
             plain = model.train()(**VLMDataCollator(processor)(items))
     assert losses[1e-9] == pytest.approx(losses[0.0], rel=1e-6)
     assert 0.5 * plain.aux_loss > 0.5  # what would be lost
+
+
+def test_the_smoothing_of_the_stock_trainer_which_does_not_shift_is_refused(composed, image, tmp_path):
+    model, processor = composed
+    settings = {"use_cpu": True, "report_to": "none", "max_steps": 1, "save_strategy": "no"}
+    settings |= {"remove_unused_columns": False, "output_dir": str(tmp_path)}
+    common = {"model": model, "data_collator": VLMDataCollator(processor)}
+    common["train_dataset"] = tiny.ragged_dialogues(image)
+    with pytest.raises(ValueError, match="use Duet's VLMTrainer, or leave out label_smoothing_factor"):
+        Trainer(args=TrainingArguments(label_smoothing_factor=0.1, **settings), **common).train()
+    Trainer(args=TrainingArguments(**settings), **common).train()
 
 
 @pytest.mark.parametrize("smoothing", [0.0, 0.1])

@@ -53,6 +53,10 @@ def missing_shards(file):
     file.with_name("model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
 
 
+def a_list(file):
+    file.write_text("[1, 2]")
+
+
 def quantised(method, **settings):
     def change(file):
         config = json.loads(file.read_text())
@@ -105,6 +109,8 @@ BROKEN = [
     )],
     ("text", "tokenizer.json", half, "is no JSON"),
     ("text", "tokenizer.json", gone, "the tokenizer"),
+    ("text", "config.json", a_list, "config.json holds no settings by name"),
+    ("vision", "preprocessor_config.json", a_list, "preprocessor_config.json holds no settings by name"),
     ("vision", "preprocessor_config.json", gone, "has no image processor"),
     ("composed", "processor_config.json", gone, "has no processor_config.json"),
     ("composed", "tokenizer.json", gone, "has no tokenizer.json"),
@@ -131,6 +137,12 @@ def test_composing_in_a_program_names_the_file_as_well(parts, change, words):
     with pytest.raises(ValueError, match=words) as found:
         VLMForConditionalGeneration.from_backbones(str(parts / "vision"), str(parts / "text"))
     assert found.value.is_duet_error
+
+
+def test_settings_of_generation_that_are_none_are_named_where_they_are_read(parts):
+    a_list(parts / "text" / "generation_config.json")
+    with pytest.raises(ValueError, match=r"text/generation_config\.json holds no settings by name"):
+        VLMForConditionalGeneration.from_backbones(str(parts / "vision"), str(parts / "text"))
 
 
 def test_weights_as_torch_saves_them_are_composed(parts):

@@ -36,6 +36,8 @@ VALUES = {
     "--lr_scheduler_kwargs": ("{bad", "is no JSON"),
     "--logging_steps": ("1.5", "must be an integer"),
     "--max_samples": ("many", "invalid int value: 'many'"),
+    "--max_eval_samples": ("0", "expected 1 or more"),
+    "--max_test_samples": ("-1", "expected 1 or more"),
     "--caption_choice": ("best", "expected one of all, first, random"),
     "--metric_for_best_model": ("accuracy", "expected eval_loss"),
     "--accelerator_config": ('{"dispatch_batches": true}', "dispatch_batches"),
@@ -59,7 +61,7 @@ def test_settings_that_exclude_each_other_are_one_line(options):
 MISSING = {
     ("--report_to", "tensorboard"): "pip install tensorboard",
     ("--report_to", "wandb"): "pip install wandb",
-    ("--deepspeed", "config.json"): "deepspeed",
+    ("--deepspeed", "config.json"): "pip install deepspeed",
     ("--optim", "galore_adamw"): "galore_torch",
     ("--optim", "grokadamw"): "pip install grokadamw",
     ("--optim", "adamw_anyprecision"): "torchdistx",

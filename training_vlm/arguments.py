@@ -7,6 +7,7 @@ import difflib
 import json
 import os
 from dataclasses import dataclass, field, fields, replace
+from importlib.metadata import PackageNotFoundError
 from typing import Any, cast
 
 import torch
@@ -291,6 +292,9 @@ class DataArguments:
                 raise DuetError(f"{name}={value!r}: expected one of {', '.join(choices)}.")
         if self.eval_share is not None and not 0 <= self.eval_share < 1:
             raise DuetError(f"eval_share={self.eval_share}: expected a share from 0 to below 1.")
+        for name in ("max_samples", "max_eval_samples", "max_test_samples"):
+            if (limit := getattr(self, name)) is not None and limit < 1:
+                raise DuetError(f"{name}={limit}: expected 1 or more.")
 
     @property
     def held_out_share(self) -> float:
@@ -487,6 +491,12 @@ class VLMTrainingArguments(TrainingArguments):
         self._refuse_what_cannot_be()
         try:
             super().__post_init__()
+        except PackageNotFoundError as error:  # which deepspeed's is, with a message about metadata
+            package = "deepspeed" if self.deepspeed else str(error.name)
+            raise DuetError(
+                f"an option needs the package {package}, which is not installed here; install it (`pip install "
+                f"{package}`), or leave that option out."
+            ) from error
         except (ValueError, ImportError, RuntimeError, OSError, TypeError, NotImplementedError) as error:
             raise DuetError(f"a training option is refused by transformers: {_in_a_line(error)}") from error
         # `pixel_values` runs over images, not conversations, so batches are made whole in every process.

@@ -145,12 +145,22 @@ def train(trainer: VLMTrainer) -> TrainOutput:
     except Exception:
         if first.saved and trainer.is_world_process_zero():
             print(f"All steps are done, and the model is in {trainer.args.output_dir}; what failed came after them.")
+        elif not first.saved:
+            _rescue(trainer)
         raise
     trainer.remove_callback(first)
     best = trainer.args.load_best_model_at_end and trainer.state.best_model_checkpoint is not None
     if best or not first.saved:
         trainer.save_model(_internal_call=True)
     return result
+
+
+def _rescue(trainer):
+    try:
+        if (checkpoint := trainer.rescue()) is not None:
+            print(f"What was learned until then is in {checkpoint}; go on with --resume_from_checkpoint last.")
+    except Exception as error:  # the one that ends the run tells more
+        print(f"What was learned since the last checkpoint could not be saved: {error}")
 
 
 class WeightsFirst(TrainerCallback):

@@ -33,6 +33,7 @@ class Guard(TrainerCallback):
 
     def __init__(self, trainer: "VLMTrainer"):
         self.trainer = trainer
+        self.stopped = False  # for what it saw, so that what was learned last may be worth nothing
         self._losses: list[torch.Tensor] = []
         self._records: list[list[Record]] = []
         self._skipped = self._began = 0
@@ -40,7 +41,7 @@ class Guard(TrainerCallback):
 
     def on_train_begin(self, args, state, control, **kwargs):
         self._losses, self._records, self._skipped, self._began = [], [], 0, state.global_step
-        self._reached = False
+        self._reached = self.stopped = False
 
     def saw_records(self, records: list[Record]) -> None:
         """Note what a micro-batch holds."""
@@ -85,6 +86,7 @@ class Guard(TrainerCallback):
             self._stop(f"the loss is {value}", [found for found, bad in zip(records, torn) if bad])
 
     def _stop(self, what, records):
+        self.stopped = True
         trainer, args = self.trainer, self.trainer.args
         rows = [f"{record.source}, row {record.row}" for found in records for record in found if not record.dropped]
         if args.world_size > 1:
@@ -118,6 +120,7 @@ class Guard(TrainerCallback):
         if trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled:  # each process has a part
             found = gather_object(found)
         if found:
+            self.stopped = True
             raise DuetError(
                 f"the weights are no longer finite after step {trainer.state.global_step} ({found[0]}); they are not "
                 f"saved, and {self._last_good()}. Choose a smaller learning_rate (it is "
@@ -138,6 +141,7 @@ class Guard(TrainerCallback):
             self._stop_unreached(state)
 
     def _stop_unreached(self, state) -> None:
+        self.stopped = True
         model: Any = self.trainer.accelerator.unwrap_model(self.trainer.model)
         model = model.get_base_model() if hasattr(model, "get_base_model") else model  # of adapters
         parts = ", ".join(part.name for part in describe_components(model) if part.trained)

@@ -197,6 +197,20 @@ class VLMTrainer(Trainer):
         if self.args.push_to_hub and not _internal_call:
             self.push_to_hub(commit_message="Model save", revision=self.args.hub_revision)
 
+    def rescue(self) -> Path | None:
+        """
+        Write a checkpoint of the last step that was made, where there is none yet, before an error ends the run.
+
+        Returns:
+            its folder; `None` where nothing new was learned, or where other processes would have to write theirs too.
+        """
+        step = self.state.global_step
+        place = self.run_folder / f"checkpoint-{step}"
+        if self.args.world_size > 1 or self.guard.stopped or step <= self._resumed_at or place.exists():
+            return None
+        self._save_checkpoint(self.model, trial=None)
+        return place
+
     def _write_model(self, folder) -> Exception | None:
         model = self.accelerator.unwrap_model(self.model)
         try:
