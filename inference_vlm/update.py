@@ -51,7 +51,7 @@ def update(folder: str | Path) -> list[str]:
         `list[str]`: what was done with each, a line.
 
     Raises:
-        ValueError, OSError: Duet saved nothing there, or a newer one did, or it cannot be written.
+        DuetError: Duet saved nothing there, or a newer one did, or it cannot be written.
     """
     folder = Path(folder)
     if not folder.is_dir():
@@ -145,7 +145,7 @@ def download(name: str, out: Path, revision: str | None = None) -> Path:
     A model of the Hub in a folder, which may hold a part of it from a download that was stopped.
 
     Raises:
-        ValueError, OSError: the Hub has no such model, it is none of Duet's, or the folder holds something else.
+        DuetError: the Hub has no such model, it is none of Duet's, or the folder holds something else.
     """
     if out.is_dir() and any(out.iterdir()) and not (out / ".cache" / "huggingface").is_dir():
         raise DuetError(f"the folder {out} holds something already; name another with --out.")

@@ -80,7 +80,7 @@ def load_backbone_config(what: str, backbone: str | PreTrainedConfig, kwargs: Ba
     The config of a Hub name or folder; a config is taken as it is.
 
     Raises:
-        `ValueError`: it cannot be loaded, or brings code of its own.
+        `DuetError`: it cannot be loaded, or brings code of its own.
     """
     config = backbone
     if not isinstance(backbone, PreTrainedConfig):
@@ -114,7 +114,7 @@ def load_vision_tower(
     Layers above those of `config` and unused heads are left in the checkpoint without a warning.
 
     Raises:
-        `ValueError`: it cannot be loaded, or weights that its features depend on are missing.
+        `DuetError`: it cannot be loaded, or weights that its features depend on are missing.
     """
     if type(config) not in MODEL_MAPPING:
         raise DuetError(
@@ -141,7 +141,7 @@ def check_causal(config: PreTrainedConfig):
     See that a config is a causal language model's.
 
     Raises:
-        `ValueError`: it is not.
+        `DuetError`: it is not.
     """
     known = type(config) in MODEL_FOR_CAUSAL_LM_MAPPING
     if not known or hasattr(config, "vision_config") or getattr(config, "is_encoder_decoder", False):
@@ -158,7 +158,7 @@ def load_language_model(
     The causal language model, with weights where `backbone` names a checkpoint.
 
     Raises:
-        `ValueError`: it cannot be loaded, or weights are missing.
+        `DuetError`: it cannot be loaded, or weights are missing.
     """
     if isinstance(backbone, PreTrainedConfig):
         return AutoModelForCausalLM.from_config(config, dtype=dtype, **_attention(kwargs))
@@ -210,7 +210,7 @@ def vision_config_of(encoders: tuple[str | PreTrainedConfig, ...], kwargs: Backb
     The config of one encoder, or of two side by side; of a composite checkpoint it is that of its vision half.
 
     Raises:
-        `ValueError`: one cannot be loaded, or is no encoder of images.
+        `DuetError`: one cannot be loaded, or is no encoder of images.
     """
     configs = [load_backbone_config("vision encoder", encoder, kwargs) for encoder in encoders]
     configs = [getattr(config, "vision_config", config) for config in configs]
@@ -322,7 +322,7 @@ def check_decoder(causal_lm: PreTrainedModel):
     Try the language model alone on a text, given as ids and as their embeddings.
 
     Raises:
-        `ValueError`: it is not causal, needs the ids themselves, or is built otherwise than a decoder with a cache.
+        `DuetError`: it is not causal, needs the ids themselves, or is built otherwise than a decoder with a cache.
     """
     kind, training = causal_lm.config.model_type, causal_lm.training
     ids = _some_ids(causal_lm)
@@ -364,7 +364,7 @@ def check_logits(model: PreTrainedModel, causal_lm: PreTrainedModel):
     Try the composed model on a text.
 
     Raises:
-        `ValueError`: it does not reproduce the logits of its language model.
+        `DuetError`: it does not reproduce the logits of its language model.
     """
     kind, training = causal_lm.config.model_type, (causal_lm.training, model.training)
     ids = _some_ids(causal_lm)

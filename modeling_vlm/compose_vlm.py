@@ -56,7 +56,7 @@ def composed_config(
         **settings: further fields of `VLMConfig`.
 
     Raises:
-        `ValueError`: a config cannot be loaded or used, with its name and the reason.
+        `DuetError`: a config cannot be loaded or used, with its name and the reason.
     """
     vision_kwargs, text_kwargs = vision_kwargs or {}, text_kwargs or {}
     if "quantization_config" in {**vision_kwargs, **text_kwargs}:
@@ -129,7 +129,7 @@ def shape_of(model_class: type[Model], config: PreTrainedConfig) -> Model:
     A model without memory or weights, on the meta device; what its config left open is found all the same.
 
     Raises:
-        `ValueError`: the backbones do not fit together.
+        `DuetError`: the backbones do not fit together.
     """
     with torch.device("meta"):
         return model_class(config)
@@ -144,7 +144,7 @@ def fit_vision_tower(model: PreTrainedModel) -> None:
         model: a `VLMModel` that has its tower, of which config and tower are completed.
 
     Raises:
-        `ValueError`: the encoder cannot take images of this size, or gives other features than one for each patch.
+        `DuetError`: the encoder cannot take images of this size, or gives other features than one for each patch.
     """
     config, tower = model.config, model.vision_tower
     kind, (height, width) = kind_of(config.vision_config), config.image_size
@@ -190,7 +190,7 @@ def count_visual_tokens(model: PreTrainedModel) -> None:
         model: a `VLMModel` that has all its parts, of which the config is completed.
 
     Raises:
-        `ValueError`: the projector does not take the features, or gives something else than embeddings.
+        `DuetError`: the projector does not take the features, or gives something else than embeddings.
     """
     config, width = model.config, model.get_input_embeddings().embedding_dim
     states = model.vision_hidden_states(blank_image(model.vision_tower, config.image_size))[1]
@@ -227,7 +227,7 @@ def check_room(config: PreTrainedConfig, learned: int | None) -> None:
         learned: how many positions the language model has learned, `None` for any number.
 
     Raises:
-        `ValueError`: it does not.
+        `DuetError`: it does not.
     """
     most = config.tile_tokens(config.max_tiles, 1)
     if learned is not None and most >= learned:
@@ -245,7 +245,7 @@ def describe(model: PreTrainedModel) -> str:
     Run one image through a composed model, and say in one line what it is made of.
 
     Raises:
-        `ValueError`: what comes out is not finite.
+        `DuetError`: what comes out is not finite.
     """
     config, base = model.config, model.model
     image = blank_image(base.vision_tower, config.image_size)

@@ -121,7 +121,7 @@ class VLMConfig(PreTrainedConfig):
             The version of the code that a saved folder carries; always that of the code in use, whatever is given.
 
     Raises:
-        `ValueError`: an unknown projector, setting, strategy or layer, or an image size that gives no patch grid.
+        `DuetError`: an unknown projector, setting, strategy or layer, or an image size that gives no patch grid.
     """
 
     model_type = "duet_vlm"
@@ -271,7 +271,7 @@ def own_image_size(config: PreTrainedConfig) -> tuple[int, int]:
     Height and width in pixels of the images that an encoder was trained with.
 
     Raises:
-        `ValueError`: it is no encoder that cuts images into patches.
+        `DuetError`: it is no encoder that cuts images into patches.
     """
     size = getattr(config, "image_size", None)
     if size is None and getattr(config, "num_patches", None):  # any size: the one that its positions are learned for
@@ -284,7 +284,7 @@ def patch_grid_of(config: PreTrainedConfig, image_size: int | list | tuple) -> t
     Rows and columns of the patches that an encoder cuts an image of this size into.
 
     Raises:
-        `ValueError`: there is not one whole patch.
+        `DuetError`: there is not one whole patch.
     """
     patch = pair_of(_field(config, "patch_size"))
     grid = tuple(pixels // side for pixels, side in zip(pair_of(image_size), patch))

@@ -32,7 +32,7 @@ def check_files(what: str, name: str | Path, names: Iterable[str], revision: str
         weights: whether weights are read, which have to be there.
 
     Raises:
-        `ValueError`: a file is a git-lfs pointer, empty, cut short or missing.
+        `DuetError`: a file is a git-lfs pointer, empty, cut short or missing.
     """
     folder = _folder_of(str(name), revision)
     if folder is None:

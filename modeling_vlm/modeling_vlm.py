@@ -156,7 +156,7 @@ class VLMModel(VLMPreTrainedModel):
         language_model (`PreTrainedModel`, *optional*): a loaded headless one; else from `config.text_config`.
 
     Raises:
-        `ValueError`: the encoder cannot give the visual tokens that the config asks for.
+        `DuetError`: the encoder cannot give the visual tokens that the config asks for.
     """
 
     def __init__(
@@ -243,7 +243,7 @@ class VLMModel(VLMPreTrainedModel):
             `(tokens, hidden)` tensor an image.
 
         Raises:
-            `ValueError`: grids and views disagree.
+            `DuetError`: grids and views disagree.
         """
         outputs, hidden_states = self.vision_hidden_states(pixel_values, **kwargs)
         features = select_features(
@@ -328,8 +328,8 @@ class VLMModel(VLMPreTrainedModel):
                 library has for it (`cache`, before transformers 5.24 `past_key_values`).
 
         Raises:
-            `ValueError`: image tokens and features disagree (in training also where no image is given at all), or the
-                sequence is longer than learned positions reach.
+            `ValueError`: image tokens and features disagree, in training also where no image is given at all.
+            `DuetError`: the sequence is longer than learned positions reach, or something is given twice or not at all.
         """
         if (input_ids is None) == (inputs_embeds is None):
             raise DuetError("You must specify exactly one of input_ids or inputs_embeds")
@@ -394,7 +394,7 @@ class VLMForConditionalGeneration(VLMPreTrainedModel, VLMGenerationMixin):
         causal_lm (`PreTrainedModel`, *optional*): a loaded causal language model, of which base and head are taken.
 
     Raises:
-        `ValueError`: the language model's head is not one linear layer, or the backbones do not fit together.
+        `DuetError`: the language model's head is not one linear layer, or the backbones do not fit together.
     """
 
     _tp_plan = {"lm_head": "colwise_gather_output"}
@@ -462,7 +462,7 @@ class VLMForConditionalGeneration(VLMPreTrainedModel, VLMGenerationMixin):
                 `revision`, `token`, `trust_remote_code`, `attn_implementation` and the like, for each side.
 
         Raises:
-            `ValueError`: a backbone cannot be loaded or used, with its name and the reason.
+            `DuetError`: a backbone cannot be loaded or used, with its name and the reason.
         """
         return compose(
             cls,

@@ -30,7 +30,7 @@ def find_own_projector(projector: str | type[nn.Module]) -> tuple[str, str | Non
         `tuple[str, str]`: of a class of one's own `"FILE.CLASS"` and its file, else what was given and `None`.
 
     Raises:
-        `ValueError`: the class is nowhere that a checkpoint could take its code along from.
+        `DuetError`: the class is nowhere that a checkpoint could take its code along from.
     """
     if isinstance(projector, str) and ":" not in projector:
         return projector, None
@@ -105,7 +105,7 @@ def build_own_projector(config: PreTrainedConfig, vision_size: int, text_size: i
     The projector of the user's own that `config.projector_type` names; see `build_projector`.
 
     Raises:
-        `ValueError`: its code may not be run, cannot be loaded, or does not make a projector.
+        `DuetError`: its code may not be run, cannot be loaded, or does not make a projector.
     """
     own_class = _load_own_class(config)
     with _in_one_line(f"the projector {config.projector_type} cannot be made of (config, vision_size, text_size)"):

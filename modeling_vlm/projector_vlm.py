@@ -203,7 +203,7 @@ def build_projector(config: PreTrainedConfig, vision_size: int, text_size: int) 
         text_size: width of the language model's embeddings.
 
     Raises:
-        `ValueError`: it does not fit the encoder, or is a class that cannot be loaded.
+        `DuetError`: it does not fit the encoder, or is a class that cannot be loaded.
     """
     if not is_own_projector(config.projector_type):
         return PROJECTORS[config.projector_type](config, vision_size, text_size)

@@ -306,7 +306,7 @@ class DataArguments:
         The data sets to learn from: those of `datasets`, or the one that `dataset` names.
 
         Raises:
-            ValueError: none or both are given, or an entry is not as expected.
+            DuetError: none or both are given, or an entry is not as expected.
         """
         if self.datasets is None:
             if self.dataset is None:
@@ -334,7 +334,7 @@ class DataArguments:
         The data set whose questions are answered after training: `test_dataset`, or a split of the training data's.
 
         Raises:
-            ValueError: the entry is not as expected.
+            DuetError: the entry is not as expected.
         """
         if self.test_dataset is not None:
             source = self._source(self.test_dataset, "test_dataset")
@@ -362,7 +362,7 @@ class DataArguments:
         What `encode_dialogue` or, where nothing is asked, `encode_caption` is given.
 
         Raises:
-            ValueError: something about prompts, where there are none.
+            DuetError: something about prompts, where there are none.
         """
         if asks and self.split_turns != "none" and (self.supervise != "all" or self.supervise_prompt):
             raise DuetError(

@@ -48,7 +48,7 @@ def load_data(stage: Stage, data_args: DataArguments, training_args: VLMTraining
     Open every split that the run reads.
 
     Raises:
-        ValueError, FileNotFoundError, ConnectionError: a data set that is not there, or not as expected.
+        DuetError: a data set that is not there, or not as expected.
     """
     sources = data_args.sources()
     if data_args.streaming and training_args.max_steps <= 0:
@@ -166,7 +166,7 @@ def encode_data(
     The training and evaluation data, encoded ahead where that is quick or asked for.
 
     Raises:
-        ValueError: they are to be encoded ahead, and cannot be.
+        DuetError: they are to be encoded ahead, and cannot be.
     """
     seed = training_args.data_seed if training_args.data_seed is not None else training_args.seed
     settings = {"encoder": encoder, "on_bad_sample": data_args.on_bad_sample}

@@ -32,7 +32,7 @@ def load_model(
     The model and its processor: an earlier stage's folder, or two backbones composed.
 
     Raises:
-        ValueError: neither or both are named, a checkpoint of another kind, or parts that do not fit together.
+        DuetError: neither or both are named, a checkpoint of another kind, or parts that do not fit together.
     """
     dtype = getattr(torch, model_args.dtype, None)
     if dtype not in (torch.float32, torch.bfloat16, torch.float16):
@@ -75,7 +75,7 @@ def check_model(model_args: ModelArguments) -> None:
     Refuse a model that cannot be loaded, before data are read; nothing large is read for it.
 
     Raises:
-        ValueError: which file, package or setting it is, or that there is no such model.
+        DuetError: which file, package or setting it is, or that there is no such model.
     """
     if model_args.model is not None:
         return check_composed(model_args)
@@ -109,7 +109,7 @@ def check_composed(model_args: ModelArguments, weights: bool = True) -> None:
         weights: whether its weights are needed.
 
     Raises:
-        ValueError: what it is, or that there is none.
+        DuetError: what it is, or that there is none.
     """
     name = model_args.model
     assert name is not None
@@ -232,7 +232,7 @@ def check_fit(model: VLMForConditionalGeneration, processor: VLMProcessor) -> No
     Refuse a processor that does not belong to the model.
 
     Raises:
-        ValueError: what differs, on both sides.
+        DuetError: what differs, on both sides.
     """
     config = model.config
     for what, ours, theirs in (
@@ -259,7 +259,7 @@ def choose_max_length(model: VLMForConditionalGeneration, asked: int | None) -> 
     Positions a training sequence may have: those asked for, else all that the language model has.
 
     Raises:
-        ValueError: more than were learned, or not even room for an image and a token.
+        DuetError: more than were learned, or not even room for an image and a token.
     """
     learned = model.model.max_positions
     limit = learned or getattr(model.config.text_config, "max_position_embeddings", None) or 1 << 20

@@ -56,7 +56,7 @@ def prepare(training_args: VLMTrainingArguments) -> None:
     Check the output folder and the devices, and seed everything.
 
     Raises:
-        ValueError: the folder holds something, there is nothing to resume, or several devices without a launcher.
+        DuetError: the folder holds something, there is nothing to resume, or several devices without a launcher.
     """
     if training_args.n_gpu > 1:
         raise DuetError(

@@ -45,7 +45,7 @@ def survey_data(
     What the training, evaluation and test data hold.
 
     Raises:
-        ValueError: nothing could be learned or asked, or everything would be learned.
+        DuetError: nothing could be learned or asked, or everything would be learned.
     """
     first = training_args.process_index == 0
     surveys = {"training": _survey(train, encoder)}

@@ -46,7 +46,7 @@ def inspect(
     Print samples and account, and write them as a page where one is named.
 
     Raises:
-        ValueError, OSError: what training would end with before its first step; the samples are shown all the same
+        DuetError: what training would end with before its first step; the samples are shown all the same
             where there are any.
     """
     training_args.max_steps = max(1, training_args.max_steps)  # how far a stream is read, which matters to training

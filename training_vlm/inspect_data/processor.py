@@ -26,7 +26,7 @@ def load_processor(
     a vision encoder an image is one token.
 
     Raises:
-        ValueError, OSError: no model is named, or what is named cannot be loaded.
+        DuetError: no model is named, or what is named cannot be loaded.
     """
     if model_args.model is not None:
         check_composed(model_args, weights=False)

@@ -105,7 +105,7 @@ def find_checkpoint(asked: str | bool, folder: Path, say: bool = True) -> Path:
         say: which were passed over, and why.
 
     Raises:
-        ValueError: there is none, or the one that is named is not whole.
+        DuetError: there is none, or the one that is named is not whole.
     """
     finish_renaming(folder)
     if (named := str(asked)).lower() not in ("last", "true"):

@@ -59,7 +59,7 @@ class Guard(TrainerCallback):
             norm: of the gradients, all processes together, where one is computed.
 
         Raises:
-            ValueError: its losses or `norm` are not finite.
+            DuetError: its losses or `norm` are not finite.
         """
         losses, self._losses = self._losses, []
         records, self._records = self._records, []
@@ -108,7 +108,7 @@ class Guard(TrainerCallback):
         Refuse to save weights that are not finite.
 
         Raises:
-            ValueError: by the name of the first.
+            DuetError: by the name of the first.
         """
         trainer = self.trainer
         assert trainer.model is not None

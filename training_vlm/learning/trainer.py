@@ -133,7 +133,7 @@ class VLMTrainer(Trainer):
         See `Trainer.train`; `True` takes the newest whole checkpoint.
 
         Raises:
-            ValueError: there is no whole checkpoint to resume from, processes found others, or the run cannot go on.
+            DuetError: there is no whole checkpoint to resume from, processes found others, or the run cannot go on.
         """
         checkpoint, self._resumed_at, self._skip_batches = None, 0, 0
         if resume_from_checkpoint:
@@ -179,7 +179,7 @@ class VLMTrainer(Trainer):
         What cannot be saved of a model's settings is reported after its weights are on the disk.
 
         Raises:
-            ValueError: the weights are not finite.
+            DuetError: the weights are not finite.
         """
         if self._beside is not None:  # a checkpoint, which `_save_checkpoint` puts in its place
             self._save_error = self._write_model(output_dir)

@@ -24,7 +24,7 @@ def apply_tuning(model: PreTrainedModel, vision: str, text: str, freeze_embeddin
         freeze_embeddings: keep the token embeddings (and a head tied to them) as they are.
 
     Raises:
-        ValueError: another word, or more blocks than there are.
+        DuetError: another word, or more blocks than there are.
     """
     model.requires_grad_(False)
     for parameter in _projector_parameters(model):
