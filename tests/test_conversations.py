@@ -395,6 +395,22 @@ def test_an_unknown_layout_says_what_to_name(row, remedy):
         conversations_from_row(row)
 
 
+@pytest.mark.parametrize(
+    ("row", "missing"),
+    [
+        ({"question": "What?", "answer": None}, "found None as answer"),
+        ({"image": "/a.jpg", "question": "What?", "answer": []}, "found an empty list in answer"),
+        ({"prompt": "What?", "completion": None}, "found None as completion"),
+        ({"image": None, "caption": "A dog."}, "found no image"),
+    ],
+)
+def test_what_a_row_lacks_is_named_whatever_other_columns_its_file_has(row, missing):
+    others = dict.fromkeys(("messages", "conversations", "question", "answer", "caption", "prompt", "completion"))
+    for beside in ({}, others):
+        with pytest.raises(MalformedRow, match=f"row 0: {missing}"):
+            conversations_from_row({**beside, **row})
+
+
 def test_columns_for_the_program_are_not_named():
     """WebDataset's own, and the number that a row has where it is stored."""
     row = {"__key__": "0", "__url__": "x.tar", "jpg": IMAGE, "__row": 3}

@@ -141,7 +141,11 @@ def test_a_captions_file_of_the_wrong_shape_is_one_line(tmp_path, changes, messa
 BAD_ENTRIES = [
     ({}, {"annotations": [{"image_id": 1, "caption": "x"}]}, "annotations[3] has image_id 1; expected the id"),
     ({}, {"annotations": [{"image_id": 9}]}, "annotations[3] has the keys image_id; expected image_id and caption"),
-    ({}, {"annotations": [{"image_id": 9, "caption": ["x"]}]}, "annotations[3] has the keys image_id, caption"),
+    (
+        {},
+        {"annotations": [{"image_id": 9, "caption": ["x"]}]},
+        "annotations[3] has ['x'] as its caption; expected image_id and caption",
+    ),
     ({}, {"annotations": ["x"]}, "annotations[3] has 'x'; expected image_id and caption"),
     ({}, {"annotations": [{"image_id": 9, "caption": "caf\ud8e9"}]}, "annotations[3] has a caption that is no UTF-8"),
     (

@@ -12,6 +12,7 @@ from datasets.fingerprint import Hasher
 
 from ..data_error_vlm import DuetError, NotFound
 from ..image_files_vlm import inside
+from .cells import short
 from .conversations import ODD
 from .odd import is_unicode, with_odd
 
@@ -150,11 +151,18 @@ def _list(content: dict[str, Any], key: str, file: Path) -> list[Any]:
 
 def _wrong(entry: Any, place: str, **expected: tuple[type, ...]) -> str:
     """What is wrong with an entry, if anything is."""
-    if not isinstance(entry, dict) or not all(
-        key in entry and isinstance(entry[key], kinds) and not isinstance(entry[key], bool)
-        for key, kinds in expected.items()
-    ):
-        found = f"the keys {', '.join(entry)}" if isinstance(entry, dict) else repr(entry)[:80]
+
+    def is_odd(key: str) -> bool:
+        return not isinstance(entry[key], expected[key]) or isinstance(entry[key], bool)
+
+    if not isinstance(entry, dict):
+        found = short(entry)
+    elif not entry.keys() >= expected.keys():
+        found = f"the keys {', '.join(entry)}"
+    else:
+        odd = next(filter(is_odd, expected), None)
+        found = f"{short(entry[odd])} as its {odd}" if odd else ""
+    if found:
         wanted = " and ".join(expected)
         return f"{place} has {found}; expected {wanted}, as in COCO's captions_train2017.json"
     for key in expected:

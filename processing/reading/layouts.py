@@ -480,7 +480,7 @@ def find_layout(row: Row, preferred: Collection[str] = ()) -> Layout:
         for name, value in row.cells.items()
         if name in row.unread or (holds_something(value) and name not in IMAGE_COLUMNS)
     ]
-    layout = fitting(present, preferred) or fitting(row.cells, preferred)
+    layout = fitting(present, preferred) or fitting(row.cells, preferred, present)
     if layout is None:
         names = tuple(str(name) for name in row.cells)
         nearest, missing = _nearest(names)
@@ -503,9 +503,17 @@ def _nearest(names: tuple[str, ...]) -> tuple[str, str]:
     return "; ".join(layout.description for layout in nearest), name
 
 
-def fitting(names: Collection[str], preferred: Collection[str]) -> Layout | None:
-    """The first layout that fits these names, of those with a `preferred` one where there is one."""
+def fitting(
+    names: Collection[str], preferred: Collection[str], present: Collection[str] | None = None
+) -> Layout | None:
+    """
+    The first layout that fits these names, of those with a `preferred` one where there is one.
+
+    Where only some of them are `present`, it is the one of which most is there.
+    """
     fit = [layout for layout in LAYOUTS if layout.fits(names)]
+    if present is not None:
+        fit.sort(key=lambda layout: -sum(not {*present}.isdisjoint(family) for family in layout.needs))
     return next((layout for layout in fit if layout.is_named(preferred)), fit[0] if fit else None)
 
 
