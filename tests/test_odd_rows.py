@@ -136,6 +136,21 @@ def test_an_entry_of_a_list_that_breaks_off_or_is_nested_deep_costs_itself(tmp_p
 
 
 @WAYS
+@pytest.mark.parametrize("levels", [40, 70, 99, 120, 900])
+def test_what_a_row_nests_costs_at_most_itself(tmp_path, streaming, levels):
+    for inside, nested in (("", "[" * levels + "]" * levels), ("1", '{"a":' * levels + "1" + "}" * levels)):
+        deep = f'{{"image": "a.png", "caption": "row 0", "meta": {nested}}}'.encode()
+        for name, content in (
+            ("d.jsonl", b"\n".join([deep, good(1)])),
+            ("d.json", b"[" + deep + b"," + good(1) + b"]"),
+        ):
+            path = tmp_path / f"{inside}{name}"
+            path.write_bytes(content)
+            first, second = items_of(path, streaming)
+            assert second == "row 1" and (first == "row 0" if levels < 100 else "nested more than 100 deep" in first[1])
+
+
+@WAYS
 def test_a_list_that_is_cut_short_gives_what_comes_before(tmp_path, streaming):
     (tmp_path / "data.json").write_bytes(b"[" + b",".join([good(0), good(1), b'{"image": "a.']))
     found = items_of(tmp_path / "data.json", streaming)

@@ -31,6 +31,9 @@ BLOCK = 10 << 20
 DEEPEST = 100
 """How deep a row may be nested; Arrow's and other parsers die of some ten thousand levels."""
 
+DEEPEST_TYPE = 32
+"""How many levels a column's type may have; Arrow hands on no more than 64, and what has more is kept as JSON."""
+
 _ODD_NUMBER = re.compile(r"\d{19}|NaN|Infinity")
 _TOKEN = re.compile(rb'"(?:[^"\\]|\\.)*"|[\[{]|[\]}]')
 _TOKEN_OF_TEXT = re.compile(_TOKEN.pattern.decode())
@@ -110,7 +113,9 @@ class JsonReader(Json):
             return None
         try:
             if features is None:
-                return _with_odd_column(_parsed(block, None))
+                parsed = _parsed(block, None)
+                deep = any(_has_levels(field.type, DEEPEST_TYPE) for field in parsed.schema)
+                return None if deep else _with_odd_column(parsed)
             table = self._fitting(block, features)
         except UNREADABLE:
             return None
@@ -368,6 +373,11 @@ def _may_be_deep(block: bytes) -> bool:
         len(line) > 4_000 and line.count(b"[") + line.count(b"{") > 1_000 and _is_too_deep(line)
         for line in block.split(b"\n")
     )
+
+
+def _has_levels(kind: pa.DataType, number: int) -> bool:
+    """Whether a type is nested that deep."""
+    return not number or any(_has_levels(kind.field(index).type, number - 1) for index in range(kind.num_fields))
 
 
 def _is_too_deep(line: bytes) -> bool:
