@@ -117,7 +117,7 @@ class JsonReader(Json):
                 deep = any(_has_levels(field.type, DEEPEST_TYPE) for field in parsed.schema)
                 return None if deep else _with_odd_column(parsed)
             table = self._fitting(block, features)
-        except UNREADABLE:
+        except (*UNREADABLE, RecursionError):
             return None
         return table if table[ODD].null_count == len(table) else None  # else a name of our own is in it
 
