@@ -9,6 +9,7 @@ import torch
 from transformers import GenerationConfig, GenerationMixin
 
 from .backbones_vlm import CACHE
+from .views_vlm import in_one_row, views_of
 
 
 class VLMGenerationMixin(GenerationMixin):
@@ -76,16 +77,6 @@ def _agrees(settings):
     return True
 
 
-def in_one_row(features: torch.Tensor | list[torch.Tensor]) -> torch.Tensor:
-    """`pooler_output` as `(image tokens, hidden)`."""
-    return features.flatten(0, 1) if isinstance(features, torch.Tensor) else torch.cat(features)
-
-
-def views_of(grids: list[tuple[int, int]]) -> list[int]:
-    """How many views each image has that is cut into `rows` x `columns` tiles: the whole and, if several, the tiles."""
-    return [1 + (rows * columns if rows * columns > 1 else 0) for rows, columns in grids]
-
-
 def _split(values, lengths):
     """A list as lists of these lengths."""
     values = iter(values)
@@ -97,4 +88,4 @@ def _repeated(values: torch.Tensor, lengths: list[int], times: int) -> torch.Ten
     return torch.cat([group for group in values.split(lengths) for _ in range(times)])
 
 
-__all__ = ["VLMGenerationMixin", "in_one_row", "views_of"]
+__all__ = ["VLMGenerationMixin", "savable"]

@@ -10,12 +10,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import nn
-from transformers import (
-    AutoModel,
-    AutoModelForCausalLM,
-    PreTrainedConfig,
-    PreTrainedModel,
-)
+from transformers import AutoModel, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 from transformers import initialization as init
 from transformers.modeling_outputs import (
     BaseModelOutputWithPast,
@@ -26,21 +21,16 @@ from transformers.modeling_outputs import (
 from transformers.utils import can_return_tuple, logging, torch_compilable_check
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from .backbones_vlm import (
-    CACHE,
-    BackboneKwargs,
-    learned_positions,
-    leave_out_image_parts,
-    scale_logits,
-)
+from .backbones_vlm import CACHE, BackboneKwargs, learned_positions, leave_out_image_parts, scale_logits
 from .compose_vlm import check_room, compose, count_visual_tokens, fit_vision_tower
 from .configuration_vlm import VLMConfig
-from .generation_vlm import VLMGenerationMixin, in_one_row, savable, views_of
+from .generation_vlm import VLMGenerationMixin, savable
 from .loading_vlm import take_saved_weights
 from .loss_vlm import balance_loss, mean_loss, targets_of, zero_of
 from .model_error_vlm import DuetError
 from .own_projector_vlm import trusting
 from .projector_vlm import Resampler, build_projector, select_features
+from .views_vlm import in_one_row, join_views
 from .vision_vlm import VLMVisionPair, build_vision_tower, forward_names, leave_out, run_tower
 
 
@@ -249,29 +239,13 @@ class VLMModel(VLMPreTrainedModel):
         features = select_features(
             hidden_states, self.config.vision_feature_select_strategy, self.config.num_prefix_tokens
         )
-        views = self.multi_modal_projector(features)
+        views, newline = self.multi_modal_projector(features), self.image_newline
         return BaseModelOutputWithPooling(
             last_hidden_state=outputs.last_hidden_state,
-            pooler_output=views if self.image_newline is None else self._join_views(views, image_grids),
+            pooler_output=views if newline is None else join_views(views, newline, image_grids),
             hidden_states=outputs.get("hidden_states"),
             attentions=outputs.get("attentions"),
         )
-
-    def _join_views(self, views, image_grids):
-        """The tokens of each image: the view of the whole, then row by row its tiles, all rows ending in a newline."""
-        grids = [(1, 1)] * len(views) if image_grids is None else image_grids.tolist()
-        counts = views_of(grids)
-        if sum(counts) != len(views):
-            raise DuetError(
-                f"image_grids name {sum(counts)} views of {len(grids)} images, and pixel_values hold {len(views)}; "
-                "pass both as the processor gives them."
-            )
-        newline = self.image_newline.to(views.device, views.dtype).unsqueeze(0)
-        images = []
-        for (_, columns), of_image in zip(grids, views.split(counts)):
-            rows = [of_image[:1], *of_image[1:].split(columns)] if len(of_image) > 1 else [of_image]
-            images.append(torch.cat([part for row in rows for part in (row.flatten(0, 1), newline)]))
-        return images
 
     def image_positions(self, input_ids: torch.LongTensor | None, inputs_embeds: torch.Tensor | None) -> torch.Tensor:
         """Where image tokens are, as a `(batch, tokens)` mask; without ids they are told by their embedding."""

@@ -100,3 +100,11 @@ def test_every_option_of_the_data_is_explained():
     assert "columns" in options
     unexplained = [name for name in options if not re.search(rf"--{name}\b|`{name}:", docs)]
     assert not unexplained, "options that docs/data.md says nothing about"
+
+
+def test_the_picture_of_the_house_names_every_file_and_no_other():
+    picture = (ROOT / "docs" / "architecture.md").read_text(encoding="utf-8")
+    rooms = picture.partition("## Rooms")[2].partition("\n## ")[0]
+    named = re.findall(r"`([a-z_]+/)*([a-z_]+\.py)`", rooms)
+    there = [path.name for package in MAY_IMPORT for path in (ROOT / package).rglob("*.py") if "__" not in path.name]
+    assert sorted(name for _, name in named) == sorted(there)
