@@ -126,7 +126,7 @@ class Fonts:
         for file in self._untried:
             try:
                 font = ImageFont.truetype(file, self.size)
-            except OSError:  # of bitmaps in other sizes, or broken
+            except OSError:  # it holds bitmaps in other sizes, or is broken
                 continue
             self._fonts.append(font)
             yield font

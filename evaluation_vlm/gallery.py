@@ -54,7 +54,7 @@ def draw_gallery(shown: Sequence[Shown], file: Path) -> Path | None:
     sheet.save(file)
     page = file.with_suffix(".html")
     if not fonts.missing:
-        page.unlink(missing_ok=True)  # of an earlier run
+        page.unlink(missing_ok=True)  # an earlier run's
         return None
     page.write_text(_page(shown), encoding="utf-8")
     return page

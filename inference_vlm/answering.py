@@ -45,7 +45,7 @@ def load(name: str) -> tuple[PreTrainedModel, VLMProcessor]:
 
 
 def greedy(model: PreTrainedModel, processor: VLMProcessor, max_new_tokens: int) -> GenerationConfig:
-    """Settings that take the likeliest token at each step: of the model's own only the token ids, and no penalty."""
+    """Settings that take the likeliest token at each step, with the model's own token ids and no penalty."""
     config = GenerationConfig(
         bos_token_id=model.generation_config.bos_token_id,
         eos_token_id=model.generation_config.eos_token_id,

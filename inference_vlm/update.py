@@ -154,9 +154,9 @@ def download(name: str, out: Path, revision: str | None = None) -> Path:
         if _settings(config).get("model_type") != MODEL_TYPE:
             raise DuetError(_no_duet(name, config))
         return Path(snapshot_download(name, revision=revision, local_dir=out))
+    except DuetError:
+        raise
     except (OSError, ValueError) as error:
-        if getattr(error, "is_duet_error", False):
-            raise
         reason = " ".join(str(error).split())[:300]
         raise DuetError(
             f"{name!r} is no folder here and could not be had from the Hugging Face Hub (which needs the network, and "
@@ -168,8 +168,8 @@ def main(argv: list[str] | None = None) -> int:
     """The command line; 1 where there is nothing to update."""
     parser = argparse.ArgumentParser(prog="python -m inference_vlm.update", description=__doc__.splitlines()[0])
     parser.add_argument("model", help="a folder that Duet saved, or the name of one on the Hub")
-    parser.add_argument("--out", type=Path, help="of a model on the Hub: the folder that it is downloaded to")
-    parser.add_argument("--revision", help="of a model on the Hub: branch, tag or commit")
+    parser.add_argument("--out", type=Path, help="the folder that a model on the Hub is downloaded to")
+    parser.add_argument("--revision", help="branch, tag or commit of a model on the Hub")
     args = parser.parse_args(argv)
     try:
         folder = Path(args.model)
@@ -178,9 +178,7 @@ def main(argv: list[str] | None = None) -> int:
         if args.out is not None:
             folder = download(args.model, args.out, args.revision)
         print("\n".join(update(folder)))
-    except (OSError, ValueError) as error:
-        if not getattr(error, "is_duet_error", False):
-            raise
+    except DuetError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
     return 0

@@ -97,7 +97,7 @@ class ModelArguments:
         },
     )
     dtype: str = field(
-        default="float32", metadata={"help": "Of the weights: float32, bfloat16 or float16. What trains wants float32."}
+        default="float32", metadata={"help": "Numbers of the weights: float32, bfloat16 or float16. What trains wants float32."}
     )
     tune_vision: str | None = field(
         default=None,
@@ -205,7 +205,7 @@ class DataArguments:
         default=False, metadata={"help": "Read the data set while training, from its beginning on; needs --max_steps."}
     )
     shuffle_buffer: int = field(
-        default=1000, metadata={"help": "Of a streamed data set: samples among which the next is drawn."}
+        default=1000, metadata={"help": "Samples of a streamed data set among which the next is drawn."}
     )
     train_split: str | None = field(default=None, metadata={"help": "Split to learn from; `train`, or the only one."})
     eval_split: str | None = field(

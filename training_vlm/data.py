@@ -100,9 +100,9 @@ def _nothing_held_out(data_args, training_args):
     strategy = training_args.eval_strategy.value
     asked = f"eval_strategy={strategy}" if strategy != "no" else f"eval_share={data_args.eval_share:g}"
     if data_args.held_out_share:
-        reason = "of a single training row none can be held out"
+        reason = "a single training row cannot be held out"
     elif data_args.eval_share is None:
-        reason = "of a streamed data set nothing is held out unless it is said"
+        reason = "nothing of a streamed data set is held out unless a share is named"
     else:
         reason = "eval_share=0 holds nothing out"
     return (
@@ -225,7 +225,7 @@ def joined(
 
     Args:
         encoding: arguments of `encode_ahead`, where that is wanted.
-        shuffle_buffer: of a stream.
+        shuffle_buffer: samples of a stream among which the next is drawn.
     """
     if any(isinstance(rows, datasets.IterableDataset) for rows, _ in sources):
         return StreamedDataset(sources, weights, seed, shuffle_buffer)

@@ -142,7 +142,7 @@ def _evaluated(trainer) -> dict[str, float]:
     metrics = trainer.evaluate()
     trainer.log_metrics("eval", metrics)
     trainer.save_metrics("eval", metrics)
-    return {name: metrics[name] for name in ("eval_loss",) if name in metrics}
+    return {"eval_loss": metrics["eval_loss"]} if "eval_loss" in metrics else {}
 
 
 class _Answers:

@@ -84,7 +84,7 @@ def prepare(training_args: VLMTrainingArguments) -> None:
                 shutil.rmtree(checkpoint, ignore_errors=True)
     if training_args.process_index > 0:
         datasets.disable_progress_bars()
-    logging.disable_progress_bar()  # of loading weights; the Trainer draws its own
+    logging.disable_progress_bar()  # that of loading weights; the Trainer draws its own
     set_seed(training_args.seed)
 
 

@@ -130,7 +130,7 @@ def _check_account(dataset, account: Account, purpose: str) -> None:
 
 def _check_questions(stage: Stage, account: Account, data_args: DataArguments) -> None:
     total = account.total
-    # Of every sequence the first token has nothing before it to be predicted from.
+    # The first token of a sequence has nothing before it to be predicted from.
     everything = total["tokens"] - total["image_tokens"] - total["learned from"]
     if stage.asks and not data_args.supervise_prompt and 0 < everything <= total["supervised"]:
         raise DuetError(

@@ -46,8 +46,8 @@ def inspect(
     Print samples and account, and write them as a page where one is named.
 
     Raises:
-        DuetError: what training would end with before its first step; the samples are shown all the same
-            where there are any.
+        DuetError: what training would end with before its first step; the samples are shown all the same where there
+            are any.
     """
     training_args.max_steps = max(1, training_args.max_steps)  # how far a stream is read, which matters to training
     data = load_data(stage, data_args, training_args)

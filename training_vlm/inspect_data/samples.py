@@ -201,6 +201,7 @@ def _visible(text: str) -> str:
 
 
 def counted(piece: Piece) -> str:
+    """The text of a piece, and behind it of how many positions an image or the padding is."""
     many = len(piece.ids) > 1 and piece.kind in ("image", "padding")
     return _visible(piece.text) + (f" x {len(piece.ids)}" if many else "")
 

@@ -56,7 +56,7 @@ class Guard(TrainerCallback):
         Look at a step before the optimiser makes it; every process has to.
 
         Args:
-            norm: of the gradients, all processes together, where one is computed.
+            norm: that of the gradients of all processes, where one is computed.
 
         Raises:
             DuetError: its losses or `norm` are not finite.
@@ -108,7 +108,7 @@ class Guard(TrainerCallback):
         Refuse to save weights that are not finite.
 
         Raises:
-            DuetError: by the name of the first.
+            DuetError: they are not, with the name of the first.
         """
         trainer = self.trainer
         assert trainer.model is not None
@@ -143,7 +143,7 @@ class Guard(TrainerCallback):
     def _stop_unreached(self, state) -> None:
         self.stopped = True
         model: Any = self.trainer.accelerator.unwrap_model(self.trainer.model)
-        model = model.get_base_model() if hasattr(model, "get_base_model") else model  # of adapters
+        model = model.get_base_model() if hasattr(model, "get_base_model") else model  # where adapters learn
         parts = ", ".join(part.name for part in describe_components(model) if part.trained)
         raise DuetError(
             f"no sample has reached what learns ({parts}) in the first {state.global_step - self._began} steps: every "

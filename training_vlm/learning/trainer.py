@@ -50,11 +50,11 @@ class VLMTrainer(Trainer):
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
         self.card = None  # what writes the model card, once there is something to say
-        self.account = Account()  # of this process
+        self.account = Account()  # what this process has seen
         self._only_loss = False
         self._evaluated = None
         self._evaluated_nothing = False
-        self._skip_batches = 0  # of a resumed stream
+        self._skip_batches = 0  # where a stream is resumed
         # The model's loss smooths: the stock way knows neither who predicts whom, nor weights, nor a balance loss.
         self.label_smoother = None
         self._resumed_at = 0  # step
@@ -101,6 +101,7 @@ class VLMTrainer(Trainer):
         return loss
 
     def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
+        """See `Trainer.prediction_step`."""
         self._only_loss = prediction_loss_only
         try:
             return super().prediction_step(model, inputs, prediction_loss_only, ignore_keys)
@@ -188,7 +189,7 @@ class VLMTrainer(Trainer):
         folder = self.run_folder if output_dir is None else Path(output_dir)
         beside = folder / UNFINISHED / "model"
         error = self._write_model(beside)
-        if self.is_deepspeed_enabled:  # of which each process may write
+        if self.is_deepspeed_enabled:  # each process may write a part
             self.accelerator.wait_for_everyone()
         if self.args.should_save:
             replace_files(beside, folder)
