@@ -279,6 +279,15 @@ def test_what_fails_in_the_middle_costs_no_step_that_was_made(backbones, data, t
     assert json.loads((out / "trainer_state.json").read_text())["global_step"] == 4
 
 
+def test_what_the_trainer_refuses_is_one_line(backbones, data, tmp_path, capsys):
+    (tmp_path / "file").write_text("")
+    for told, out in ((["--fsdp", "full_shard"], "out"), (["--push_to_hub", "True"], "out"), ([], "file")):
+        with pytest.raises(SystemExit):
+            train_pretrain.main([*backbones(), *data, *QUICK, *told, "--output_dir", str(tmp_path / out)])
+        lines = capsys.readouterr().err.strip().splitlines()
+        assert lines[-1].startswith("error: ") and not any("Traceback" in line for line in lines)
+
+
 def test_a_run_that_diverges_leaves_nothing_new(backbones, data, tmp_path, capsys):
     out = tmp_path / "out"
     with pytest.raises(SystemExit):

@@ -39,6 +39,13 @@ VALUES = {
     "--max_eval_samples": ("0", "expected 1 or more"),
     "--max_test_samples": ("-1", "expected 1 or more"),
     "--caption_choice": ("best", "expected one of all, first, random"),
+    "--per_device_train_batch_size": ("0", "expected 1 or more"),
+    "--per_device_eval_batch_size": ("0", "expected 1 or more"),
+    "--gradient_accumulation_steps": ("0", "expected 1 or more"),
+    "--dataloader_num_workers": ("-1", "expected 0 or more"),
+    "--learning_rate=nan": ("", "learning_rate=nan: expected 0 or more"),
+    "--label_smoothing_factor": ("1.5", "expected 0 to 1"),
+    "--lr_scheduler_type=cosine_with_min_lr": ("", "min_lr"),
     "--metric_for_best_model": ("accuracy", "expected eval_loss"),
     "--accelerator_config": ('{"dispatch_batches": true}', "dispatch_batches"),
 }
@@ -47,7 +54,7 @@ VALUES = {
 @pytest.mark.parametrize("option", VALUES)
 def test_a_value_that_an_option_cannot_have_is_one_line(option):
     value, says = VALUES[option]
-    line = refusal(option, value)
+    line = refusal(option, *[value] * bool(value))
     assert says in line and option.lstrip("-") in line
 
 

@@ -6,12 +6,13 @@ What a setting cannot mean on this machine, or for a composed model, is refused 
 import difflib
 import json
 import os
+import sys
 from dataclasses import dataclass, field, fields, replace
 from importlib.metadata import PackageNotFoundError
 from typing import Any, cast
 
 import torch
-from transformers import CONFIG_MAPPING, PreTrainedConfig, Trainer, TrainingArguments
+from transformers import CONFIG_MAPPING, PreTrainedConfig, Trainer, TrainingArguments, get_scheduler
 from transformers.integrations import get_available_reporting_integrations
 
 from modeling_vlm.backbones_vlm import BackboneKwargs
@@ -504,7 +505,7 @@ class VLMTrainingArguments(TrainingArguments):
             if getattr(self.accelerator_config, name):
                 raise DuetError(f"accelerator_config has {name}: a batch with several images a row is not cut by row.")
         self.accelerator_config.dispatch_batches = False
-        self._refuse_missing_packages()
+        self._refuse_what_the_trainer_would()
 
     def _refuse_what_cannot_be(self):
         defaults = {f.name: f.default for f in fields(TrainingArguments)}
@@ -517,6 +518,10 @@ class VLMTrainingArguments(TrainingArguments):
         for name, why in _WITHOUT_EFFECT.items():
             if name in defaults and getattr(self, name) not in (defaults[name], None, [], False):
                 raise DuetError(f"{name} would do nothing: {why}; leave it out.")
+        for name, (least, most) in _BOUNDS.items():
+            if (value := getattr(self, name)) is not None and not least <= value <= most:
+                upto = "or more" if most == sys.float_info.max else f"to {most:g}"
+                raise DuetError(f"{name}={value}: expected {least:g} {upto}.")
         if self.remove_unused_columns:
             raise DuetError("remove_unused_columns must stay false: the collator reads images and text from the data.")
         if self.metric_for_best_model not in (None, "loss", "eval_loss"):
@@ -524,9 +529,18 @@ class VLMTrainingArguments(TrainingArguments):
                 f"metric_for_best_model={self.metric_for_best_model!r}: expected eval_loss; leave this out."
             )
 
-    def _refuse_missing_packages(self):
-        """What the Trainer would find out when the data are read and the model is loaded."""
+    def _refuse_what_the_trainer_would(self):
+        """Packages and the schedule, which the Trainer would look at when the data are read and the model is loaded."""
         known = get_available_reporting_integrations()
+        some = torch.optim.SGD([torch.zeros(1)], lr=self.learning_rate)  # which some schedules compare theirs with
+        steps = {"num_warmup_steps": 0, "num_training_steps": 10}
+        try:
+            get_scheduler(self.lr_scheduler_type, some, **steps, scheduler_specific_kwargs=self.lr_scheduler_kwargs)
+        except (ValueError, TypeError) as error:
+            settings = (
+                f"lr_scheduler_type={self.lr_scheduler_type.value}, lr_scheduler_kwargs={self.lr_scheduler_kwargs}"
+            )
+            raise DuetError(f"{settings}: {_in_a_line(error)}") from error
         for name in self.report_to:
             if name not in known:
                 raise DuetError(
@@ -539,6 +553,18 @@ class VLMTrainingArguments(TrainingArguments):
             if isinstance(error, ImportError) or "install" in str(error):
                 raise DuetError(f"optim={self.optim.value}: {_in_a_line(error)}") from error
 
+
+_BOUNDS = {
+    "per_device_train_batch_size": (1, sys.float_info.max),
+    "per_device_eval_batch_size": (1, sys.float_info.max),
+    "gradient_accumulation_steps": (1, sys.float_info.max),
+    "dataloader_num_workers": (0, sys.float_info.max),
+    "learning_rate": (0, sys.float_info.max),
+    "weight_decay": (0, sys.float_info.max),
+    "max_grad_norm": (0, sys.float_info.max),
+    "label_smoothing_factor": (0, 1),
+}
+"""Numbers that the libraries would refuse, or read as something else, when the data are read or the steps are done."""
 
 _WITHOUT_EFFECT = {
     "use_liger_kernel": "its kernels are chosen by the name of a model, and leave a composed one as it is",

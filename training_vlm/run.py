@@ -68,6 +68,8 @@ def prepare(training_args: VLMTrainingArguments) -> None:
     assert training_args.output_dir is not None  # where none is given, the library has a name
     folder = Path(training_args.output_dir)
     resume = training_args.resume_from_checkpoint
+    if folder.exists() and not folder.is_dir():
+        raise DuetError(f"the output folder {folder} is a file; name another.")
     if resume is not None:
         with training_args.main_process_first(desc="looking for a checkpoint"):
             found = find_checkpoint(resume, folder, training_args.process_index == 0)
@@ -90,11 +92,19 @@ def prepare(training_args: VLMTrainingArguments) -> None:
 
 def build_trainer(arguments: Arguments, model, encoder: Encoder, train, evaluation) -> VLMTrainer:
     """The Trainer of a stage; its collator and its data agree on how a conversation is encoded."""
-    _, data_args, generation_args, training_args = arguments
+    _, _, generation_args, training_args = arguments
     settle_generation(model, generation_args)
     if not evaluation:
         evaluation = None
         training_args.eval_strategy = "no"
+    try:
+        return _trainer(arguments, model, encoder, train, evaluation)
+    except (ValueError, OSError, ImportError) as error:  # such as fsdp in one process, or a Hub that cannot be reached
+        raise DuetError(f"the Trainer cannot be made with these settings: {' '.join(str(error).split())}") from error
+
+
+def _trainer(arguments, model, encoder, train, evaluation):
+    _, data_args, _, training_args = arguments
     return VLMTrainer(
         model=model,
         args=training_args,
