@@ -98,7 +98,8 @@ class ModelArguments:
         },
     )
     dtype: str = field(
-        default="float32", metadata={"help": "Numbers of the weights: float32, bfloat16 or float16. What trains wants float32."}
+        default="float32",
+        metadata={"help": "Numbers of the weights: float32, bfloat16 or float16. What trains wants float32."},
     )
     tune_vision: str | None = field(
         default=None,

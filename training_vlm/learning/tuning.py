@@ -1,8 +1,8 @@
 """Which parameters learn: one declared policy, found from the model's own modules and not from their names.
 
 The projector always learns. Nothing, everything or the last N blocks of each backbone learn (without the final
-norm). The blocks are the one list of modules that is as long as the config says the backbone is deep, so the rule holds for
-any encoder and any language model.
+norm). The blocks are the one list of modules that is as long as the config says the backbone is deep, so the rule holds
+for any encoder and any language model.
 """
 
 import re
