@@ -12,9 +12,13 @@ from typing import cast
 from transformers import GenerationMixin, TextStreamer
 from transformers.utils import logging
 
+from processing.data_error_vlm import DuetError
 from processing.image_files_vlm import load_image
 
-from .answering import load
+from .answering import greedy, load
+
+
+MAX_NEW_TOKENS = 64
 
 
 class _Answer(TextStreamer):
@@ -41,6 +45,8 @@ def ask(name: str, image: str, question: str | None = None, **generate) -> None:
     picture = load_image(image)
     logging.disable_progress_bar()
     model, processor = load(name)
+    if generate.get("do_sample") is False:  # and no penalty that the language model came with
+        model.generation_config = greedy(model, processor, model.generation_config.max_new_tokens or MAX_NEW_TOKENS)
     if question is None:
         inputs = processor(images=picture, text=processor.image_token, return_tensors="pt")
     else:
@@ -62,7 +68,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--max_new_tokens", type=int, help="longest answer")
     parser.add_argument("--temperature", type=float, help="0: the likeliest answer; above: sampled")
     args = parser.parse_args(argv)
-    generate = {}
+    generate: dict[str, bool | float] = {}
     if args.max_new_tokens is not None:
         generate["max_new_tokens"] = args.max_new_tokens
     if args.temperature is not None:
@@ -70,6 +76,9 @@ def main(argv: list[str] | None = None) -> int:
         if args.temperature > 0:
             generate["temperature"] = args.temperature
     try:
+        for option, least in (("max_new_tokens", 1), ("temperature", 0)):
+            if (value := getattr(args, option)) is not None and not value >= least:
+                raise DuetError(f"{option}={value}: expected {least} or more.")
         ask(args.model, args.image, args.question, **generate)
     except Exception as error:
         if not getattr(error, "is_duet_error", False):

@@ -1,6 +1,7 @@
 """The two scripts, end to end on tiny backbones: what they leave behind, how they resume, and what they refuse."""
 
 import html
+import itertools
 import json
 import os
 import shutil
@@ -98,6 +99,19 @@ def test_two_backbones_become_an_assistant_in_two_stages(backbones, source, tmp_
     image().save(tmp_path / "picture.png")
     assert ask([assistant, str(tmp_path / "picture.png"), "what is in the picture?"]) == 0
     assert ask([aligned, str(tmp_path / "picture.png")]) == 0
+    capsys.readouterr()
+    for option, value in (("--temperature", "-1"), ("--max_new_tokens", "0")):
+        assert ask([aligned, str(tmp_path / "picture.png"), option, value]) == 1
+        (line,) = capsys.readouterr().err.splitlines()
+        assert line.startswith("error: ") and option[2:] in line
+    settings = Path(aligned) / "generation_config.json"
+    greedy = {"--temperature": "0", "--max_new_tokens": "8"}
+    said = []
+    for penalty in (1.0, 50.0):  # which a language model may ship
+        settings.write_text(json.dumps({**json.loads(settings.read_text()), "repetition_penalty": penalty}))
+        assert ask([aligned, str(tmp_path / "picture.png"), *itertools.chain(*greedy.items())]) == 0
+        said.append(capsys.readouterr().out)
+    assert said[0] == said[1]
 
 
 def test_a_resumed_run_is_the_same_run(folders, source, tmp_path):
