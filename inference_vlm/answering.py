@@ -11,7 +11,7 @@ import torch
 from safetensors import SafetensorError
 from transformers import AutoModelForImageTextToText, AutoProcessor, GenerationConfig, PreTrainedModel
 
-from processing.data_error_vlm import DuetError
+from processing.data_error_vlm import DuetError, in_a_line
 from processing.image_files_vlm import BadImage, load_image
 from processing.processing_vlm import VLMProcessor
 
@@ -37,7 +37,7 @@ def load(name: str) -> tuple[PreTrainedModel, VLMProcessor]:
         processor = AutoProcessor.from_pretrained(name, trust_remote_code=True)
         model = AutoModelForImageTextToText.from_pretrained(name, trust_remote_code=True)
     except (OSError, ValueError, ImportError, SafetensorError) as error:
-        reason = " ".join(str(error).split())[:300]
+        reason = in_a_line(error)
         raise DuetError(
             f"the model {name!r} could not be loaded: expected a folder that Duet saved, or a name on the Hub. {reason}"
         ) from error

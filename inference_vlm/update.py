@@ -20,7 +20,7 @@ from typing import Any
 from huggingface_hub import hf_hub_download, snapshot_download
 from transformers.dynamic_module_utils import get_relative_import_files
 
-from processing.data_error_vlm import DuetError, NotFound
+from processing.data_error_vlm import DuetError, NotFound, in_a_line
 
 
 ROOT = Path(__file__).parents[1]
@@ -157,7 +157,7 @@ def download(name: str, out: Path, revision: str | None = None) -> Path:
     except DuetError:
         raise
     except (OSError, ValueError) as error:
-        reason = " ".join(str(error).split())[:300]
+        reason = in_a_line(error)
         raise DuetError(
             f"{name!r} is no folder here and could not be had from the Hugging Face Hub (which needs the network, and "
             f"a token where the repository is private): {reason}"

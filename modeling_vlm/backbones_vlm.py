@@ -1,4 +1,4 @@
-"""Loading two backbones so that they can be joined: what `from_backbones` needs, and nothing that knows a family.
+"""Two backbones as they are loaded, tried and read, so that they can be joined: nothing here knows a family.
 
 Everything here is asked of the loaded modules themselves (which module is the embedding, how many positions were
 learned, what the head does), never looked up by a model's name. The file travels with every checkpoint.
@@ -31,7 +31,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from .configuration_vlm import VLMVisionPairConfig, own_image_size
 from .files_vlm import TEXT_FILES, VISION_FILES, check_files
-from .model_error_vlm import DuetError
+from .model_error_vlm import DuetError, in_a_line
 from .vision_vlm import blank_image, forward_names, run_tower, unused_parameters
 
 
@@ -57,7 +57,7 @@ def _from_pretrained(what: str, name: str, loader, **kwargs):
         return loader.from_pretrained(name, **kwargs)
     except Exception as error:
         check_files(what, name, files, kwargs.get("revision"), weights)  # which can say more of a file than the library
-        reason = " ".join(str(error).split())[:300]
+        reason = in_a_line(error)
         if isinstance(error, ImportError):
             raise DuetError(f"the {what} {str(name)!r} needs a package that is not installed: {reason}") from error
         if not isinstance(error, (OSError, ValueError, KeyError)):
@@ -231,7 +231,7 @@ def _normalisation(vision: str | PreTrainedConfig, kwargs: BackboneKwargs) -> tu
         try:
             settings, _ = ImageProcessingMixin.get_image_processor_dict(vision, **_without_attention(kwargs))
         except (OSError, ValueError) as error:
-            reason = " ".join(str(error).split())[:300]
+            reason = in_a_line(error)
             raise DuetError(f"the vision encoder {str(vision)!r} has no image processor: {reason}") from error
     if settings.get("do_normalize") is False:
         return [0.0] * 3, [1.0] * 3
@@ -345,7 +345,7 @@ def check_decoder(causal_lm: PreTrainedModel):
                 raise DuetError(f"its output has no {name}.")
         found = causal_lm(inputs_embeds=embeds).logits.float()
     except _ANY_FAILURE as error:  # whatever a model does that expects something else
-        reason = " ".join(str(error).split())[:200]
+        reason = in_a_line(error, 200)
         raise DuetError(
             f"the language model ({kind}) does not turn embeddings into states and a cache, as a decoder does: "
             f"{reason} Please {_CHOOSE}"
@@ -374,7 +374,7 @@ def check_logits(model: PreTrainedModel, causal_lm: PreTrainedModel):
         found = model.eval()(ids).logits.float()
         reason = f"the logits of a plain text differ by {_difference(expected, found):.1e} (relative)"
     except RuntimeError as error:
-        found, reason = None, " ".join(str(error).split())[:200]
+        found, reason = None, in_a_line(error, 200)
     causal_lm.train(training[0]), model.train(training[1])
     if found is None or not _difference(expected, found) <= 1e-3:
         raise DuetError(
@@ -422,6 +422,3 @@ def _some_ids(causal_lm):
 
 def _difference(one, two):
     return (one - two).abs().max() / one.abs().max().clamp(min=1e-6)
-
-
-__all__ = []

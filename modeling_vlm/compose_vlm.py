@@ -27,7 +27,7 @@ from .backbones_vlm import (
 )
 from .configuration_vlm import VLMConfig, kind_of
 from .generation_vlm import savable
-from .model_error_vlm import DuetError
+from .model_error_vlm import DuetError, in_a_line
 from .own_projector_vlm import find_own_projector
 from .projector_vlm import select_features
 from .vision_vlm import VLMVisionPair, blank_image, leave_out_unused
@@ -141,7 +141,7 @@ def fit_vision_tower(model: PreTrainedModel) -> None:
     Find what the tower's features need, and its prefix tokens: a table of encoders would miss the next one.
 
     Args:
-        model: a `VLMModel` that has its tower, of which config and tower are completed.
+        model: a `VLMModel` that has its tower; its config and its tower are completed.
 
     Raises:
         `DuetError`: the encoder cannot take images of this size, or gives other features than one for each patch.
@@ -154,7 +154,7 @@ def fit_vision_tower(model: PreTrainedModel) -> None:
     try:
         states = model.vision_hidden_states(image)[1]
     except (RuntimeError, ValueError, TypeError, AttributeError, IndexError, AssertionError) as error:
-        reason = " ".join(str(error).split())[:200]
+        reason = in_a_line(error, 200)
         raise DuetError(
             f"the vision encoder ({kind}) cannot take images of {height}x{width} pixels: {reason} Expected an "
             "encoder of images such as ViT, CLIP, SigLIP or DINOv2, and an image_size that it can take."
@@ -187,7 +187,7 @@ def count_visual_tokens(model: PreTrainedModel) -> None:
     Find the tokens of a view by projecting two.
 
     Args:
-        model: a `VLMModel` that has all its parts, of which the config is completed.
+        model: a `VLMModel` that has all its parts; its config is completed.
 
     Raises:
         `DuetError`: the projector does not take the features, or gives something else than embeddings.
@@ -199,7 +199,7 @@ def count_visual_tokens(model: PreTrainedModel) -> None:
     try:
         projected = model.multi_modal_projector(features)
     except Exception as error:  # whatever a class of the user's own raises
-        reason = " ".join(str(error).split())[:200]
+        reason = in_a_line(error, 200)
         raise DuetError(
             f"the projector {config.projector_type} does not take features of shape {tuple(features.shape)} "
             f"(views, tokens, hidden): {reason}"

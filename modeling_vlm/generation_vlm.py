@@ -72,7 +72,7 @@ def _agrees(settings):
         config = _config_of(settings)
         config.validate(strict=True)
         config.to_json_string()
-    except (ValueError, TypeError, AttributeError):  # of a value, of its type, of a mapping in place of an object
+    except (ValueError, TypeError, AttributeError):  # a value, its type, a mapping in place of an object
         return False
     return True
 

@@ -20,7 +20,7 @@ def take_saved_weights(module: nn.Module, state_dict: dict[str, Any], prefix: st
     Experts that lie in several files wait until the last of theirs comes.
 
     Args:
-        module: a composed model, of which names come from its modules.
+        module: a composed model.
         state_dict: weights by the names that the modules have, which are left as they are, or as a file has them.
         prefix: what stands before the model's names where it is a part of another module.
     """

@@ -12,4 +12,10 @@ class DuetError(ValueError):
     is_duet_error = True
 
 
-__all__ = ["DuetError"]
+def in_a_line(error: BaseException, most: int = 300) -> str:
+    """What a library says, in one line of at most so many characters."""
+    text = " ".join(str(error).split()) or type(error).__name__
+    return text if len(text) <= most else f"{text[: most - 3]}..."
+
+
+__all__ = ["DuetError", "in_a_line"]

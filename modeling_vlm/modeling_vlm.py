@@ -121,7 +121,7 @@ class VLMPreTrainedModel(PreTrainedModel):
 
     def initialize_weights(self):
         # The backbones by the library's own rule: in code that is not its own it passes over modules without tensors,
-        # of which some set the buffers of their parts, that no checkpoint holds (Falcon-H1).
+        # and some of these set buffers of their parts that no checkpoint holds (Falcon-H1).
         for module in self.modules():
             if isinstance(module, PreTrainedModel) and not isinstance(module, (VLMPreTrainedModel, VLMVisionPair)):
                 module.initialize_weights()
@@ -431,7 +431,7 @@ class VLMForConditionalGeneration(VLMPreTrainedModel, VLMGenerationMixin):
                 `"path/FILE.py:CLASS"`. Its file goes into every checkpoint.
             projector_settings, vision_feature_select_strategy, vision_feature_layer, image_size, max_tiles: see
                 `VLMConfig`.
-            dtype (`torch.dtype`): of every weight; parameters that train want float32.
+            dtype (`torch.dtype`): that of every weight; parameters that train want float32.
             vision_kwargs, text_kwargs (`dict`, *optional*):
                 `revision`, `token`, `trust_remote_code`, `attn_implementation` and the like, for each side.
 

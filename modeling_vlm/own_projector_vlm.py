@@ -27,7 +27,7 @@ def find_own_projector(projector: str | type[nn.Module]) -> tuple[str, str | Non
         projector: a projector's name, or a class of one's own: itself, or `"path/FILE.py:CLASS"`.
 
     Returns:
-        `tuple[str, str]`: of a class of one's own `"FILE.CLASS"` and its file, else what was given and `None`.
+        `tuple[str, str | None]`: `"FILE.CLASS"` and its file for a class of one's own, else what was given and `None`.
 
     Raises:
         `DuetError`: the class is nowhere that a checkpoint could take its code along from.
@@ -136,8 +136,8 @@ def _load_own_class(config):
         )
     with _in_one_line(f"the projector {config.projector_type} cannot be loaded"):
         own_class = get_class_from_dynamic_module(config.projector_type, folder, **source)
-    file, is_module = config.projector_type.partition(".")[0], isinstance(own_class, type)
-    if not is_module or not issubclass(own_class, nn.Module) or own_class.__module__.rpartition(".")[2] != file:
+    file, is_class = config.projector_type.partition(".")[0], isinstance(own_class, type)
+    if not is_class or not issubclass(own_class, nn.Module) or own_class.__module__.rpartition(".")[2] != file:
         raise DuetError(
             f"the projector {config.projector_type} is no torch.nn.Module that {file}.py itself defines; name a file "
             "and a class in it."

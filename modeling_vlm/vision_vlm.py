@@ -88,7 +88,7 @@ class VLMVisionPair(PreTrainedModel):
         second: PreTrainedModel | None = None,
     ):
         super().__init__(config)
-        # Of the dtype that this is built in: the library sets that of the configs in `VLMConfig`, and none deeper.
+        # The dtype that this is built in: the library sets that of the configs in `VLMConfig`, and none deeper.
         dtype = torch.get_default_dtype()
         self.first = AutoModel.from_config(config.first_config, dtype=dtype) if first is None else first
         self.second = AutoModel.from_config(config.second_config, dtype=dtype) if second is None else second

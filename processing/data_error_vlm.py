@@ -20,4 +20,10 @@ class NotReached(DuetError, ConnectionError):
     """A server that does not answer."""
 
 
-__all__ = ["DuetError", "NotFound", "NotReached"]
+def in_a_line(error: BaseException, most: int = 300) -> str:
+    """What a library says, in one line of at most so many characters."""
+    text = " ".join(str(error).split()) or type(error).__name__
+    return text if len(text) <= most else f"{text[: most - 3]}..."
+
+
+__all__ = ["DuetError", "NotFound", "NotReached", "in_a_line"]

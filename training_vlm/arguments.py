@@ -19,7 +19,7 @@ from modeling_vlm.backbones_vlm import BackboneKwargs
 from modeling_vlm.configuration_vlm import PROJECTOR_SETTINGS
 from processing.batching.collator import ON_BAD_SAMPLE
 from processing.batching.encoding import SUPERVISE, TRUNCATIONS
-from processing.data_error_vlm import DuetError
+from processing.data_error_vlm import DuetError, in_a_line
 from processing.reading.conversations import CAPTION_CHOICES
 from processing.reading.items import SPLIT_TURNS
 from processing.reading.layouts import CHOICE_ANSWERS
@@ -500,7 +500,7 @@ class VLMTrainingArguments(TrainingArguments):
                 f"{package}`), or leave that option out."
             ) from error
         except (ValueError, ImportError, RuntimeError, OSError, TypeError, NotImplementedError) as error:
-            raise DuetError(f"a training option is refused by transformers: {_in_a_line(error)}") from error
+            raise DuetError(f"a training option is refused by transformers: {in_a_line(error, 400)}") from error
         # `pixel_values` runs over images, not conversations, so batches are made whole in every process.
         for name in ("dispatch_batches", "split_batches"):
             if getattr(self.accelerator_config, name):
@@ -541,7 +541,7 @@ class VLMTrainingArguments(TrainingArguments):
             settings = (
                 f"lr_scheduler_type={self.lr_scheduler_type.value}, lr_scheduler_kwargs={self.lr_scheduler_kwargs}"
             )
-            raise DuetError(f"{settings}: {_in_a_line(error)}") from error
+            raise DuetError(f"{settings}: {in_a_line(error, 400)}") from error
         for name in self.report_to:
             if name not in known:
                 raise DuetError(
@@ -552,7 +552,7 @@ class VLMTrainingArguments(TrainingArguments):
             Trainer.get_optimizer_cls_and_kwargs(self)
         except (ImportError, ValueError) as error:  # others need the model, which is not there yet
             if isinstance(error, ImportError) or "install" in str(error):
-                raise DuetError(f"optim={self.optim.value}: {_in_a_line(error)}") from error
+                raise DuetError(f"optim={self.optim.value}: {in_a_line(error, 400)}") from error
 
 
 _BOUNDS = {
@@ -577,12 +577,6 @@ _WITHOUT_EFFECT = {
     "length_column_name": "the length of a sample is known from its tokens",
 }
 """Options of `TrainingArguments` that nothing reads here, and why."""
-
-
-def _in_a_line(error: BaseException) -> str:
-    """What a library says of a setting, in one line that does not run away."""
-    text = " ".join(str(error).split()) or type(error).__name__
-    return text if len(text) <= 400 else f"{text[:397]}..."
 
 
 def _cpu_has_bf16() -> bool:

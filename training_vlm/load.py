@@ -16,7 +16,7 @@ from modeling_vlm import VLMConfig, VLMForConditionalGeneration
 from modeling_vlm.backbones_vlm import find_image_token_id, load_backbone_config
 from modeling_vlm.files_vlm import TEXT_FILES, VISION_FILES, check_files
 from processing import VLMProcessor
-from processing.data_error_vlm import DuetError
+from processing.data_error_vlm import DuetError, in_a_line
 from processing.tokenizer import train_tokenizer
 
 from .arguments import DataArguments, ModelArguments, backbone_of
@@ -122,7 +122,7 @@ def check_composed(model_args: ModelArguments, weights: bool = True) -> None:
     try:
         settings, _ = PreTrainedConfig.get_config_dict(name, revision=model_args.model_revision)
     except (OSError, ValueError) as error:
-        reason = " ".join(str(error).split())[:300]
+        reason = in_a_line(error)
         if Path(name).exists() or _causes(error, GatedRepoError, RevisionNotFoundError):
             raise DuetError(f"the model {name!r} could not be loaded: {reason}") from error
         hub = "knows no such name" if _causes(error, RepositoryNotFoundError) else "could not be asked"

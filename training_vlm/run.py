@@ -20,7 +20,7 @@ from modeling_vlm import VLMForConditionalGeneration
 from modeling_vlm.generation_vlm import savable
 from processing import VLMDataCollator
 from processing.batching.encoding import Encoder
-from processing.data_error_vlm import DuetError
+from processing.data_error_vlm import DuetError, in_a_line
 
 from .arguments import GenerationArguments, VLMTrainingArguments
 from .learning.checkpoints import discard_unfinished, find_checkpoint, numbered
@@ -100,7 +100,7 @@ def build_trainer(arguments: Arguments, model, encoder: Encoder, train, evaluati
     try:
         return _trainer(arguments, model, encoder, train, evaluation)
     except (ValueError, OSError, ImportError) as error:  # such as fsdp in one process, or a Hub that cannot be reached
-        raise DuetError(f"the Trainer cannot be made with these settings: {' '.join(str(error).split())}") from error
+        raise DuetError(f"the Trainer cannot be made with these settings: {in_a_line(error)}") from error
 
 
 def _trainer(arguments, model, encoder, train, evaluation):
