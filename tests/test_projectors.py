@@ -34,7 +34,7 @@ from tests.fake_hub import hub_environment, start_fake_hub
 from tests.isolated import WITHOUT_PACKAGE
 from tests.test_generation import answers, encode, prompts
 from tests.test_scripts import QUICK, data, refused, source  # noqa: F401  (fixtures)
-from training_vlm import run
+from training_vlm import load
 from training_vlm.arguments import VLMTrainingArguments
 from training_vlm.inspect_data.__main__ import main as inspect_data
 from training_vlm.learning.trainer import VLMTrainer
@@ -876,11 +876,11 @@ def test_data_is_shown_for_a_class_of_ones_own_that_is_yet_to_be_composed(mine, 
 def test_scripts_trust_folders_and_ask_for_consent_to_the_hubs_code(tmp_path, monkeypatch):
     asked = {}
     monkeypatch.setattr(VLMForConditionalGeneration, "from_pretrained", lambda name, **kwargs: asked.update(kwargs))
-    monkeypatch.setattr(run.VLMProcessor, "from_pretrained", lambda *args, **kwargs: None)
+    monkeypatch.setattr(load.VLMProcessor, "from_pretrained", lambda *args, **kwargs: None)
     for name, arguments, trusted in (
         (str(tmp_path), [], True), ("me/own", [], False), ("me/own", ["--trust_remote_code"], True)
     ):  # fmt: skip
-        run._load_composed(parsed("--model", name, *arguments), torch.float32)
+        load._load_composed(parsed("--model", name, *arguments), torch.float32)
         assert asked["trust_remote_code"] is trusted
 
 
