@@ -6,10 +6,21 @@ keeps its stack trace. The file travels with every checkpoint.
 """
 
 
+def printable(text: str) -> str:
+    """A text with its control characters written out, so that a name that data chose steers no terminal."""
+    if text.isprintable():
+        return text
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+
+
 class DuetError(ValueError):
     """A mistake of a person's, in one line."""
 
     is_duet_error = True
+
+    def __init__(self, message: str):
+        # A `DataLoader` raises it anew with the worker's stack trace before its line.
+        super().__init__("\n".join(map(printable, message.split("\n"))))
 
 
 class NotFound(DuetError, FileNotFoundError):
@@ -26,4 +37,4 @@ def in_a_line(error: BaseException, most: int = 300) -> str:
     return text if len(text) <= most else f"{text[: most - 3]}..."
 
 
-__all__ = ["DuetError", "NotFound", "NotReached", "in_a_line"]
+__all__ = ["DuetError", "NotFound", "NotReached", "in_a_line", "printable"]

@@ -25,7 +25,7 @@ from typing import Any, TypeGuard
 
 from PIL import Image
 
-from .data_error_vlm import DuetError
+from .data_error_vlm import DuetError, printable
 from .image_urls_vlm import LocalAddress, NotFetched, TooManyBytes, fetch
 from .images_vlm import png_chunk, to_rgb
 
@@ -368,7 +368,7 @@ def _name(reference: ImageReference) -> str:
 def _short(text: str) -> str:
     """A path or URL as it can stand in a line; of a `data:` URI its beginning says enough."""
     most = 40 if _is_data_uri(text) else 200
-    text = text if text.isprintable() else repr(text)
+    text = printable(text)
     return text if len(text) <= most else f"{text[: most - 3]}..."
 
 

@@ -4,6 +4,7 @@ import gzip
 import io
 import json
 import tarfile
+import zipfile
 from pathlib import Path
 
 import datasets
@@ -13,9 +14,11 @@ import pytest
 import torch
 from PIL import Image
 
+from processing.batching.account import Account, Record
 from processing.batching.dataset import ConversationDataset, StreamedDataset
 from processing.batching.encode_ahead import without_image_bytes
 from processing.batching.encoding import Encoder, encode_dialogue, encode_item
+from processing.data_error_vlm import DuetError
 from processing.image_files_vlm import ImagePolicy, load_image
 from processing.reading import json_reader
 from processing.reading.items import Reading
@@ -452,6 +455,26 @@ def test_lists_of_names_may_not_lead_out_either(tmp_path, streaming):
 
 
 @WAYS
+def test_what_looks_like_an_image_in_metadata_opens_no_file(tmp_path, streaming):
+    with zipfile.ZipFile(tmp_path / "private.zip", "w") as archive:
+        archive.writestr("a.png", "secret")
+    elsewhere = {"bytes": None, "path": f"zip://a.png::{tmp_path / 'private.zip'}"}
+    metadata = json.dumps({"file_name": "a.png", "text": "x", "other": elsewhere, "others": [elsewhere]}).encode()
+    (row,) = open_source(folder(tmp_path / "images", metadata), streaming=streaming).rows
+    assert row["other"] == elsewhere and row["others"] == [elsewhere]
+
+
+@pytest.mark.parametrize("kind", ["file_name", "file_names"])
+def test_images_in_an_archive_of_a_folder_are_streamed_with_their_content(tmp_path, kind):
+    content, names = picture(), "a.png" if kind == "file_name" else ["a.png"]
+    with zipfile.ZipFile(tmp_path / "train.zip", "w") as archive:
+        archive.writestr("a.png", content)
+        archive.writestr("metadata.jsonl", json.dumps({kind: names, "text": "x"}))
+    (row,) = open_source(tmp_path, streaming=True).rows
+    assert (row["image"] if kind == "file_name" else row["images"][0])["bytes"] == content
+
+
+@WAYS
 @pytest.mark.parametrize("kind", ["jsonl", "csv"])
 def test_bad_lines_of_metadata_cost_themselves(tmp_path, kind, streaming):
     lines = {
@@ -470,6 +493,41 @@ def test_an_image_of_a_folder_that_is_missing_or_broken_is_known_when_it_is_look
 
 
 # --- the account
+
+
+WILD = "x\x1b[2J\u202e\ud800"
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"question": "a", "answer": "b", WILD: "c"},
+        {"messages": [{"role": "user", "content": "a", WILD: "c"}, {"role": "assistant", "content": "b"}]},
+        {"question": "a", "answer": "b", f"image {WILD}": "a.png"},
+        {"json": {"question": "a", "answer": "b", "hint": "c"}, WILD: "d"},
+        {WILD: "a"},
+        {"__odd": WILD},
+        {"__odd": 5},
+        {"image": WILD, "caption": "a"},
+    ],
+)
+def test_a_name_that_data_chose_steers_no_terminal(row):
+    account = Account()
+    for item in Reading(source="data").items(row, 0):
+        notes = tuple(item.get("notes", ()))
+        account.add([Record("data", 0, *item.get("dropped", (None, "")), notes=notes)])
+    lines = account.table().splitlines()
+    assert any("x\\x1b[2J\\u202e\\ud800" in line or ": 5)" in line for line in lines) and all(
+        map(str.isprintable, lines)
+    )
+
+
+def test_a_data_set_steers_no_terminal_by_its_settings(tmp_path):
+    (tmp_path / "README.md").write_text('---\nconfigs:\n- config_name: default\n  data_files: "/x\\e[2J"\n---\n')
+    (tmp_path / "a.jsonl").write_bytes(good(1))
+    with pytest.raises(DuetError, match=r"name /x\\x1b\[2J as its data") as caught:
+        open_source(tmp_path)
+    assert str(caught.value).isprintable()
 
 
 @pytest.mark.parametrize("workers", [0, 2])

@@ -11,6 +11,8 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
+from ..data_error_vlm import printable
+
 
 DROP_REASONS = (
     "no token of it is supervised",
@@ -202,12 +204,13 @@ class Account:
         reason = key.removeprefix("dropped: ")
         for (source, row), (why, detail) in self.named.items():
             if why == reason:
-                return f" (such as {detail})" if detail else f" (such as {source}, row {row})"
+                return printable(f" (such as {detail or f'{source}, row {row}'})")
         return ""
 
 
 def _short(source: str) -> str:
-    """A source's name, of a long path its end."""
+    """A source's name, or the end of a long path."""
+    source = printable(source)
     return source if len(source) <= 32 else f"...{source[-29:]}"
 
 

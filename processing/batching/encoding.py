@@ -56,7 +56,7 @@ class SampleDropped(DuetError):
     def __init__(self, reason: str, detail: str = ""):
         assert reason in DROP_REASONS
         super().__init__(detail or reason)
-        self.reason, self.detail = reason, detail
+        self.reason, self.detail = reason, str(self) if detail else ""
 
 
 def encode_caption(

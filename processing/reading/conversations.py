@@ -22,7 +22,7 @@ import functools
 from collections.abc import Collection
 from typing import Any, NotRequired, Required, TypedDict, cast
 
-from ..data_error_vlm import DuetError
+from ..data_error_vlm import DuetError, printable
 from ..image_files_vlm import NO_FOLDER, ImagePolicy, resolve_reference
 from .cells import IGNORED, MalformedRow, Row, cut, holds_something, is_nothing, malformed
 from .layouts import (
@@ -118,12 +118,12 @@ def conversations_from_row(
     row = whole_row(row)
     try:
         if row.get(ODD) is not None:
-            raise MalformedRow(row[ODD])
+            raise MalformedRow(str(row[ODD]))
         named = _renamed(*_with_json(row), columns)
         known: dict[str, Any] = _known(named)
         read = find_layout(named, columns).read(named, Wanted(prompt, choice_answer))
         _check_count(read, row, columns)
-        notes = named.notes(any(item.get("images") for item in read))
+        notes = list(map(printable, named.notes(any(item.get("images") for item in read))))
         if caption_choice != "all" and any("dropped" in item for item in read):
             read = [item for item in read if "dropped" not in item]
             notes.append("a caption beside it is none")

@@ -289,11 +289,12 @@ def _built_splits(
 
     def read(builder: datasets.DatasetBuilder, split: str) -> Rows:
         if streaming:
-            rows = undecoded(builder.as_streaming_dataset(split=split))
+            rows = builder.as_streaming_dataset(split=split)
+            features, rows = rows.features, undecoded(rows)
             if rows.num_shards == 1:  # a parquet file is divided by its row groups, for several workers
                 rows = rows.reshard()
-            if rows.features is not None and hasattr(builder.config, "drop_metadata"):  # a folder of images
-                rows = _with_contents(rows, token)
+            if features is not None and hasattr(builder.config, "drop_metadata"):  # a folder of images
+                rows = _with_contents(rows, features, token)
             # Of JSON that is one list the library knows no features before it has read all of it.
             if rows.features is not None or not hasattr(builder.config, "on_mixed_types"):
                 return rows
@@ -329,20 +330,31 @@ def _text_options(builder: datasets.DatasetBuilder, split: str) -> dict[str, Any
     return {"features": with_odd(datasets.Features({name: datasets.Value("string") for name in names}))}
 
 
-def _with_contents(rows: datasets.IterableDataset, token: str | bool | None) -> datasets.IterableDataset:
+def _with_contents(
+    rows: datasets.IterableDataset, features: datasets.Features, token: str | bool | None
+) -> datasets.IterableDataset:
     """The same rows of a folder of images, with the content of images that are no file of this machine."""
-    return rows.map(_row_with_contents, fn_kwargs={"token": token}, features=rows.features)
+    return rows.map(_row_with_contents, fn_kwargs={"feature": dict(features), "token": token}, features=rows.features)
 
 
-def _row_with_contents(value: Any, token: str | bool | None) -> Any:
+def _row_with_contents(value: Any, feature: Any, token: str | bool | None) -> Any:
+    """A value with contents where its feature, as the folder's reader has it, is an image.
+
+    Such a path was made of a file's name inside the folder. What only looks like an image is data's own word for a
+    place, which could be any file or address.
+    """
     if isinstance(value, list):
-        return [_row_with_contents(item, token) for item in value]
+        inner = getattr(feature, "feature", None)
+        return [_row_with_contents(item, inner, token) for item in value]
     if not isinstance(value, dict):
         return value
-    if value.keys() == {"bytes", "path"} and value["bytes"] is None and "://" in (value["path"] or ""):
+    if isinstance(feature, datasets.Image):
+        if value["bytes"] is not None or "://" not in (value["path"] or ""):
+            return value
         with xopen(value["path"], "rb", download_config=datasets.DownloadConfig(token=token)) as file:
             return {"bytes": file.read(), "path": value["path"]}
-    return {key: _row_with_contents(item, token) for key, item in value.items()}
+    inner = feature if isinstance(feature, dict) else {}
+    return {key: _row_with_contents(item, inner.get(key), token) for key, item in value.items()}
 
 
 def _reading(where: str | Path, read: Callable[[], Any]) -> Any:
