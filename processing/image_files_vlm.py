@@ -74,8 +74,8 @@ class ImagePolicy:
     allow_local_urls: bool = False
     """Whether URLs may lead to this machine and to networks of its own."""
     caches: tuple[str, ...] = ()
-    """Of what was fetched the folders in which a library keeps it; absolute paths may lie there, too. Where there is
-    neither a folder nor one of these, paths have to be absolute."""
+    """Folders in which a library keeps what it fetched; absolute paths may lie there, too. Where there is neither a
+    folder nor one of these, paths have to be absolute."""
     own_paths: bool = False
     """Whether rows are of a person's own making: without a folder paths lead anywhere, relative ones from the working
     directory."""
@@ -107,7 +107,7 @@ def resolve_reference(reference: ImageReference, policy: ImagePolicy) -> ImageRe
         policy: where it may lead.
 
     Raises:
-        ValueError: a reference of another kind, or one that leads where it may not; one line, without the row.
+        DuetError: a reference of another kind, or one that leads where it may not; one line, without the row.
     """
     if isinstance(reference, dict) and reference.get("bytes") is not None:
         return reference
@@ -147,7 +147,7 @@ def inside(folder: str | os.PathLike, path: str) -> str:
     """The absolute path of a file named by a data set, which may not lead out of the folder of its images.
 
     Raises:
-        ValueError: it does; one line, without the row.
+        DuetError: it does; one line, without the row.
     """
     base = os.path.abspath(Path(folder).expanduser())
     full = os.path.normpath(os.path.join(base, path))
@@ -198,7 +198,7 @@ def load_image(reference: ImageReference, size: tuple[int, int] | None = None) -
         MissingImage: a `BadImage` and a `FileNotFoundError`: there is no such file.
         BadImage: the file is no image, a broken one or a too large one, it leads where it may not, or it could not be
             fetched.
-        ValueError: the reference is none.
+        DuetError: the reference is none.
     """
     with _opened(reference) as image:
         if size is not None and image is not reference:
@@ -223,7 +223,7 @@ def image_size(reference: ImageReference) -> tuple[int, int]:
     Height and width of the upright image behind a reference, from its header alone.
 
     Raises:
-        MissingImage, BadImage, ValueError: as `load_image`.
+        MissingImage, BadImage, DuetError: as `load_image`.
     """
     with _opened(reference) as image:
         return image.size if _is_lying(image) else image.size[::-1]
@@ -231,7 +231,7 @@ def image_size(reference: ImageReference) -> tuple[int, int]:
 
 def _is_lying(image: Image.Image) -> bool:
     """Whether a viewer exchanges width and height."""
-    if image.format == "TIFF":  # of which Pillow exchanges them itself
+    if image.format == "TIFF":  # Pillow exchanges them itself
         return False
     exif = Image.Image.getexif(image)
     # It may come behind the pixels, which Pillow's own `getexif` would decode to find it.
@@ -366,7 +366,7 @@ def _name(reference: ImageReference) -> str:
 
 
 def _short(text: str) -> str:
-    """A path or URL as it can stand in a line; of a `data:` URI its beginning says enough."""
+    """A path or URL as it can stand in a line; the beginning of a `data:` URI says enough."""
     most = 40 if _is_data_uri(text) else 200
     text = printable(text)
     return text if len(text) <= most else f"{text[: most - 3]}..."

@@ -148,7 +148,7 @@ def _addresses(host, port, until, allow_local):
 
 
 def _is_public(address):
-    """Whether an address belongs to the internet at large; of one that carries another the inner one counts."""
+    """Whether an address belongs to the internet at large; where it carries another, the inner one counts."""
     address = ipaddress.ip_address(address.partition("%")[0])
     if address.version == 6:
         inner = address.ipv4_mapped or address.sixtofour

@@ -184,7 +184,7 @@ def _of_8_bits(image):
     """
     An image whose 8-bit values, as Pillow reads them, are what its file means.
 
-    Of 16-bit colours Pillow keeps the upper 8 bits, in which 12 bits would be all but black. Where these are small, the
+    Pillow keeps the upper 8 bits of 16-bit colours, in which 12 bits would be all but black. Where these are small, the
     file is read once more for the lower ones.
     """
     if image.format == "TIFF" and image.mode == "L" and image.tag_v2.get(_FORMAT, (1,))[0] == 2:

@@ -21,7 +21,7 @@ from .texts_vlm import MARK, TextEncoder
 
 
 # Besides the mark of a text: a blank that every `trim` removes and nobody types, and what stands in for a text.
-_MARK_PATTERN = re.compile("\ue000(\\d+)\ue001")
+_MARK_PATTERN = re.compile(MARK.format(r"(\d+)"))
 _BLANK = "\u2003"
 _STAND_IN = "\ue002"
 
@@ -159,7 +159,7 @@ def _start(prompt, literals, slots, first):
 
 
 def _around(messages, turns, index):
-    """Of a long dialogue its beginning, the turns next to a message, and its end; and where the message is in it."""
+    """A long dialogue cut to its beginning, the turns next to a message, and its end; and where the message is then."""
     turn = bisect.bisect_right(turns, index) - 1
     kept = {0, 1, *range(turn - 2, turn + 2), len(turns) - 2, len(turns) - 1}
     ends = [*turns[1:], len(messages)]
@@ -418,7 +418,7 @@ class MessageEncoder:
         return answers
 
     def _start_of(self, messages, turns, index, reading, literals, slots, first):
-        """Where an answer within the conversation starts; of a long one the turns far away are left out to see."""
+        """Where an answer within the conversation starts; in a long one the turns far away are left out to see."""
         if len(messages) > _LONG:
             short, at = _around(messages, turns, index)
             owners = _mark(short, reading).owners

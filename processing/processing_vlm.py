@@ -68,7 +68,7 @@ class VLMProcessor(ProcessorMixin):
             whole; 1 cuts none. Each view and each row of tiles then ends in one more position.
 
     Raises:
-        `ValueError`: no such `image_mode`, or less than one tile.
+        `DuetError`: no such `image_mode`, or less than one tile.
     """
 
     chat_template: str | None
@@ -123,7 +123,7 @@ class VLMProcessor(ProcessorMixin):
         Args:
             vision, text, tokenizer, image_token, vision_kwargs, text_kwargs:
                 what `VLMForConditionalGeneration.from_backbones` was given; for an encoder that starts from scratch the
-                images are resized and normalised to [-1, 1]. Of two encoders the first's image processor is taken.
+                images are resized and normalised to [-1, 1]. The first of two encoders gives the image processor.
             model_config (`VLMConfig`): the composed model's config.
             chat_template (`str`, *optional*):
                 A jinja template, the name of one of Duet's (`"default"`, `"plain"`) or a file. Without it the
@@ -131,7 +131,7 @@ class VLMProcessor(ProcessorMixin):
             image_mode (`str`, *optional*): see the class.
 
         Raises:
-            `ValueError`: the tokenizer uses the image token for something else, or cannot be used, or the chat
+            `DuetError`: the tokenizer uses the image token for something else, or cannot be used, or the chat
                 template cannot place images.
         """
         options = {k: v for k, v in (text_kwargs or {}).items() if k != "attn_implementation"}
@@ -164,7 +164,7 @@ class VLMProcessor(ProcessorMixin):
         Choose the template of conversations; see `from_backbones`.
 
         Raises:
-            `ValueError`: no such template, or one that loses a text or an image.
+            `DuetError`: no such template, or one that loses a text or an image.
         """
         template = chat_template or self.tokenizer.chat_template or "default"
         if isinstance(template, dict):
@@ -189,7 +189,7 @@ class VLMProcessor(ProcessorMixin):
         Images and texts, with an image token for each image, to tensors, as every processor; an empty list is none.
 
         Raises:
-            `ValueError`: videos or audio, or another number of image tokens than images.
+            `DuetError`: videos or audio, or another number of image tokens than images.
         """
         _refuse_media({"videos": videos, "audio": audio, "audios": kwargs.pop("audios", None)})
         return super().__call__(images if _holds_any(images) else None, text, **kwargs)
@@ -331,7 +331,7 @@ class VLMProcessor(ProcessorMixin):
             **kwargs: the same, or passed to the template.
 
         Raises:
-            `ValueError`: the template cannot render these messages, `max_length` would cut an image, or something is
+            `DuetError`: the template cannot render these messages, `max_length` would cut an image, or something is
                 given that is neither text nor image.
         """
         template = self._template(chat_template)
@@ -456,7 +456,7 @@ class VLMProcessor(ProcessorMixin):
 
         Args:
             supervise_prompt (`bool`): everything but images and answers left out is supervised, the prompts too.
-            max_length (`int`): where the caller cuts; of texts past it only the beginning is read.
+            max_length (`int`): where the caller cuts; only the beginning of texts past it is read.
             notes (`list`): to which `CONTEXT_ONLY` is added for each answer that is not learned, because generation
                 would be asked for it in other words than stand before it here.
 
@@ -464,7 +464,7 @@ class VLMProcessor(ProcessorMixin):
             `(ids, weights)`, two lists of one length, the weight 0 where nothing is learned; see `expand_images`.
 
         Raises:
-            `ValueError`: the template refuses the messages, or rewrites them in a way that cannot be followed.
+            `DuetError`: the template refuses the messages, or rewrites them in a way that cannot be followed.
         """
         return self.encoder.encode_messages(
             messages,

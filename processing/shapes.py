@@ -58,7 +58,7 @@ _SEEN_PAIRS = [pair for pair in _PAIRS if pair not in UNSEEN_PAIRS]
 _NUMBERS = ("zero", "one", "two", "three", "four")
 # How many objects a scene has: few more often than many.
 _OBJECTS = (1, 1, 1, 2, 2, 2, 3, 3, 4)
-# Of the test scenes, the share that is made to hold an unseen pair.
+# The share of the test scenes that is made to hold an unseen pair.
 _UNSEEN_SHARE = 0.25
 # Objects are drawn this many times larger and reduced: smooth edges at any image size.
 _OVERSAMPLING = 3
@@ -177,7 +177,7 @@ def scene(split: str, index: int, seed: int = 0) -> Scene:
     """The scene at `index` of a split ("train", "validation", "test"); each seed gives another endless series of them.
 
     Raises:
-        ValueError: if there is no such split.
+        DuetError: there is no such split.
     """
     if split not in SPLITS:
         raise DuetError(f"the built-in dataset has no split {split!r}; it has {', '.join(SPLITS)}")

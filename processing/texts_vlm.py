@@ -27,7 +27,7 @@ class TextEncoder:
     plain words or blanks (those are vocabulary).
 
     Raises:
-        `ValueError`: the tokenizer has no backend of the `tokenizers` library.
+        `DuetError`: the tokenizer has no backend of the `tokenizers` library.
     """
 
     def __init__(self, tokenizer):

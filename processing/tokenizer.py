@@ -18,7 +18,7 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int, max_length: int) -> P
         max_length: positions that the language model has, saved as `model_max_length`.
 
     Raises:
-        ValueError: fewer entries than there are bytes.
+        DuetError: fewer entries than there are bytes.
     """
     alphabet = pre_tokenizers.ByteLevel.alphabet()
     special = ["<pad>", "</s>"]

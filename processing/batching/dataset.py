@@ -98,7 +98,7 @@ class ConversationDataset(torch.utils.data.Dataset):
 
     @property
     def lengths(self) -> list[int]:
-        """Positions of every item, for batches of like lengths; of an image with several captions the first's."""
+        """Positions of every item, for batches of like lengths; the first caption's where an image has several."""
         assert self.encodings is not None
         lengths = self.encodings["length"][:]
         return lengths if self._groups is None else [lengths[group[0]] for group in self._groups]

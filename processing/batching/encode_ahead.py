@@ -157,7 +157,7 @@ def imported_texts(name: str) -> dict[str, str]:
 def without_image_bytes(table: pa.Table, features: datasets.Features) -> dict[str, list[Any]]:
     """The columns of a table in Python, stored images as `{"bytes": b"stored", "path"}`, whatever size they have.
 
-    Of a column of plain bytes the first ones are left, which say whether it is an image.
+    The first bytes of a column of plain bytes are left, which say whether it is an image.
     """
     images = {name for name, feature in features.items() if _holds_images(feature)}
     others = datasets.Features({name: feature for name, feature in features.items() if name not in images})

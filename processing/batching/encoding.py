@@ -65,10 +65,10 @@ def encode_caption(
     """
     Stage 1: an image and its caption, without roles.
 
-    The sequence is `[bos, where the tokenizer adds one] <image> caption eos`; caption and eos are supervised. Of one
-    question about images and its answer the answer is the caption, and the question is left out, as LLaVA reads its
-    alignment data (https://arxiv.org/abs/2304.08485). A caption has no turns, so `keep_last_turns` drops what is too
-    long. See `encode_dialogue` for arguments, result and errors.
+    The sequence is `[bos, where the tokenizer adds one] <image> caption eos`; caption and eos are supervised.
+    Where there is one question about images, its answer is the caption, and the question is left out, as LLaVA reads
+    its alignment data (https://arxiv.org/abs/2304.08485). A caption has no turns, so `keep_last_turns` drops what is
+    too long. See `encode_dialogue` for arguments, result and errors.
     """
     asked = [m for m in conversation["messages"] if m["role"] != "assistant"]
     answers = [m for m in conversation["messages"] if m["role"] == "assistant"]

@@ -45,7 +45,8 @@ def coco_rows(file: Path, split: str, image_dir: str | os.PathLike | None = None
             `split` beside `annotations`, and paths start from `coco_root(file)`, so that several splits go together.
 
     Raises:
-        ValueError, FileNotFoundError: not such a file, or no such folder; or no entry is as it should be.
+        DuetError: not such a file, or no entry is as it should be.
+        NotFound: no such folder.
     """
     try:
         content = json.loads(file.read_text(encoding="utf-8-sig", errors="surrogateescape"))

@@ -107,7 +107,7 @@ def conversations_from_row(
 
     Raises:
         MalformedRow: the layout is unknown, or the row does not keep to it.
-        ValueError: `caption_choice`, `choice_answer` or a name in `columns` is none that is known.
+        DuetError: `caption_choice`, `choice_answer` or a name in `columns` is none that is known.
     """
     if caption_choice not in CAPTION_CHOICES:
         raise DuetError(f"caption_choice is {caption_choice!r}; expected one of {', '.join(CAPTION_CHOICES)}")

@@ -29,13 +29,14 @@ BLOCK = 8 << 20
 """How many bytes go to Arrow at once; no row may be longer there."""
 
 CSV_ROWS = 10_000
+"""How many rows of a file that Arrow refuses make a table."""
 
 
 class CsvReader(Csv):
     """CSV files with a header, every cell as text where they lie on this machine."""
 
     def _generate_tables(self, base_files, files_iterables):
-        if self.config.features is None:  # of a Hub
+        if self.config.features is None:  # files on the Hub are read as the library reads them
             yield from super()._generate_tables(base_files, files_iterables)
             return
         for shard, files in enumerate(files_iterables):
@@ -69,10 +70,10 @@ class CsvReader(Csv):
         for row in islice(rows, done, None):
             batch.append(row)
             if len(batch) == CSV_ROWS:
-                yield csv_table(batch, header, self.info.features)
+                yield csv_table(batch, header, features)
                 batch = []
         if batch:
-            yield csv_table(batch, header, self.info.features)
+            yield csv_table(batch, header, features)
 
 
 def _arrow_tables(file: str, sep: str, header: list[str], features: datasets.Features) -> Iterator[pa.Table]:
@@ -126,7 +127,7 @@ def csv_rows(file: str, sep: str = ",") -> tuple[list[str], Iterator[list[str] |
     """The names of a CSV file's columns, and its rows: as many cells each, or what is wrong with them.
 
     Raises:
-        ValueError: the first line is no header.
+        DuetError: the first line is no header.
     """
     csv.field_size_limit(2**31 - 1)  # a cell may hold an image
     with _open(file) as opened:

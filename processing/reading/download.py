@@ -19,6 +19,7 @@ from huggingface_hub.utils import get_session, httpx
 from tqdm.auto import tqdm
 
 from ..data_error_vlm import DuetError, NotReached
+from .odd import reason
 
 
 COCO_URL = "http://images.cocodataset.org"
@@ -28,8 +29,8 @@ def download_coco(root: str | os.PathLike, splits: Iterable[str] = ("train2017",
     """Put captions and images of COCO's splits into the folder `root`; what is already there is left alone.
 
     Raises:
-        ValueError: a split that COCO has no captions for, or an archive that is not what it should be.
-        ConnectionError: the server cannot be reached, or the transfer broke; calling again continues it.
+        DuetError: a split that COCO has no captions for, or an archive that is not what it should be.
+        NotReached: the server cannot be reached, or the transfer broke; calling again continues it.
     """
     root = Path(root).expanduser()
     for split in splits:
@@ -75,13 +76,12 @@ def _fetch(url: str, target: Path) -> None:
         head.raise_for_status()
         size = int(head.headers["Content-Length"])
         if part.is_file() and part.stat().st_size > size:
-            part.unlink()  # of another file
+            part.unlink()  # left by another file
         with part.open("ab") as file:
             http_get(str(head.url), file, resume_size=file.tell(), expected_size=size, displayed_filename=target.name)
     except (httpx.HTTPError, OSError, KeyError) as error:
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise NotReached(
-            f"{url}: cannot be fetched ({reason}); run the same command again to continue, or put {target.name} "
+            f"{url}: cannot be fetched ({reason(error)}); run the same command again to continue, or put {target.name} "
             f"unpacked into {target.parent} yourself"
         ) from error
     os.replace(part, target)

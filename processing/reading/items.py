@@ -46,7 +46,7 @@ class Reading:
         return self.caption_choice == "random" and not splits
 
     def items(self, row: Mapping[str, Any], index: int | str) -> list[Conversation | Dropped]:
-        """The same; of a row that cannot be read as many items with the reason as it would have given."""
+        """The same; a row that cannot be read gives the reason, as often as it would have given conversations."""
         if not isinstance(row, Mapping):
             line = f"{self.source}, row {index}: found a {type(row).__name__}; expected a mapping of columns to values"
             return [self._dropped(index, line)]
@@ -126,4 +126,4 @@ def _is_plain(part: Any) -> bool:
     return len(part) == 2 and isinstance(part.get("text"), str)
 
 
-__all__ = ["Reading", "is_item"]
+__all__ = ["SPLIT_TURNS", "Reading", "each_answer_last", "is_item"]

@@ -423,7 +423,7 @@ class Layout(NamedTuple):
     needs: tuple[tuple[str, ...], ...]
     """The columns that make it: one of each family."""
     read: Read
-    """Row and what it is to become -> conversations; of a part that is bad, why it is `dropped`."""
+    """Row and what it is to become -> conversations, and for a part that is bad why it is `dropped`."""
     is_common: bool = True
     """Whether it is proposed to those whose rows have none."""
 

@@ -88,7 +88,7 @@ def without_mark(block: bytes, file: str) -> bytes:
     """The beginning of a text file without the mark of UTF-8.
 
     Raises:
-        ValueError: it is UTF-16.
+        DuetError: it is UTF-16.
     """
     if block.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
         raise DuetError(f"{file}: text in UTF-16; expected UTF-8, convert it with `iconv -f utf-16 -t utf-8`")

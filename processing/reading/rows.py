@@ -31,23 +31,23 @@ Splits = dict[str, Callable[[], Rows]]
 def hold_out(rows: Rows, share: float, seed: int = 0, at_least: int = 0) -> tuple[Rows, Rows | None]:
     """Divide rows into some to learn from and some to evaluate on, the same ones in every run.
 
-    Of a `Dataset` a random `share` is held out, without copying anything. Of a stream, which has no length and no order
-    that workers or a shuffling would keep, about one row in `round(1 / share)` is, chosen by a hash of its content. At
-    most `HELD_OUT_ROWS` are evaluated on (what more of a stream is held out is in neither part). No row is ever in both
-    parts, whatever is done to them later.
+    A random `share` of a `Dataset` is held out, without copying anything. A stream has no length and no order that
+    workers or a shuffling would keep: about one row in `round(1 / share)` is held out, chosen by a hash of its content.
+    At most `HELD_OUT_ROWS` are evaluated on (what more of a stream is held out is in neither part). No row is ever in
+    both parts, whatever is done to them later.
 
     Args:
         rows: what `open_source` gave.
         share: the share to hold out.
         seed: another one chooses other rows.
         at_least: so many rows are held out where the share makes fewer, but never all (1 where an evaluation was asked
-            for). Of a stream 1 or more means one at least: its first rows are looked at for it.
+            for). For a stream 1 or more means one at least: its first rows are looked at for it.
 
     Returns:
         the rows to learn from and those to evaluate on, `None` where there are none.
 
     Raises:
-        ValueError: `share` is none.
+        DuetError: `share` is none.
     """
     if not 0 <= share < 1:
         raise DuetError(f"the share of rows to hold out is {share}; expected a number from 0 to below 1, e.g. 0.05")
@@ -108,7 +108,7 @@ def _add_to(digest: hashlib.blake2b, value: Any) -> None:
 
 
 def limited(rows: Rows | None, limit: int | None, seed: int | None = None) -> Rows | None:
-    """That many rows, chosen by the seed; of a stream, and without a seed, the first."""
+    """That many rows, chosen by the seed; the first ones where rows are streamed or no seed is given."""
     if rows is None or limit is None:
         return rows
     if isinstance(rows, datasets.IterableDataset):

@@ -66,7 +66,7 @@ class Source(NamedTuple):
     image_dir: Path | None
     """The folder that image paths in the rows are relative to, where there is one; always absolute."""
     caches: tuple[str, ...] = ()
-    """Of a dataset on the Hub the folders of this machine in which the libraries keep what they fetched of it."""
+    """The folders of this machine in which the libraries keep what they fetched of a dataset on the Hub."""
 
 
 def open_source(
@@ -97,7 +97,7 @@ def open_source(
     Every cell of a CSV file on this machine is text as it stands there (007, N/A and None too), an empty one is null.
 
     Raises:
-        FileNotFoundError, ValueError, ConnectionError: one line each: what was found, where, and how to mend it.
+        DuetError, NotFound, NotReached: one line each: what was found, where, and how to mend it.
     """
     folder, caches = Path(image_dir).expanduser() if image_dir else None, tuple[str, ...]()
     where = _where(path)
@@ -227,7 +227,7 @@ def _folder_splits(path: Path, name: str | None, streaming: bool) -> Splits:
 
 
 def _settings(file: Path) -> Any:
-    """What a file of a data set says about it; of a text the part before it."""
+    """What a file of a data set says about it; what stands before the text of a README."""
     if not file.is_file():
         return None
     if file.suffix == ".md":
@@ -295,7 +295,7 @@ def _built_splits(
                 rows = rows.reshard()
             if features is not None and hasattr(builder.config, "drop_metadata"):  # a folder of images
                 rows = _with_contents(rows, features, token)
-            # Of JSON that is one list the library knows no features before it has read all of it.
+            # The library knows no features of JSON that is one list before it has read all of it.
             if rows.features is not None or not hasattr(builder.config, "on_mixed_types"):
                 return rows
         builder.download_and_prepare()
@@ -317,7 +317,7 @@ def _with_our_reader(builder: datasets.DatasetBuilder) -> datasets.DatasetBuilde
 def _text_options(builder: datasets.DatasetBuilder, split: str) -> dict[str, Any]:
     """With what text files of this machine are read: every cell of CSV is the text it is.
 
-    Of files on the Hub nothing: options give a cached copy another name, under which it is not found offline.
+    Files on the Hub get none: options give a cached copy another name, under which it is not found offline.
     """
     first = str(builder.config.data_files[split][0]) if builder.config.data_files else "://"
     if "://" in first or getattr(builder.config, "features", None) is not None:
