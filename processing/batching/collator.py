@@ -51,8 +51,9 @@ class VLMDataCollator:
         `input_ids`, `attention_mask`, `labels`, each `(batch, tokens)`, padded on the right with labels -100;
         `shift_labels` of the same shape, what each position predicts, and `loss_weights`, what that prediction weighs,
         where a message has a weight; and `pixel_values` `(views, channels, height, width)` where the batch has images,
-        with `image_grids` `(images, 2)` where they may be tiled. Conversations that cannot be learned from are left out and counted in `dropped`, in worker processes
-        too; a batch of nothing else is one pad token with label -100, of which the loss is 0.
+        with `image_grids` `(images, 2)` where they may be tiled. Conversations that cannot be learned from are left out
+        and counted in `dropped`, in worker processes too; a batch of nothing else is one pad token with label -100, of
+        which the loss is 0.
 
     Raises:
         DuetError: with `on_bad_sample="error"`, a row or an image that cannot be read, by name; or rows of nothing.
