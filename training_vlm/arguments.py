@@ -145,6 +145,15 @@ class ModelArguments:
         )  # fmt: skip
         return {name: getattr(self, name) for name in names}
 
+    def joining_kwargs(self, tokenizer: Any) -> dict[str, Any]:
+        """What `from_backbones` of the model and of its processor are both given."""
+        return {
+            "tokenizer": tokenizer,
+            "image_token": self.image_token,
+            "vision_kwargs": self.backbone_kwargs("vision"),
+            "text_kwargs": self.backbone_kwargs("text"),
+        }
+
     def backbone_kwargs(self, side: str) -> BackboneKwargs:
         """What `from_pretrained` is given for one side, `"vision"` or `"text"`."""
         names = ("revision", "token", "trust_remote_code", "attn_implementation")
@@ -577,6 +586,11 @@ _WITHOUT_EFFECT = {
     "length_column_name": "the length of a sample is known from its tokens",
 }
 """Options of `TrainingArguments` that nothing reads here, and why."""
+
+
+def precision_of(args: TrainingArguments) -> str:
+    """The numbers that a step is computed in."""
+    return "bf16" if args.bf16 else "fp16" if args.fp16 else "fp32"
 
 
 def _cpu_has_bf16() -> bool:

@@ -17,6 +17,7 @@ from processing.reading.rows import HELD_OUT_ROWS, hold_out, limited
 from processing.reading.sources import open_source, split_names
 
 from .arguments import DataArguments, SourceArguments, VLMTrainingArguments
+from .learning.sampling import order_seed
 from .stages import Stage
 
 
@@ -41,6 +42,11 @@ class Data:
     eval: list[Opened]
     test: Opened | None
     weights: list[float] | None
+
+    @property
+    def name(self) -> str:
+        """The sources that are learned from, by name."""
+        return ", ".join(part.reading.source for part in self.train)
 
 
 def load_data(stage: Stage, data_args: DataArguments, training_args: VLMTrainingArguments) -> Data:
@@ -168,7 +174,7 @@ def encode_data(
     Raises:
         DuetError: they are to be encoded ahead, and cannot be.
     """
-    seed = training_args.data_seed if training_args.data_seed is not None else training_args.seed
+    seed = order_seed(training_args)
     settings = {"encoder": encoder, "on_bad_sample": data_args.on_bad_sample}
     ahead, sizes_are_fetched = data_args.encode_ahead, data_args.allow_urls and encoder.processor.max_tiles > 1
     if ahead is None and not data_args.streaming:

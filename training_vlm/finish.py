@@ -26,6 +26,7 @@ from processing.batching.encoding import encode_item
 from processing.data_error_vlm import DuetError
 from processing.image_files_vlm import BadImage, check_image, load_image
 
+from .arguments import precision_of
 from .data import Data, TrainDataset
 from .learning.trainer import VLMTrainer
 from .learning.tuning import describe_components
@@ -109,7 +110,6 @@ def finish(
         with attempts.trying("samples.png"):
             answers.draw()
         with attempts.trying("the model card"):
-            dataset = ", ".join(part.reading.source for part in data.train)
             trainer.card = functools.partial(
                 write_model_card,
                 Path(args.output_dir),
@@ -117,9 +117,9 @@ def finish(
                 stage=stage,
                 config=trainer.accelerator.unwrap_model(trainer.model).config,
                 base_models=_base_models(model_args),
-                dataset=dataset,
+                dataset=data.name,
                 components=describe_components(trainer.accelerator.unwrap_model(trainer.model)),
-                settings=_settings(dataset, args),
+                settings=_settings(data.name, args),
                 metrics=losses,
                 exact=answers.exact,
                 samples=answers.shown(),
@@ -247,7 +247,7 @@ def _settings(dataset, args):
         "learning rate": f"{args.learning_rate:g}, {args.lr_scheduler_type.value}",
         "weight decay": args.weight_decay,
         "gradient clipping": args.max_grad_norm,
-        "precision": "bf16" if args.bf16 else "fp16" if args.fp16 else "fp32",
+        "precision": precision_of(args),
         "seed": args.seed,
     }
 

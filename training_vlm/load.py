@@ -5,7 +5,7 @@ What is no model of Duet's, or does not belong together, is known here, before d
 
 import json
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 
 import torch
 from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError, RevisionNotFoundError
@@ -188,10 +188,15 @@ def _load_composed(model_args, dtype):
         attn_implementation=attention,
         trust_remote_code=Path(name).is_dir() or model_args.trust_remote_code,
     )
-    processor = VLMProcessor.from_pretrained(name, revision=model_args.model_revision)
+    return model, saved_processor(model_args)
+
+
+def saved_processor(model_args: ModelArguments) -> VLMProcessor:
+    """The processor of `model`, with another chat template where one is named."""
+    processor = VLMProcessor.from_pretrained(model_args.model, revision=model_args.model_revision)
     if model_args.chat_template is not None:
         processor.set_chat_template(model_args.chat_template)
-    return model, processor
+    return processor
 
 
 def _compose(stage, model_args, data_args, data, dtype):
@@ -201,22 +206,24 @@ def _compose(stage, model_args, data_args, data, dtype):
         tokenizer = tokenizer_from_scratch(stage, data_args, data, text)
         text.pad_token_id, text.bos_token_id = tokenizer.pad_token_id, None
         text.eos_token_id = tokenizer.eos_token_id
-    shared = {
-        "tokenizer": tokenizer,
-        "image_token": model_args.image_token,
-        "vision_kwargs": model_args.backbone_kwargs("vision"),
-        "text_kwargs": model_args.backbone_kwargs("text"),
-    }
+    shared = model_args.joining_kwargs(tokenizer)
     model = VLMForConditionalGeneration.from_backbones(vision, text, dtype=dtype, **model_args.composition(), **shared)
-    processor = VLMProcessor.from_backbones(
-        vision,
-        text,
-        model.config,
-        chat_template=model_args.chat_template,
-        image_mode=model_args.image_mode,
-        **shared,
-    )
-    return model, processor
+    return model, new_processor(model_args, vision, text, model.config, shared)
+
+
+def new_processor(
+    model_args: ModelArguments, vision: Any, text: Any, config: VLMConfig, shared: dict[str, Any]
+) -> VLMProcessor:
+    """
+    The processor of two backbones that are joined.
+
+    Args:
+        vision, text: as the model was given them.
+        config: the model's.
+        shared: `ModelArguments.joining_kwargs`.
+    """
+    template, mode = model_args.chat_template, model_args.image_mode
+    return VLMProcessor.from_backbones(vision, text, config, chat_template=template, image_mode=mode, **shared)
 
 
 def tokenizer_from_scratch(
@@ -278,4 +285,7 @@ def choose_max_length(model: VLMForConditionalGeneration, asked: int | None) -> 
     return chosen
 
 
-__all__ = ["check_composed", "check_fit", "check_model", "choose_max_length", "load_model", "tokenizer_from_scratch"]
+__all__ = [
+    "check_composed", "check_fit", "check_model", "choose_max_length", "load_model", "new_processor",
+    "saved_processor", "tokenizer_from_scratch",
+]  # fmt: skip

@@ -22,7 +22,7 @@ from processing import VLMDataCollator
 from processing.batching.encoding import Encoder
 from processing.data_error_vlm import DuetError, in_a_line
 
-from .arguments import GenerationArguments, VLMTrainingArguments
+from .arguments import GenerationArguments, VLMTrainingArguments, precision_of
 from .learning.checkpoints import discard_unfinished, find_checkpoint, numbered
 from .learning.trainer import VLMTrainer
 from .learning.tuning import describe_components
@@ -138,10 +138,9 @@ def report(stage: Stage, trainer: VLMTrainer, surveys: dict[str, Survey]) -> Non
         print(f"{part.name:<18}{part.parameters:>14,}{part.trained:>14,}   {rate if part.trained else '-'}")
     print(f"\n{report_data(surveys)}")
     batch = args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size
-    precision = "bf16" if args.bf16 else "fp16" if args.fp16 else "fp32"
     print(
         f"{batch} conversations a step ({args.per_device_train_batch_size} x {args.gradient_accumulation_steps} x "
-        f"{args.world_size} processes), {precision}, {args.device}, to {args.output_dir}\n",
+        f"{args.world_size} processes), {precision_of(args)}, {args.device}, to {args.output_dir}\n",
         flush=True,
     )
 

@@ -20,6 +20,7 @@ from processing.data_error_vlm import DuetError
 
 from ..arguments import DataArguments, ModelArguments, VLMTrainingArguments
 from ..data import encode_data, encode_test, joined, load_data
+from ..learning.sampling import order_seed
 from ..run import one_line_errors
 from ..settings import parse_arguments
 from ..stages import STAGES, Stage
@@ -54,11 +55,9 @@ def inspect(
     processor, max_length = load_processor(stage, model_args, data_args, data)
     encoder = stage.encoder(processor, data_args, max_length)
     sees_images = model_args.model is not None or model_args.vision_model is not None
-    seed = training_args.data_seed if training_args.data_seed is not None else training_args.seed
-    items = list(some_items(joined(data.train, data.weights, seed), number))  # not encoded, so that those dropped show
-    samples = read_samples(encoder, items, sees_images, data_args.pad_to_multiple_of)
+    rows = joined(data.train, data.weights, order_seed(training_args))  # not encoded, so that those dropped show
+    samples = read_samples(encoder, list(some_items(rows, number)), sees_images, data_args.pad_to_multiple_of)
 
-    title = ", ".join(part.reading.source for part in data.train)
     lines = [f"Stage {stage.number}, {stage.name}; sequences of at most {max_length:,} positions."]
     if sees_images:
         tokens, tiles = f"{processor.tile_tokens(1, 1):,} of them", processor.max_tiles
@@ -68,7 +67,7 @@ def inspect(
         lines.append(f"An image takes {tokens} and is shown as the model gets it.")
     else:
         lines.append("No vision model is named, so an image is shown as one token, and as it is stored.")
-    print("\n".join([title, *lines, "", write_terminal(samples, _shows_colours())]), flush=True)
+    print("\n".join([data.name, *lines, "", write_terminal(samples, _shows_colours())]), flush=True)
 
     failure = None
     try:
@@ -78,7 +77,7 @@ def inspect(
     except (ValueError, OSError) as error:
         account, failure = f"training would end here: {' '.join(str(error).split())}", error
     if page is not None:
-        page.write_text(write_page(title, lines, samples, account), encoding="utf-8")
+        page.write_text(write_page(data.name, lines, samples, account), encoding="utf-8")
     if failure is not None:
         raise failure
     print(account)

@@ -12,7 +12,14 @@ from processing.data_error_vlm import DuetError
 
 from ..arguments import DataArguments, ModelArguments, backbone_of
 from ..data import Data
-from ..load import check_composed, check_fit, choose_max_length, tokenizer_from_scratch
+from ..load import (
+    check_composed,
+    check_fit,
+    choose_max_length,
+    new_processor,
+    saved_processor,
+    tokenizer_from_scratch,
+)
 from ..stages import Stage
 
 
@@ -33,9 +40,7 @@ def load_processor(
         name, revision = model_args.model, model_args.model_revision
         with trusting(Path(name).is_dir() or model_args.trust_remote_code, revision=revision):
             model = shape_of(VLMForConditionalGeneration, VLMConfig.from_pretrained(name, revision=revision))
-        processor = VLMProcessor.from_pretrained(name, revision=revision)
-        if model_args.chat_template is not None:
-            processor.set_chat_template(model_args.chat_template)
+        processor = saved_processor(model_args)
         check_fit(model, processor)
     elif model_args.text_model is not None:
         model, processor = _compose(stage, model_args, data_args, data)
@@ -56,19 +61,6 @@ def _compose(stage, model_args, data_args, data):
     tokenizer = model_args.tokenizer
     if tokenizer is None and not isinstance(text, str):
         tokenizer = tokenizer_from_scratch(stage, data_args, data, text)
-    shared = {
-        "tokenizer": tokenizer,
-        "image_token": model_args.image_token,
-        "vision_kwargs": model_args.backbone_kwargs("vision"),
-        "text_kwargs": model_args.backbone_kwargs("text"),
-    }
+    shared = model_args.joining_kwargs(tokenizer)
     model = shape_of(VLMForConditionalGeneration, composed_config(vision, text, **shared, **settings))
-    processor = VLMProcessor.from_backbones(
-        vision,
-        text,
-        model.config,
-        chat_template=model_args.chat_template,
-        image_mode=model_args.image_mode,
-        **shared,
-    )
-    return model, processor
+    return model, new_processor(model_args, vision, text, model.config, shared)

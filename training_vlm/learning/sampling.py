@@ -4,10 +4,15 @@ import random
 from collections.abc import Iterator
 
 import torch
-from transformers import TrainerCallback
+from transformers import TrainerCallback, TrainingArguments
 from transformers.trainer_pt_utils import get_length_grouped_indices
 
 from processing.batching.dataset import ConversationDataset, MixedDataset
+
+
+def order_seed(args: TrainingArguments) -> int:
+    """The seed of the order in which samples are learned: `data_seed`, or `seed` where none is given."""
+    return args.seed if args.data_seed is None else args.data_seed
 
 
 class LengthGroupedOrder(torch.utils.data.Sampler):

@@ -39,7 +39,7 @@ from .checkpoints import (
     seal,
 )
 from .guard import Guard
-from .sampling import EpochOfData, LengthGroupedOrder
+from .sampling import EpochOfData, LengthGroupedOrder, order_seed
 
 
 logger = logging.get_logger(__name__)
@@ -267,8 +267,7 @@ class VLMTrainer(Trainer):
         if self.args.train_sampling_strategy != "group_by_length" or not hasattr(dataset, "lengths"):
             return super()._get_train_sampler(train_dataset)
         batch = self.args.train_batch_size * self.args.gradient_accumulation_steps
-        seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
-        return LengthGroupedOrder(dataset, batch, seed)
+        return LengthGroupedOrder(dataset, batch, order_seed(self.args))
 
     def _determine_best_metric(self, metrics, trial):
         # The stock method ends the run where there is no such metric, and an evaluation of nothing has none.
