@@ -527,13 +527,14 @@ class VLMForConditionalGeneration(VLMPreTrainedModel, VLMGenerationMixin):
                 Supervised tokens of the whole optimiser step, by which `Trainer` has the sum divided.
         """
         # Not in the signature, where `Trainer` would take it for a label that every batch has.
-        if self.training and labels is None and num_items_in_batch is not None and "shift_labels" in kwargs:
+        shift_labels = kwargs.pop("shift_labels", None)
+        if self.training and labels is None and num_items_in_batch is not None and shift_labels is not None:
             raise DuetError(
                 "the Trainer keeps the labels from the model, for its own label smoothing or compute_loss_func, and "
                 "that smoothing would hold each token against itself; use Duet's VLMTrainer, or leave out "
                 "label_smoothing_factor (a loop of your own gives labels beside shift_labels)."
             )
-        targets, weights = targets_of(labels, loss_weights, kwargs.pop("shift_labels", None))
+        targets, weights = targets_of(labels, loss_weights, shift_labels)
         if use_cache is None and (self.training or targets is not None):
             use_cache = False  # a cache has no reader in training, and would switch off packed attention masks
         text_config = self.config.text_config
@@ -552,15 +553,15 @@ class VLMForConditionalGeneration(VLMPreTrainedModel, VLMGenerationMixin):
             **kwargs,
         )
         logits = self.lm_head(_keep_positions(outputs.last_hidden_state, logits_to_keep))
-        logits = scale_logits(logits, self.config.text_config)
+        logits = scale_logits(logits, text_config)
 
         aux_loss, loss = None, None
         if outputs.router_logits:
             aux_loss = balance_loss(outputs.router_logits, text_config, attention_mask)
         if targets is not None:
-            targets = _keep_positions(targets.unsqueeze(-1), logits_to_keep).squeeze(-1)
+            targets = _keep_positions(targets, logits_to_keep)
             if weights is not None:
-                weights = _keep_positions(weights.unsqueeze(-1), logits_to_keep).squeeze(-1)
+                weights = _keep_positions(weights, logits_to_keep)
             balance = None if aux_loss is None else text_config.router_aux_loss_coef * aux_loss
             loss = mean_loss(logits, targets, weights, num_items_in_batch, smoothing, balance)
             if self.training and outputs.image_hidden_states is None:
@@ -579,7 +580,7 @@ class VLMForConditionalGeneration(VLMPreTrainedModel, VLMGenerationMixin):
 
 
 def _keep_positions(states: torch.Tensor, keep: int | torch.Tensor) -> torch.Tensor:
-    """`(batch, tokens, dim)` at the positions that `logits_to_keep` names; a bool mask gives `(kept, dim)`."""
+    """`(batch, tokens, ...)` at the positions that `logits_to_keep` names; a bool mask gives `(kept, ...)`."""
     if isinstance(keep, torch.Tensor) and keep.dtype == torch.bool and keep.ndim == 2:
         return states[keep]
     return states[:, slice(-keep, None) if isinstance(keep, int) else keep]
