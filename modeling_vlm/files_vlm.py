@@ -105,4 +105,4 @@ def _wrong_with(file: Path) -> str | None:
     return None
 
 
-__all__ = ["check_files"]
+__all__ = ["TEXT_FILES", "VISION_FILES", "check_files"]
