@@ -92,13 +92,9 @@ class ParquetReader(Parquet):
 
     def _odd_rows(self, why: str, count: int = 1) -> pa.Table:
         schema = self.info.features.arrow_schema
-        arrays = [pa.nulls(count, field.type) for field in schema if field.name != ODD]
         odd = odd_column([json.dumps(why)] * count)
-        return (
-            pa.Table.from_arrays([*arrays, odd], names=[f.name for f in schema if f.name != ODD] + [ODD])
-            .select(schema.names)
-            .cast(schema)
-        )
+        arrays = [odd if field.name == ODD else pa.nulls(count, field.type) for field in schema]
+        return pa.Table.from_arrays(arrays, schema=schema)
 
 
 class ArchiveReader(WebDataset):

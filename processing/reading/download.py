@@ -1,4 +1,4 @@
-"""COCO's captions, fetched: `--download` brings a COCO folder into the layout that `sources.py` reads.
+"""COCO's captions, fetched: `--download` brings a COCO folder into the layout that `coco.py` reads.
 
     ROOT/annotations/captions_train2017.json
     ROOT/train2017/000000000009.jpg ...

@@ -7,7 +7,7 @@ among several, as a row that holds nothing but `ODD`: why it could not be read, 
 
 import codecs
 import zlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from tarfile import TarError
 
 import datasets
@@ -45,12 +45,14 @@ def odd_column(values: list[str | None]) -> pa.Array:
     return pa.ExtensionArray.from_storage(ODD_FEATURE.pa_type, storage)
 
 
-def spared(shard: int, file: str, alone: bool, tables: Iterable[pa.Table], odd) -> Iterator[tuple[Key, pa.Table]]:
+def spared(
+    shard: int, file: str, alone: bool, tables: Iterable[pa.Table], odd: Callable[[str], pa.Table]
+) -> Iterator[tuple[Key, pa.Table]]:
     """The tables of a file with their keys, and a table more for the file, or the rest of it, that cannot be read.
 
     Args:
         alone: there is no other file; one of which nothing can be read is then raised for.
-        odd: a reason -> a table of one row that says it, or `None` where there can be none yet.
+        odd: a reason -> a table of one row that says it.
     """
     number = 0
     try:
@@ -61,9 +63,7 @@ def spared(shard: int, file: str, alone: bool, tables: Iterable[pa.Table], odd) 
         if isinstance(error, UNREACHED) or (alone and not number):
             raise
         what = "the rest of it is not readable" if number else "not readable"
-        table = odd(f"{base_name(file)}: {what} ({reason(error)})")
-        if table is not None:
-            yield Key(shard, number), table
+        yield Key(shard, number), odd(f"{base_name(file)}: {what} ({reason(error)})")
 
 
 def base_name(file: str) -> str:
