@@ -437,6 +437,15 @@ def test_a_saved_dataset_may_name_no_data_outside_of_it(tmp_path):
     assert "which lies outside of it" in one_line(caught)
 
 
+def test_saved_splits_may_be_no_folders_outside(tmp_path):
+    saved(tmp_path / "elsewhere")
+    (tmp_path / "saved").mkdir()
+    (tmp_path / "saved/dataset_dict.json").write_text('{"splits": ["../elsewhere"]}')
+    with pytest.raises(DuetError) as caught:
+        load_rows(tmp_path / "saved")
+    assert "its own settings name ../elsewhere as its data, which lies outside of it" in one_line(caught)
+
+
 # --- several files, and other forms
 
 

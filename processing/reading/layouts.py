@@ -375,12 +375,12 @@ def _choices(row: Row) -> tuple[list[str], bool]:
 @functools.lru_cache(maxsize=64)
 def _lettered(names: tuple[str, ...]) -> list[str]:
     """Columns named A, B, C, ... or choice_a, option_b, ..., of which there are at least two; in order."""
-    found: dict[str, dict[str, str]] = {}
+    lettered: dict[str, dict[str, str]] = {}
     for name in names:
         match = _LETTERED_OPTION.fullmatch(name)
         if match and (match[1] or match[2].isupper()):
-            found.setdefault((match[1] or "").lower(), {})[match[2].upper()] = name
-    for columns in found.values():
+            lettered.setdefault((match[1] or "").lower(), {})[match[2].upper()] = name
+    for columns in lettered.values():
         letters = "".join(sorted(columns))
         if len(letters) > 1 and _LETTERS.startswith(letters):
             return [columns[letter] for letter in letters]
@@ -394,11 +394,11 @@ def _chosen(given: Any, answer: str, column: str, options: list[str], is_positio
     A number is the option's number, from 0. A text is an option's own words, its letter or its number, tried in this
     order where the options are `choices`, the words last where they are `options` or have columns of their own.
     """
-    said = answer.strip()
-    letter = _LETTER.fullmatch(said)
+    text = answer.strip()
+    letter = _LETTER.fullmatch(text)
     by_letter = _LETTERS.index(letter[1].upper()) if letter else None
-    by_number = int(float(said)) if re.fullmatch(r"\d{1,2}(\.0)?", said) else None
-    words = re.sub(r"^\(?[A-Z]\s*[).:]\s+", "", said) if said not in options else said
+    by_number = int(float(text)) if re.fullmatch(r"\d{1,2}(\.0)?", text) else None
+    words = re.sub(r"^\(?[A-Z]\s*[).:]\s+", "", text) if text not in options else text
     by_words = options.index(words) if words in options else None
     if column in _INDEX_COLUMNS or isinstance(given, (int, float)):
         ways = [by_number]
@@ -541,9 +541,9 @@ def is_numbered_image(name: str) -> bool:
 @functools.lru_cache(maxsize=64)
 def _numbered_columns(names: tuple[str, ...]) -> list[str]:
     """Columns named image_1, image_2, ..., else two that are named as a pair; in order."""
-    found = {name: match for name in names if (match := _NUMBERED_IMAGE.fullmatch(name))}
-    if numbered := [name for name, match in found.items() if match[1]]:
-        return sorted(numbered, key=lambda name: int(found[name][1]))
-    worded = {(match[2] or match[3]).lower(): name for name, match in found.items()}
+    matches = {name: match for name in names if (match := _NUMBERED_IMAGE.fullmatch(name))}
+    if numbered := [name for name, match in matches.items() if match[1]]:
+        return sorted(numbered, key=lambda name: int(matches[name][1]))
+    worded = {(match[2] or match[3]).lower(): name for name, match in matches.items()}
     pair = next((pair for pair in _PAIRED_IMAGES if worded.keys() >= {*pair}), ())
     return [worded[word] for word in pair]

@@ -67,16 +67,16 @@ def _message(row: Row, given: Any, kind: str, place: str) -> dict[str, Any]:
         raise malformed(f"role {short(speaker)} in {place}", f"one of {', '.join(_SPEAKERS)}")
     if "loss" in message and "train" not in message:  # as ms-swift says it
         message["train"] = _truth(message.pop("loss"), f"loss of {place}")
-    said: dict[str, Any] = {"role": role, "content": _parts(row, content, place)}
+    read: dict[str, Any] = {"role": role, "content": _parts(row, content, place)}
     if "train" in message:
-        said["train"] = _truth(message.pop("train"), f"train of {place}")
+        read["train"] = _truth(message.pop("train"), f"train of {place}")
     if "weight" in message:
-        weight = said["weight"] = message.pop("weight")
+        weight = read["weight"] = message.pop("weight")
         if isinstance(weight, bool) or not isinstance(weight, (int, float)) or not 0 <= weight <= MAX_WEIGHT:
             raise malformed(found(weight, f"weight of {place}"), f"a number, at least 0 and at most {MAX_WEIGHT:,.0f}")
     for key, value in message.items():
         row.leave(f"a {kind}", key, value, "is left to the chat template" if kind == "message" else "is not read")
-    return {**message, **said} if kind == "message" else said
+    return {**message, **read} if kind == "message" else read
 
 
 def _truth(value: Any, place: str) -> bool:

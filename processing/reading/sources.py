@@ -222,6 +222,7 @@ def _folder_splits(path: Path, name: str | None, streaming: bool) -> Splits:
     if any((path / marker).is_file() for marker in ("dataset_dict.json", "state.json")):  # saved with save_to_disk
         for state in (path / "state.json", *path.glob("*/state.json")):
             _check_own_files(path, _reading(path, partial(_settings, state)))
+        _check_own_files(path, _reading(path, partial(_settings, path / "dataset_dict.json")), "splits")  # folders
         return _reading(path, lambda: _saved_splits(datasets.load_from_disk(str(path))))
     return _built_splits(path, partial(datasets.load_dataset_builder, str(path), name), streaming)
 
