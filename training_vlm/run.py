@@ -92,32 +92,30 @@ def prepare(training_args: VLMTrainingArguments) -> None:
 
 def build_trainer(arguments: Arguments, model, encoder: Encoder, train, evaluation) -> VLMTrainer:
     """The Trainer of a stage; its collator and its data agree on how a conversation is encoded."""
-    _, _, generation_args, training_args = arguments
+    _, data_args, generation_args, training_args = arguments
     settle_generation(model, generation_args)
     if not evaluation:
         evaluation = None
         training_args.eval_strategy = "no"
+    collator = VLMDataCollator(
+        encoder,
+        pad_to_multiple_of=data_args.pad_to_multiple_of,
+        on_bad_sample=data_args.on_bad_sample,
+        account=True,
+    )
     try:
-        return _trainer(arguments, model, encoder, train, evaluation)
+        return VLMTrainer(
+            model=model,
+            args=training_args,
+            processing_class=encoder.processor,
+            data_collator=collator,
+            train_dataset=train,
+            eval_dataset=evaluation,
+        )
+    except DuetError:
+        raise
     except (ValueError, OSError, ImportError) as error:  # such as fsdp in one process, or a Hub that cannot be reached
         raise DuetError(f"the Trainer cannot be made with these settings: {in_a_line(error)}") from error
-
-
-def _trainer(arguments, model, encoder, train, evaluation):
-    _, data_args, _, training_args = arguments
-    return VLMTrainer(
-        model=model,
-        args=training_args,
-        processing_class=encoder.processor,
-        data_collator=VLMDataCollator(
-            encoder,
-            pad_to_multiple_of=data_args.pad_to_multiple_of,
-            on_bad_sample=data_args.on_bad_sample,
-            account=True,
-        ),
-        train_dataset=train,
-        eval_dataset=evaluation,
-    )
 
 
 def settle_generation(model: VLMForConditionalGeneration, generation_args: GenerationArguments) -> None:
