@@ -23,6 +23,7 @@ from processing.data_error_vlm import DuetError, in_a_line
 from processing.reading.conversations import CAPTION_CHOICES
 from processing.reading.items import SPLIT_TURNS
 from processing.reading.layouts import CHOICE_ANSWERS
+from processing.reading.settings import SourceSettings, parse_columns
 
 
 @dataclass
@@ -290,7 +291,7 @@ class DataArguments:
     )
 
     def __post_init__(self):
-        self.columns = _parse_columns(self.columns)
+        self.columns = parse_columns(self.columns)
         for name, choices in (
             ("caption_choice", CAPTION_CHOICES),
             ("choice_answer", CHOICE_ANSWERS),
@@ -312,7 +313,7 @@ class DataArguments:
         """The share of the training rows that is held out where no split is named for the evaluation."""
         return self.eval_share if self.eval_share is not None else 0.0 if self.streaming else 0.01
 
-    def sources(self) -> list["SourceArguments"]:
+    def sources(self) -> list[SourceSettings]:
         """
         The data sets to learn from: those of `datasets`, or the one that `dataset` names.
 
@@ -323,7 +324,7 @@ class DataArguments:
             if self.dataset is None:
                 raise DuetError("no data set is named; add --dataset NAME (a Hub name, a folder, a file, or shapes).")
             return [
-                SourceArguments(
+                SourceSettings(
                     self.dataset, self.dataset_name, self.train_split, self.eval_split, self.dataset_revision,
                     self.image_dir, cast(dict[str, str] | None, self.columns), self.max_samples,
                 )
@@ -340,7 +341,7 @@ class DataArguments:
             raise DuetError(f"datasets have the weights {weights}; expected a positive one for each, or none.")
         return sources
 
-    def test_source(self) -> "SourceArguments | None":
+    def test_source(self) -> SourceSettings | None:
         """
         The data set whose questions are answered after training: `test_dataset`, or a split of the training data's.
 
@@ -354,8 +355,8 @@ class DataArguments:
             return replace(self.sources()[0], split=self.test_split, max_samples=self.max_test_samples)
         return None
 
-    def _source(self, entry: Any, place: str) -> "SourceArguments":
-        known = [f.name for f in fields(SourceArguments)]
+    def _source(self, entry: Any, place: str) -> "SourceSettings":
+        known = [f.name for f in fields(SourceSettings)]
         if not isinstance(entry, dict) or "path" not in entry:
             raise DuetError(f"{place} is {entry!r}; expected {{path: DATA, ...}} in a yaml file.")
         if unknown := [key for key in entry if key not in known]:
@@ -366,7 +367,7 @@ class DataArguments:
             if value is not None and (not isinstance(value, kinds) or isinstance(value, bool)):
                 wanted = " or ".join(kind.__name__ for kind in kinds)
                 raise DuetError(f"{place} has {key}: {value!r}; expected {wanted}.")
-        return SourceArguments(**{**entry, "columns": _parse_columns(entry["columns"])})
+        return SourceSettings(**{**entry, "columns": parse_columns(entry["columns"])})
 
     def encoding_kwargs(self, asks: bool) -> dict[str, Any]:
         """
@@ -389,37 +390,6 @@ class DataArguments:
                 "supervise, supervise_prompt and split_turns are about dialogues; stage 1 learns captions alone."
             )
         return {"truncation": self.truncation}
-
-
-@dataclass
-class SourceArguments:
-    """One data set to learn from; see `DataArguments` for what each means."""
-
-    path: str
-    name: str | None = None
-    split: str | None = None
-    eval_split: str | None = None
-    revision: str | None = None
-    image_dir: str | None = None
-    columns: dict[str, str] | None = None
-    max_samples: int | None = None
-    weight: float | None = None
-
-    def __post_init__(self):
-        if self.max_samples is not None and self.max_samples < 1:
-            raise DuetError(f"max_samples={self.max_samples}: expected 1 or more.")
-
-
-def _parse_columns(columns: Any) -> dict[str, str] | None:
-    if columns is None:
-        return None
-    given = columns
-    if isinstance(columns, str):
-        pairs = (pair.partition("=") for pair in columns.split(","))
-        columns = {name: column if equals else None for name, equals, column in pairs}
-    if not isinstance(columns, dict) or not columns or not all(isinstance(v, str) for v in columns.values()):
-        raise DuetError(f"columns={given!r}: expected what each is called, such as image=photo,caption=text.")
-    return {str(name).strip(): column.strip() for name, column in columns.items()}
 
 
 @dataclass

@@ -14,9 +14,10 @@ from processing.data_error_vlm import DuetError
 from processing.image_files_vlm import ImagePolicy
 from processing.reading.download import download_coco
 from processing.reading.rows import HELD_OUT_ROWS, hold_out, limited
+from processing.reading.settings import SourceSettings
 from processing.reading.sources import open_source, split_names
 
-from .arguments import DataArguments, SourceArguments, VLMTrainingArguments
+from .arguments import DataArguments, VLMTrainingArguments
 from .learning.sampling import order_seed
 from .stages import Stage
 
@@ -118,7 +119,7 @@ def _nothing_held_out(data_args, training_args):
 
 
 def _open(
-    stage: Stage, data_args: DataArguments, source: SourceArguments, split: str | None, limit: int | None
+    stage: Stage, data_args: DataArguments, source: SourceSettings, split: str | None, limit: int | None
 ) -> Opened:
     found = open_source(
         source.path,

@@ -133,6 +133,8 @@ def encode_dialogue(
         try:
             ids, weights = processor.encode_messages(messages, **options)
         except ValueError as error:
+            if not getattr(error, "is_duet_error", False):  # a checkpoint's own processor has a class of its own
+                raise
             raise SampleDropped("the chat template refuses it", f"{place(conversation)}{error}") from error
         _check_weights(conversation, weights)
         return ids, weights, _sizes(processor, ids, counts), notes
