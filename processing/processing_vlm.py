@@ -13,11 +13,8 @@ import re
 from pathlib import Path
 from typing import cast
 
-import transformers
 from PIL import Image
-from tokenizers import processors
 from transformers import (
-    AddedToken,
     AutoTokenizer,
     BatchFeature,
     GenerationConfig,
@@ -29,6 +26,7 @@ from transformers.image_utils import make_flat_list_of_images
 from transformers.processing_utils import MultiModalData
 
 from .data_error_vlm import DuetError
+from .fitting_vlm import load_image_processor, prepare_tokenizer
 from .image_files_vlm import BadImage, ImagePolicy, NamedImage, is_url, load_image
 from .images_vlm import IMAGE_MODES, bounded_size, choose_grid, cut_tiles, fit, to_rgb, trim
 from .messages_vlm import MessageEncoder, all_parts, with_parts
@@ -139,7 +137,7 @@ class VLMProcessor(ProcessorMixin):
             tokenizer = AutoTokenizer.from_pretrained(tokenizer or text, **options)
         else:
             tokenizer = copy.deepcopy(tokenizer)
-        _prepare_tokenizer(tokenizer, image_token)
+        prepare_tokenizer(tokenizer, image_token)
         image_token_id = tokenizer.convert_tokens_to_ids(image_token)
         if image_token_id != model_config.image_token_id:
             raise DuetError(
@@ -149,7 +147,7 @@ class VLMProcessor(ProcessorMixin):
         options = {k: v for k, v in (vision_kwargs or {}).items() if k != "attn_implementation"}
         vision = vision[0] if isinstance(vision, (list, tuple)) else vision
         processor = cls(
-            image_processor=_load_image_processor(vision, model_config, options),
+            image_processor=load_image_processor(vision, model_config, options),
             tokenizer=tokenizer,
             image_token=image_token,
             image_seq_length=model_config.image_seq_length,
@@ -537,83 +535,6 @@ class VLMProcessor(ProcessorMixin):
         generation_config.pad_token_id = self.tokenizer.pad_token_id
         suppressed = {*(generation_config.suppress_tokens or []), self.image_token_id}
         generation_config.suppress_tokens = sorted(suppressed)
-
-
-def _prepare_tokenizer(tokenizer, image_token):
-    """Give a language model's tokenizer an image token, a pad token, and nothing at the end of a prompt."""
-    known = tokenizer.get_vocab().get(image_token)
-    token = tokenizer.added_tokens_decoder.get(known)
-    if known is not None and not (token is not None and token.special):
-        raise DuetError(
-            f"the tokenizer already uses {image_token!r} (id {known}) for something that is no special token; choose "
-            "another image_token."
-        )
-    tokenizer.add_tokens(AddedToken(image_token, special=True, normalized=False), special_tokens=True)
-    if tokenizer.eos_token_id is None:
-        raise DuetError(f"{type(tokenizer).__name__} has no eos token, so a model could not learn to stop; add one.")
-    if tokenizer.pad_token_id is None:
-        tokenizer.pad_token = tokenizer.eos_token  # padding is known from lengths, so the two may share an id
-    plain = tokenizer("a", add_special_tokens=False)["input_ids"]
-    special = tokenizer("a")["input_ids"]
-    start = next(i for i in range(len(special)) if special[i : i + len(plain)] == plain)
-    if len(special) > start + len(plain):
-        names = tokenizer.convert_ids_to_tokens(special[:start])
-        tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
-            single=[f"{name}:0" for name in names] + ["$A:0"], special_tokens=list(zip(names, special[:start]))
-        )
-    tokenizer.model_input_names = ["input_ids", "attention_mask"]
-    tokenizer.padding_side = tokenizer.init_kwargs["padding_side"] = "left"
-
-
-def _load_image_processor(vision, model_config, options):
-    """The encoder's own image processor in its Pillow form, made to give images of the size the encoder takes."""
-    height, width = model_config.image_size
-    size = {"height": height, "width": width}
-    if isinstance(vision, PreTrainedConfig):
-        half = [0.5, 0.5, 0.5]
-        return transformers.ViTImageProcessorPil(size=size, image_mean=half, image_std=half)
-    try:
-        settings, _ = transformers.ImageProcessingMixin.get_image_processor_dict(vision, **options)
-    except (OSError, ValueError) as error:
-        raise DuetError(
-            f"the vision encoder {str(vision)!r} has no image processor that can be read: expected a "
-            f"preprocessor_config.json beside its weights; fetch it. {' '.join(str(error).split())[:200]}"
-        ) from error
-    name = settings.get("image_processor_type") or settings.get("feature_extractor_type", "")
-    name = re.sub("(Fast|Pil)$", "", name.replace("FeatureExtractor", "ImageProcessor")) + "Pil"
-    if hasattr(transformers, name):
-        processor = getattr(transformers, name).from_pretrained(vision, **options)
-    else:  # it has no Pillow form (DINOv3): one that does the same
-        kind = "CLIPImageProcessorPil" if settings.get("do_center_crop") else "ViTImageProcessorPil"
-        processor = _of_settings(kind, settings)
-    if hasattr(processor, "max_num_patches"):  # it cuts patches itself (SigLIP 2), which is left to the model here
-        return _of_settings("ViTImageProcessorPil", {**settings, "size": size})
-    probe = Image.new("RGB", (width + 7, height + 3))
-    for change in ({}, _scaled(processor, height, width), {"size": size}, {"size": size, "crop_size": size}):
-        for key, value in change.items():
-            setattr(processor, key, value)
-        pixels = processor(probe, return_tensors="pt")["pixel_values"]
-        if tuple(pixels.shape[-2:]) == (height, width):
-            return processor
-    raise DuetError(
-        f"the image processor of {str(vision)!r} does not give images of {height}x{width} pixels, the size that the "
-        "vision encoder takes."
-    )
-
-
-def _of_settings(kind, settings):
-    names = ("do_resize", "size", "resample", "do_center_crop", "crop_size", "do_rescale", "rescale_factor")
-    names += ("do_normalize", "image_mean", "image_std")
-    return getattr(transformers, kind)(**{n: settings[n] for n in names if settings.get(n) is not None})
-
-
-def _scaled(processor, height, width):
-    """What has a processor that scales the shorter side and crops the middle do so for another size."""
-    edge, crop = dict(processor.size or {}).get("shortest_edge"), dict(getattr(processor, "crop_size", None) or {})
-    if not edge or not getattr(processor, "do_center_crop", False) or not {"height", "width"} <= crop.keys():
-        return {}
-    scale = max(height / crop["height"], width / crop["width"])
-    return {"size": {"shortest_edge": round(edge * scale)}, "crop_size": {"height": height, "width": width}}
 
 
 def _holds_any(media) -> bool:

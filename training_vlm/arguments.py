@@ -478,7 +478,7 @@ class VLMTrainingArguments(TrainingArguments):
                 f"an option needs the package {package}, which is not installed here; install it (`pip install "
                 f"{package}`), or leave that option out."
             ) from error
-        except (ValueError, ImportError, RuntimeError, OSError, TypeError, NotImplementedError) as error:
+        except (ValueError, ImportError, RuntimeError, OSError, TypeError) as error:
             raise DuetError(f"a training option is refused by transformers: {in_a_line(error, 400)}") from error
         # `pixel_values` runs over images, not conversations, so batches are made whole in every process.
         for name in ("dispatch_batches", "split_batches"):
