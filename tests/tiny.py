@@ -4,6 +4,8 @@ Two pairs stand for all: ViT + GPT-2 (CLS token, pooler, learned positions, tied
 and SigLIP + Llama (no CLS token, composite checkpoint, untied head, a text-only chat template).
 """
 
+import json
+from collections import Counter
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -154,6 +156,10 @@ def unigram_tokenizer(prepend_scheme: str = "always") -> PreTrainedTokenizerFast
     special = ["<unk>", "<s>", "</s>", "<pad>"]
     trainer = trainers.UnigramTrainer(vocab_size=200, special_tokens=special, unk_token="<unk>", show_progress=False)
     tokenizer.train_from_iterator(CORPUS, trainer)
+    # Pieces of one score come in another order each time; with it a model of random weights would say something else.
+    pieces = [(piece, round(score, 6)) for piece, score in json.loads(tokenizer.to_str())["model"]["vocab"]]
+    pieces[len(special) :] = sorted(pieces[len(special) :], key=lambda piece: (-piece[1], piece[0]))
+    tokenizer.model = models.Unigram(pieces, unk_id=special.index("<unk>"))
     tokenizer.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", unk_token="<unk>", pad_token="<pad>"
@@ -162,14 +168,17 @@ def unigram_tokenizer(prepend_scheme: str = "always") -> PreTrainedTokenizerFast
 
 def wordpiece_tokenizer() -> PreTrainedTokenizerFast:
     """Like BERT's: lower-cased WordPiece, special tokens on both sides of every text."""
-    tokenizer = Tokenizer(models.WordPiece(unk_token="[UNK]"))
+    tokenizer = Tokenizer(models.WordPiece())
     tokenizer.normalizer = normalizers.BertNormalizer(lowercase=True)
     tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
     tokenizer.decoder = decoders.WordPiece()
     special = ["[PAD]", "[UNK]", "[CLS]", "[SEP]"]
-    tokenizer.train_from_iterator(
-        CORPUS, trainers.WordPieceTrainer(vocab_size=200, special_tokens=special, show_progress=False)
-    )
+    # The library's trainer breaks ties otherwise each time: words that come often stay whole, others fall into letters.
+    words = Counter(word for text in CORPUS for word in text.lower().split() if word.isalnum())
+    letters = sorted({letter for text in CORPUS for letter in text.lower() if not letter.isspace()})
+    pieces = special + letters + [f"##{letter}" for letter in letters]
+    pieces += [word for word in sorted(words, key=lambda word: (-words[word], word)) if word not in letters]
+    tokenizer.model = models.WordPiece({piece: id for id, piece in enumerate(pieces[:200])}, unk_token="[UNK]")
     tokenizer.post_processor = processors.TemplateProcessing(
         single="[CLS] $A [SEP]", special_tokens=[("[CLS]", 2), ("[SEP]", 3)]
     )
