@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from processing.batching.account import CUT_REASONS, DROP_REASONS, Account, Record
+from processing.batching.account import CUT_REASONS, DROP_REASONS, Account, BatchAccount, Record
 
 
 records = st.builds(
@@ -99,3 +99,18 @@ def test_reasons_are_told_apart(reason):
     account = Account()
     account.add([Record("a", 0, dropped=reason)])
     assert account.report()["total"]["dropped"] == {reason: 1}
+
+
+def test_positions_that_samples_share_are_counted_as_often_as_they_are_run():
+    """So the share of padding is one of what was run; an account of before, which knew of none, goes on."""
+    samples = [Record("a", row, tokens=30, supervised=10) for row in range(3)]
+    account = Account()
+    account.add_batch(BatchAccount(samples, padding=0, positions=45))
+    account.add_batch(BatchAccount(samples[:1], padding=15))
+    again = Account.from_state(json.loads(json.dumps(account.state())))
+    assert again.positions == 45 + 45 and again.report()["total"]["positions"] == 90
+    assert again.report()["total"]["padding share"] == round(15 / 90, 4)
+    assert "45 positions that samples share were run once" in again.table()
+    state = account.state()
+    del state["shared"]
+    assert Account.from_state(state).positions == 4 * 30 + 15

@@ -64,13 +64,30 @@ class Record(NamedTuple):
 @dataclass(frozen=True)
 class BatchAccount:
     """
-    What travels with a batch: a record a sample, and the positions of the batch that are padding.
+    What travels with a batch: a record a sample, and positions of the batch.
 
     No tuple or mapping, so that whatever moves a batch to a device leaves it as it is.
+
+    Args:
+        records: of every sample that the batch was made of, dropped ones too.
+        padding: positions that are padding.
+        positions: all that are run, padding and all; fewer than samples have where they share some. Those of the
+            samples and the padding if not given.
     """
 
     records: list[Record]
     padding: int
+    positions: int | None = None
+
+    @property
+    def tokens(self) -> int:
+        """Positions of the samples, as if each were run on its own."""
+        return sum(record.tokens for record in self.records)
+
+    @property
+    def run(self) -> int:
+        """Positions that are run."""
+        return self.tokens + self.padding if self.positions is None else self.positions
 
 
 class Account:
@@ -80,11 +97,13 @@ class Account:
         self.sources: dict[str, Counter] = {}
         self.lengths: Counter[int] = Counter()
         self.padding = 0
+        self.shared = 0  # positions that are not run, because another sample's are the same
         self.named: dict[tuple[str, str], tuple[str, str]] = {}
 
     def add_batch(self, batch: BatchAccount) -> None:
         """Count a batch."""
         self.add(batch.records, batch.padding)
+        self.shared += batch.tokens + batch.padding - batch.run
 
     def add(self, records: Iterable[Record], padding: int = 0) -> None:
         """Count records, and positions of padding."""
@@ -113,6 +132,7 @@ class Account:
             self.sources.setdefault(source, Counter()).update(counts)
         self.lengths.update(other.lengths)
         self.padding += other.padding
+        self.shared += other.shared
         self.named.update(other.named)
 
     def state(self) -> dict[str, Any]:
@@ -121,6 +141,7 @@ class Account:
             "sources": self.sources,
             "lengths": sorted(self.lengths.items()),
             "padding": self.padding,
+            "shared": self.shared,
             "named": [[*place, *why] for place, why in self.named.items()],
         }
 
@@ -131,6 +152,7 @@ class Account:
         account.sources = {source: Counter(counts) for source, counts in state["sources"].items()}
         account.lengths = Counter(dict(map(tuple, state["lengths"])))
         account.padding = state["padding"]
+        account.shared = state.get("shared", 0)  # nothing was, before it could be
         account.named = {(source, row): (reason, detail) for source, row, reason, detail in state["named"]}
         return account
 
@@ -148,6 +170,11 @@ class Account:
         """The counts of all sources together."""
         return sum(self.sources.values(), Counter())
 
+    @property
+    def positions(self) -> int:
+        """All that were run, padding and all; what samples share once."""
+        return self.total["tokens"] + self.padding - self.shared
+
     def percentiles(self) -> dict[int, int]:
         """Lengths of the samples that were learned from: the smallest that so many percent do not exceed."""
         number, found, seen = self.lengths.total(), {}, 0
@@ -161,7 +188,7 @@ class Account:
     def report(self) -> dict[str, Any]:
         """What `data_report.json` holds."""
         return {
-            "total": {**_counts(self.total), **self._shares()},
+            "total": {**_counts(self.total), "positions": self.positions, **self._shares()},
             "sources": {source: _counts(counts) for source, counts in self.sources.items()},
             "length percentiles": {f"{percent} %": length for percent, length in self.percentiles().items()},
             "dropped samples": [
@@ -174,7 +201,7 @@ class Account:
         total = self.total
         return {
             "supervised share": round(total["supervised"] / max(1, total["tokens"]), 4),
-            "padding share": round(self.padding / max(1, total["tokens"] + self.padding), 4),
+            "padding share": round(self.padding / max(1, self.positions), 4),
         }
 
     def table(self) -> str:
@@ -193,6 +220,7 @@ class Account:
             lines.append(
                 f"\n{shares['supervised share']:.1%} of the tokens are supervised; lengths up to {shown}"
                 + (f"; {shares['padding share']:.1%} of the positions were padding" if self.padding else "")
+                + (f"; {self.shared:,} positions that samples share were run once" if self.shared else "")
             )
         for key in sorted(key for key in total if key.startswith(("dropped: ", "cut: "))):
             lines.append(f"{total[key]:,} {key}{self._example(key)}")
