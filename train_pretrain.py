@@ -20,7 +20,8 @@ from training_vlm.survey import survey_data
 
 @one_line_errors
 def main(argv: list[str] | None = None) -> None:
-    arguments = model_args, data_args, _, training_args = parse_arguments(PRETRAIN, argv)
+    arguments = parse_arguments(PRETRAIN, argv)
+    model_args, data_args, training_args = arguments.model, arguments.data, arguments.training
     prepare(training_args)
     check_model(model_args)
 

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from training_vlm.arguments import DataArguments
+from training_vlm.efficiency import EfficiencyArguments
 
 
 ROOT = Path(__file__).parents[1]
@@ -91,12 +92,12 @@ def test_what_is_imported_is_declared():
     assert imported <= declared | extras, imported - declared
 
 
-def test_every_option_of_the_data_is_explained():
-    docs = (ROOT / "docs" / "data.md").read_text(encoding="utf-8")
-    options = [field.name for field in dataclasses.fields(DataArguments)]
-    assert "columns" in options
+@pytest.mark.parametrize("kind, page", [(DataArguments, "data.md"), (EfficiencyArguments, "speed.md")])
+def test_every_option_of_the_data_and_of_the_savings_is_explained(kind, page):
+    docs = (ROOT / "docs" / page).read_text(encoding="utf-8")
+    options = [field.name for field in dataclasses.fields(kind)]
     unexplained = [name for name in options if not re.search(rf"--{name}\b|`{name}:", docs)]
-    assert not unexplained, "options that docs/data.md says nothing about"
+    assert not unexplained, f"options that docs/{page} says nothing about"
 
 
 def test_the_picture_of_the_house_names_every_file_and_no_other():

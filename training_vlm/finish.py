@@ -88,7 +88,7 @@ def finish(
     Raises:
         SystemExit: something failed.
     """
-    model_args, _, generation_args, args = arguments
+    model_args, generation_args, args = arguments.model, arguments.generation, arguments.training
     assert args.output_dir is not None  # where none is given, the library has a name
     attempts, losses = Attempts(args.output_dir), {"train_loss": result.training_loss}
     with attempts.trying("writing the metrics"):

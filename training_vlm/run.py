@@ -92,8 +92,8 @@ def prepare(training_args: VLMTrainingArguments) -> None:
 
 def build_trainer(arguments: Arguments, model, encoder: Encoder, train, evaluation) -> VLMTrainer:
     """The Trainer of a stage; its collator and its data agree on how a conversation is encoded."""
-    _, data_args, generation_args, training_args = arguments
-    settle_generation(model, generation_args)
+    data_args, training_args = arguments.data, arguments.training
+    settle_generation(model, arguments.generation)
     if not evaluation:
         evaluation = None
         training_args.eval_strategy = "no"

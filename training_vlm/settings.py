@@ -9,7 +9,7 @@ is run.
 import sys
 from dataclasses import fields
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, NamedTuple
 
 import yaml
 from transformers import HfArgumentParser
@@ -17,6 +17,7 @@ from transformers import HfArgumentParser
 from processing.data_error_vlm import DuetError, NotFound
 
 from .arguments import DataArguments, GenerationArguments, ModelArguments, VLMTrainingArguments, suggest
+from .efficiency import EfficiencyArguments
 from .stages import STAGES, Stage
 
 
@@ -25,7 +26,15 @@ _HERE = Path(__file__).resolve().parent
 RECIPES = next(folder for folder in (_HERE / "recipes", _HERE.parent / "recipes") if folder.is_dir())
 DEFAULT_RECIPE = RECIPES / "shapes.yaml"
 
-Arguments = tuple[ModelArguments, DataArguments, GenerationArguments, VLMTrainingArguments]
+
+class Arguments(NamedTuple):
+    """All settings of a run, in five parts."""
+
+    model: ModelArguments
+    data: DataArguments
+    generation: GenerationArguments
+    efficiency: EfficiencyArguments
+    training: VLMTrainingArguments
 
 
 class _Parser(HfArgumentParser):
@@ -48,7 +57,7 @@ def parse_arguments(stage: Stage, argv: list[str] | None = None) -> Arguments:
     """
     argv = list(sys.argv[1:] if argv is None else argv)
     parser = _Parser(
-        (ModelArguments, DataArguments, GenerationArguments, VLMTrainingArguments),  # type: ignore[arg-type]
+        tuple(Arguments.__annotations__.values()),  # type: ignore[arg-type]
         description=f"Stage {stage.number} of {len(STAGES)}. Every setting can stand in a yaml file: --config FILE.",
         allow_abbrev=False,
     )
@@ -67,7 +76,7 @@ def parse_arguments(stage: Stage, argv: list[str] | None = None) -> Arguments:
     if unknown:
         options = [option for action in parser._actions for option in action.option_strings]
         raise DuetError(f"unknown argument {unknown[0]!r}{suggest(unknown[0], options)}; --help lists all.")
-    return cast(Arguments, tuple(arguments))
+    return Arguments(*arguments)
 
 
 # Settings that a yaml file may give as a mapping or a list.

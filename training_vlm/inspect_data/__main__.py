@@ -116,8 +116,8 @@ def main(argv: list[str] | None = None) -> None:
         sys.stdout.reconfigure(errors="replace")  # a text may hold what the terminal cannot show
     logging.disable_progress_bar()
     stage = STAGES[options.stage]
-    model_args, data_args, _, training_args = parse_arguments(stage, [*others, *NO_TRAINING])
-    inspect(stage, model_args, data_args, training_args, options.n, options.html)
+    arguments = parse_arguments(stage, [*others, *NO_TRAINING])
+    inspect(stage, arguments.model, arguments.data, arguments.training, options.n, options.html)
 
 
 if __name__ == "__main__":
