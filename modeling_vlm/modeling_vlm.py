@@ -214,9 +214,19 @@ class VLMModel(VLMPreTrainedModel):
                 block.training = mode
         return self
 
+    def encode_views(self, pixel_values: torch.Tensor, **kwargs) -> tuple[ModelOutput, torch.Tensor]:
+        """The tower's output, and what the projector reads of it: `(views, tokens, width)`."""
+        outputs, hidden_states = self.vision_hidden_states(pixel_values, **kwargs)
+        strategy, prefix = self.config.vision_feature_select_strategy, self.config.num_prefix_tokens
+        return outputs, select_features(hidden_states, strategy, prefix)
+
     @can_return_tuple
     def get_image_features(
-        self, pixel_values: torch.Tensor, image_grids: torch.LongTensor | None = None, **kwargs
+        self,
+        pixel_values: torch.Tensor | None = None,
+        image_grids: torch.LongTensor | None = None,
+        vision_features: torch.Tensor | None = None,
+        **kwargs,
     ) -> BaseModelOutputWithPooling:
         """
         Encode and project images.
@@ -226,22 +236,25 @@ class VLMModel(VLMPreTrainedModel):
                 view of the whole, then its tiles row by row.
             image_grids (`torch.LongTensor` of shape `(images, 2)`, *optional*): rows and columns of each image's tiles,
                 1 and 1 for an image that is not tiled, as they all are if not given.
+            vision_features (`torch.Tensor` of shape `(views, tokens, width)`, *optional*): what `encode_views` gave for
+                the pixels, instead of them; the tower is not run.
 
         Returns:
-            `BaseModelOutputWithPooling`: the vision encoder's output, `pooler_output` being the features in the
-            language model's space: `(images, image_seq_length, hidden)`, or where images may be tiled a list with one
-            `(tokens, hidden)` tensor an image.
+            `BaseModelOutputWithPooling`: the vision encoder's output, where it was run; `pooler_output` being the
+            features in the language model's space: `(images, image_seq_length, hidden)`, or where images may be tiled a
+            list with one `(tokens, hidden)` tensor an image.
 
         Raises:
-            `DuetError`: grids and views disagree.
+            `DuetError`: grids and views disagree, or both pixels and features are given, or neither.
         """
-        outputs, hidden_states = self.vision_hidden_states(pixel_values, **kwargs)
-        features = select_features(
-            hidden_states, self.config.vision_feature_select_strategy, self.config.num_prefix_tokens
-        )
-        views, newline = self.multi_modal_projector(features), self.image_newline
+        if (pixel_values is None) == (vision_features is None):
+            raise DuetError("You must specify exactly one of pixel_values or vision_features")
+        outputs: ModelOutput = BaseModelOutputWithPooling()
+        if vision_features is None:
+            outputs, vision_features = self.encode_views(pixel_values, **kwargs)
+        views, newline = self.multi_modal_projector(vision_features), self.image_newline
         return BaseModelOutputWithPooling(
-            last_hidden_state=outputs.last_hidden_state,
+            last_hidden_state=outputs.get("last_hidden_state"),
             pooler_output=views if newline is None else join_views(views, newline, image_grids),
             hidden_states=outputs.get("hidden_states"),
             attentions=outputs.get("attentions"),
@@ -286,6 +299,7 @@ class VLMModel(VLMPreTrainedModel):
         inputs_embeds: torch.Tensor | None = None,
         image_grids: torch.LongTensor | None = None,
         mm_encoder_outputs: dict[str, BaseModelOutputWithPooling] | None = None,
+        vision_features: torch.Tensor | None = None,
         **kwargs,
     ) -> VLMModelOutputWithPast:
         """
@@ -298,6 +312,8 @@ class VLMModel(VLMPreTrainedModel):
             inputs_embeds (`torch.Tensor` of shape `(batch, tokens, hidden)`): instead of `input_ids`.
             image_grids (`torch.LongTensor` of shape `(images, 2)`): rows and columns of each image's tiles.
             mm_encoder_outputs (`dict`): output of `get_image_features` under `"image"`, instead of `pixel_values`.
+            vision_features (`torch.Tensor` of shape `(views, tokens, width)`): what the projector reads of the images,
+                instead of `pixel_values`; see `encode_views`.
             **kwargs: for the language model, the cache of the tokens before these among them, under the name that the
                 library has for it (`cache`, before transformers 5.24 `past_key_values`).
 
@@ -307,8 +323,11 @@ class VLMModel(VLMPreTrainedModel):
         """
         if (input_ids is None) == (inputs_embeds is None):
             raise DuetError("You must specify exactly one of input_ids or inputs_embeds")
-        if pixel_values is not None and mm_encoder_outputs is not None:
-            raise DuetError("You cannot specify both pixel_values and mm_encoder_outputs at the same time")
+        images = {
+            "pixel_values": pixel_values, "vision_features": vision_features, "mm_encoder_outputs": mm_encoder_outputs
+        }  # fmt: skip
+        if len(given := [name for name, value in images.items() if value is not None]) > 1:
+            raise DuetError(f"You cannot specify both {' and '.join(given)} at the same time")
 
         if inputs_embeds is None:
             inputs_embeds = self.get_input_embeddings()(input_ids)
@@ -316,8 +335,8 @@ class VLMModel(VLMPreTrainedModel):
             self._check_positions(inputs_embeds.shape[1], position_ids, kwargs.get(CACHE))
 
         image_outputs = (mm_encoder_outputs or {}).get("image")
-        if pixel_values is not None:
-            image_outputs = self.get_image_features(pixel_values, image_grids, return_dict=True)
+        if pixel_values is not None or vision_features is not None:
+            image_outputs = self.get_image_features(pixel_values, image_grids, vision_features, return_dict=True)
         image_features = None
         if image_outputs is not None:
             image_features = in_one_row(image_outputs.pooler_output).to(inputs_embeds.device, inputs_embeds.dtype)
@@ -478,10 +497,14 @@ class VLMForConditionalGeneration(VLMPreTrainedModel, VLMGenerationMixin):
         return self.model.get_decoder()
 
     def get_image_features(
-        self, pixel_values: torch.Tensor, image_grids: torch.LongTensor | None = None, **kwargs
+        self,
+        pixel_values: torch.Tensor | None = None,
+        image_grids: torch.LongTensor | None = None,
+        vision_features: torch.Tensor | None = None,
+        **kwargs,
     ) -> BaseModelOutputWithPooling:
         """See `VLMModel.get_image_features`."""
-        return self.model.get_image_features(pixel_values, image_grids, **kwargs)
+        return self.model.get_image_features(pixel_values, image_grids, vision_features, **kwargs)
 
     def _image_parameters(self) -> list[nn.Parameter]:
         """All that only an image reaches."""
@@ -506,6 +529,7 @@ class VLMForConditionalGeneration(VLMPreTrainedModel, VLMGenerationMixin):
         num_items_in_batch: torch.Tensor | int | None = None,
         image_grids: torch.LongTensor | None = None,
         mm_encoder_outputs: dict[str, BaseModelOutputWithPooling] | None = None,
+        vision_features: torch.Tensor | None = None,
         **kwargs,
     ) -> VLMCausalLMOutputWithPast:
         """
@@ -549,6 +573,7 @@ class VLMForConditionalGeneration(VLMPreTrainedModel, VLMGenerationMixin):
             use_cache=use_cache,
             image_grids=image_grids,
             mm_encoder_outputs=mm_encoder_outputs,
+            vision_features=vision_features,
             return_dict=True,
             **kwargs,
         )
