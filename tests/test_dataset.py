@@ -551,7 +551,8 @@ def test_no_weight_overflows_a_loss(processor, encode):
 
 
 def test_only_one_image_of_a_batch_is_in_memory_as_it_is_stored(processor, tmp_path, monkeypatch):
-    Image.new("RGB", (600, 500), "red").save(tmp_path / "large.png")
+    for number in range(8):
+        Image.new("RGB", (600, 500), "red").save(tmp_path / f"large{number}.png")
     opened, most = [], []
 
     def load(reference, size=None):
@@ -560,10 +561,11 @@ def test_only_one_image_of_a_batch_is_in_memory_as_it_is_stored(processor, tmp_p
         most.append(sum(reference() is not None for reference in opened))
         return image
 
-    monkeypatch.setattr("processing.batching.collator.load_image", load)
-    item = {**long_dialogue(2), "images": [str(tmp_path / "large.png")] * 2}
+    monkeypatch.setattr("processing.batching.images.load_image", load)
+    files = [str(tmp_path / f"large{number}.png") for number in range(8)]
+    items = [{**long_dialogue(2), "images": files[number : number + 2]} for number in range(0, 8, 2)]
     for model in (processor, tiny.processor_of("byte-level", "default", max_tiles=4)):
         most.clear()
-        batch = VLMDataCollator(model)([item] * 4)
+        batch = VLMDataCollator(model)(items)
         assert len(most) == 8 and max(most) <= 2  # the last one, and the next that is being opened
         assert len(batch["pixel_values"]) == 8 if model is processor else 8 * 5

@@ -7,17 +7,21 @@ pad token that is also the end token is still learned as the end.
 """
 
 import dataclasses
+from collections.abc import Iterator
 from typing import Any
 
+import numpy as np
 import torch
 from transformers.utils import logging
 
 from ..data_error_vlm import DuetError
-from ..image_files_vlm import BadImage, ImagePolicy, load_image
+from ..image_files_vlm import BadImage, ImagePolicy
 from ..processing_vlm import VLMProcessor
 from ..reading.items import SPLIT_TURNS, Reading, each_answer_last, is_item
 from .account import BAD_SAMPLE_REASONS, DROP_REASONS, BatchAccount, Record
 from .encoding import IGNORE, Encode, Encoder, encode_dialogue, encode_item, place
+from .images import BatchImages, joined, once
+from .packing import Text, pack
 
 
 logger = logging.get_logger(__name__)
@@ -45,15 +49,21 @@ class VLMDataCollator:
             counts it, `"error"` raises.
         split_turns: `"history"` makes each answer of a row or conversation that is not encoded the last of a sample of
             its own (see `each_answer_last`), so that a batch has more samples than it was given rows.
+        padding_free: put all conversations into one row, each seeing only itself; the model has to be Duet's.
+        share_prefix: in that row, run once what conversations begin with (see `packing.py`), such as an image.
         account: add the batch's `BatchAccount` under `"account"`, for `VLMTrainer`, which takes it out again.
 
-    Returns (from a call with a list of such):
+    Returns (from a call with a list of such, or of lists of such):
         `input_ids`, `attention_mask`, `labels`, each `(batch, tokens)`, padded on the right with labels -100;
         `shift_labels` of the same shape, what each position predicts, and `loss_weights`, what that prediction weighs,
         where a message has a weight; and `pixel_values` `(views, channels, height, width)` where the batch has images,
-        with `image_grids` `(images, 2)` where they may be tiled. Conversations that cannot be learned from are left out
-        and counted in `dropped`, in worker processes too; a batch of nothing else is one pad token with label -100, of
-        which the loss is 0.
+        with `image_grids` `(images, 2)` where they may be tiled. With `padding_free` the batch is 1, each image is
+        there once, and `feature_index` `(1, tokens)` says which image feature stands at each position, -1 for a token;
+        `position_ids` `(1, tokens)` and `segments`, a list of `(start, end, parent, text)`, are in the place of
+        `attention_mask`: positions from `start` to `end` see themselves, the segment `parent` and what that sees;
+        `text` is the number of the conversation that ends there.
+        Conversations that cannot be learned from are left out and counted in `dropped`, in worker processes too; a
+        batch of nothing else is one pad token with label -100, of which the loss is 0.
 
     Raises:
         DuetError: with `on_bad_sample="error"`, a row or an image that cannot be read, by name; or rows of nothing.
@@ -68,13 +78,18 @@ class VLMDataCollator:
         on_bad_sample: str = "skip",
         account: bool = False,
         split_turns: str = "none",
+        padding_free: bool = False,
+        share_prefix: bool = False,
     ):
         for name, value, choices in (
             ("on_bad_sample", on_bad_sample, ON_BAD_SAMPLE), ("split_turns", split_turns, SPLIT_TURNS)
         ):  # fmt: skip
             if value not in choices:
                 raise DuetError(f"{name}={value!r}: expected one of {', '.join(choices)}.")
+        if share_prefix and not padding_free:
+            raise DuetError("share_prefix=True: texts share a beginning in one row; add padding_free=True.")
         self.split_turns = split_turns
+        self.padding_free, self.share_prefix = padding_free, share_prefix
         self.encoder = processor if isinstance(processor, Encoder) else Encoder(processor, encode, max_length)
         self.processor = self.encoder.processor
         self.pad_to_multiple_of = pad_to_multiple_of
@@ -96,15 +111,15 @@ class VLMDataCollator:
         counts = self._dropped.sum(0).tolist()
         return {reason: count for reason, count in zip(DROP_REASONS, counts) if count}
 
-    def __call__(self, rows: list[dict[str, Any]]) -> dict[str, Any]:
+    def __call__(self, rows: list[dict[str, Any] | list[dict[str, Any]]]) -> dict[str, Any]:
         if self._is_skipped():
             return {}
-        items, records = [], []
-        read = self._read(rows)
+        items, records, images = [], [], BatchImages(self.processor)
+        read = self._read(row for part in rows for row in (part if isinstance(part, list) else [part]))
         if self.split_turns != "none":
             read = (part for item in read for part in ([item] if "input_ids" in item else each_answer_last(item)))
         for conversation in read:
-            item, record = self._opened(conversation)
+            item, record = self._opened(conversation, images)
             records.append(record)
             if not self.account:
                 self._warn(record)
@@ -112,16 +127,9 @@ class VLMDataCollator:
                 self._count(record)
             else:
                 items.append(item)
-        batch: dict[str, Any] = self._padded(items)
-        batch["shift_labels"] = _of_next(batch["labels"], IGNORE)
-        if any(item.get("weights") for item in items):
-            batch["loss_weights"] = _of_next(self._weights(items, batch["labels"]), 0)
-        views = [view for item in items for view in item["views"]]
-        for name in views[0] if views else ():
-            batch[name] = torch.cat([view[name] for view in views])
+        batch, padding = self._batch(items)
         if self.account:
-            padding = batch["labels"].numel() - sum(record.tokens for record in records)
-            batch["account"] = BatchAccount(records, padding)
+            batch["account"] = BatchAccount(records, padding, batch["labels"].numel())
         return batch
 
     def _read(self, rows):
@@ -151,69 +159,74 @@ class VLMDataCollator:
                 self._said.add(kind)
                 logger.warning(line)
 
-    def _opened(self, item) -> tuple[dict[str, Any] | None, Record]:
+    def _opened(self, item, images: BatchImages) -> tuple[dict[str, Any] | None, Record]:
         """An item with ids and what is seen of its images, or `None`; and its record."""
         # The ids of tiled images follow from their sizes, so each is opened (and fetched) before, once.
         seen = None
         try:
             if self.processor.max_tiles > 1:
-                seen = self._seen(item)
-            encoded, record = encode_item({**item, **(seen or {})}, self.encoder)
-            opened = None if encoded is None else {**encoded, **(seen or self._seen(encoded))}
+                seen = [images[reference] for reference in item.get("images") or ()]
+                item = {**item, "image_counts": [image.tokens for image in seen]}
+            encoded, record = encode_item(item, self.encoder)
+            if encoded is not None and seen is None:
+                seen = [images[reference] for reference in encoded["images"]]
         except BadImage as error:
             line = f"{place(item)}{error}"
             if self.on_bad_sample == "error":
                 raise type(error)(line, error.reason) from error
             return None, Record(item.get("source") or "", item.get("row"), error.reason, line)
-        if opened is None and self.on_bad_sample == "error" and record.dropped in BAD_SAMPLE_REASONS:
+        if encoded is None and self.on_bad_sample == "error" and record.dropped in BAD_SAMPLE_REASONS:
             raise DuetError(record.detail)
-        return opened, record
+        return None if encoded is None else {**encoded, "seen": seen}, record
 
-    def _seen(self, item):
-        """What the encoder sees of an item's images, one by one: only one is in memory as large as it is stored."""
-        views, counts = [], []
-        for reference in item.get("images") or ():
-            image = load_image(reference, size=self._image_size)
-            counts.append(self.processor.image_tokens(image.height, image.width))
-            views.append(self.processor.process_images([image]))
-        return {"views": views, "image_counts": counts}
+    def _batch(self, items: list[dict[str, Any]]) -> tuple[dict[str, Any], int]:
+        """The tensors of items, and how many positions are padding."""
+        shown = [image for item in items for image in item["seen"]]
+        images, begins = once(shown)
+        features = iter(begins)
+        texts = [self._text(item, features) for item in items]
+        batch, weights, index, padding = (self._packed if self.padding_free else self._padded)(texts)
+        batch["shift_labels"] = _of_next(batch["labels"], IGNORE)
+        if any(item.get("weights") for item in items):
+            batch["loss_weights"] = _of_next(weights, 0)
+        if images and self.padding_free:
+            batch["feature_index"] = index
+        return {**batch, **joined(images if self.padding_free else shown)}, padding
 
-    @property
-    def _image_size(self):
-        """The least height and width that the image processor needs, so that large files are decoded no larger."""
-        if self.processor.max_tiles > 1:  # the grid follows from the size that the file has
-            return None
-        size = dict(getattr(self.processor.image_processor, "size", None) or {})
-        sides = size.get("height", size.get("shortest_edge")), size.get("width", size.get("shortest_edge"))
-        return sides if None not in sides else None
+    def _text(self, item: dict[str, Any], begins: Iterator[int]) -> Text:
+        """An item, expanded."""
+        seen, rows = item["seen"], [item["labels"]]
+        if item.get("weights"):
+            rows.append(item["weights"])
+        ids, labels, *weights = self.processor.expand_images(
+            item["input_ids"], *rows, counts=[image.tokens for image in seen]
+        )
+        ids, labels = np.array(ids), np.array(labels)
+        features = np.full(len(ids), -1)
+        features[ids == self.processor.image_token_id] = [
+            next_one + place for image, next_one in zip(seen, begins) for place in range(image.tokens)
+        ]
+        return Text(ids, labels, np.array(*weights or [labels != IGNORE], dtype=np.float32), features)
 
-    def _padded(self, items) -> dict[str, torch.Tensor]:
-        pad = self.processor.tokenizer.pad_token_id
-        rows = [self._expanded(item, item["input_ids"], item["labels"]) for item in items] or [([pad], [IGNORE])]
-        length = max(len(ids) for ids, _ in rows)
-        if self.pad_to_multiple_of:
-            length = -(-length // self.pad_to_multiple_of) * self.pad_to_multiple_of
-        batch = {
-            "input_ids": torch.full((len(rows), length), pad),
-            "attention_mask": torch.zeros(len(rows), length, dtype=torch.long),
-            "labels": torch.full((len(rows), length), IGNORE),
-        }
-        for index, (ids, labels) in enumerate(rows):
-            batch["input_ids"][index, : len(ids)] = torch.tensor(ids)
-            batch["attention_mask"][index, : len(ids)] = 1
-            batch["labels"][index, : len(ids)] = torch.tensor(labels)
-        return batch
+    def _packed(self, texts: list[Text]):
+        row = pack(texts, self.share_prefix, self.processor.tokenizer.pad_token_id, self.pad_to_multiple_of or 1)
+        ids, labels, weights, index, positions = (torch.from_numpy(array)[None] for array in row[:5])
+        batch = {"input_ids": ids, "labels": labels, "position_ids": positions, "segments": row.segments}
+        return batch, weights, index, row.padding
 
-    def _weights(self, items, labels) -> torch.Tensor:
-        loss_weights = (labels != IGNORE).float()
-        for index, item in enumerate(items):
-            if item.get("weights"):
-                _, weights = self._expanded(item, item["input_ids"], item["weights"])
-                loss_weights[index, : len(weights)] = torch.tensor(weights)
-        return loss_weights
-
-    def _expanded(self, item, *rows):
-        return self.processor.expand_images(*rows, counts=item["image_counts"])
+    def _padded(self, texts: list[Text]):
+        length, multiple = max([len(text.ids) for text in texts] or [1]), self.pad_to_multiple_of or 1
+        shape = max(1, len(texts)), -(-length // multiple) * multiple
+        ids = torch.full(shape, self.processor.tokenizer.pad_token_id)
+        labels, index = torch.full(shape, IGNORE), torch.full(shape, -1)
+        weights, attention = torch.zeros(shape), torch.zeros(shape, dtype=torch.long)
+        attention[0, 0] = 1  # also of a batch of nothing
+        for row, text in enumerate(texts):
+            for tensor, values in zip((ids, labels, weights, index), text):
+                tensor[row, : len(values)] = torch.from_numpy(values)
+            attention[row, : len(text.ids)] = 1
+        batch = {"input_ids": ids, "attention_mask": attention, "labels": labels}
+        return batch, weights, index, ids.numel() - sum(len(text.ids) for text in texts)
 
     def _count(self, record):
         worker = torch.utils.data.get_worker_info()
