@@ -8,12 +8,18 @@ The file travels with every checkpoint.
 import torch
 from transformers import GenerationConfig, GenerationMixin
 
+from .attention_vlm import attend_as_chosen
 from .backbones_vlm import CACHE
 from .views_vlm import in_one_row, views_of
 
 
 class VLMGenerationMixin(GenerationMixin):
     """The library's generation for a composed model, whose images are flat over the batch."""
+
+    def generate(self, *args, **kwargs):
+        """See `GenerationMixin.generate`; after training on rows of many texts, with the attention that was chosen."""
+        attend_as_chosen(self.model.language_model)
+        return super().generate(*args, **kwargs)
 
     def _expand_inputs_for_generation(self, expand_size=1, is_encoder_decoder=False, input_ids=None, **kwargs):
         pixel_values, grids = kwargs.get("pixel_values"), kwargs.get("image_grids")

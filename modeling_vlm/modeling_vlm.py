@@ -6,21 +6,18 @@
 checkpoint, so it imports torch and transformers only.
 """
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from contextlib import nullcontext
 
 import torch
 from torch import nn
 from transformers import AutoModel, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 from transformers import initialization as init
-from transformers.modeling_outputs import (
-    BaseModelOutputWithPast,
-    BaseModelOutputWithPooling,
-    CausalLMOutputWithPast,
-    ModelOutput,
-)
+from transformers.modeling_outputs import BaseModelOutputWithPooling, ModelOutput
 from transformers.utils import can_return_tuple, logging, torch_compilable_check
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
+from .attention_vlm import Segment, attending, row_of
 from .backbones_vlm import CACHE, BackboneKwargs, learned_positions, leave_out_image_parts, scale_logits
 from .compose_vlm import check_room, compose, count_visual_tokens, fit_vision_tower
 from .configuration_vlm import VLMConfig
@@ -28,6 +25,7 @@ from .generation_vlm import VLMGenerationMixin, savable
 from .loading_vlm import take_saved_weights
 from .loss_vlm import balance_loss, mean_loss, targets_of, zero_of
 from .model_error_vlm import DuetError
+from .outputs_vlm import VLMCausalLMOutputWithPast, VLMModelOutputWithPast
 from .own_projector_vlm import trusting
 from .projector_vlm import Resampler, build_projector, select_features
 from .views_vlm import in_one_row, join_views
@@ -35,49 +33,6 @@ from .vision_vlm import VLMVisionPair, build_vision_tower, forward_names, leave_
 
 
 logger = logging.get_logger(__name__)
-
-
-@dataclass
-class VLMModelOutputWithPast(BaseModelOutputWithPast):
-    """
-    Output of `VLMModel`.
-
-    Args:
-        image_hidden_states (`torch.Tensor` of shape `(image tokens, hidden)`, *optional*):
-            The projected image features in the order in which they were put into the sequence.
-        image_outputs (`BaseModelOutputWithPooling`, *optional*): output of `get_image_features`.
-        router_logits (`tuple(torch.Tensor)`, *optional*): those of each layer of a mixture of experts, where asked for.
-    """
-
-    image_hidden_states: torch.Tensor | None = None
-    image_outputs: BaseModelOutputWithPooling | None = None
-    router_logits: tuple[torch.Tensor, ...] | None = None
-
-
-@dataclass
-class VLMCausalLMOutputWithPast(CausalLMOutputWithPast):
-    """
-    Output of `VLMForConditionalGeneration`.
-
-    Args:
-        loss (`torch.Tensor`, *optional*, returned when `labels` is given):
-            Next-token loss, the mean over the supervised tokens.
-        logits (`torch.Tensor` of shape `(batch, tokens, vocab)`, or `(kept, vocab)` for a mask in `logits_to_keep`):
-            Scores of every vocabulary entry before the softmax.
-        cache (`Cache`, *optional*): keys and values of the language model (before transformers 5.24 `past_key_values`).
-        hidden_states (`tuple(torch.Tensor)`, *optional*): the language model's, each `(batch, tokens, hidden)`.
-        attentions (`tuple(torch.Tensor)`, *optional*): the language model's.
-        image_hidden_states (`torch.Tensor` of shape `(image tokens, hidden)`, *optional*):
-            The projected image features.
-        image_outputs (`BaseModelOutputWithPooling`, *optional*): output of `get_image_features`.
-        aux_loss (`torch.Tensor`, *optional*): the load balancing loss of a mixture of experts, in `loss` by its weight.
-        router_logits (`tuple(torch.Tensor)`, *optional*): those of each layer of a mixture of experts.
-    """
-
-    image_hidden_states: torch.Tensor | None = None
-    image_outputs: BaseModelOutputWithPooling | None = None
-    aux_loss: torch.Tensor | None = None
-    router_logits: tuple[torch.Tensor, ...] | None = None
 
 
 class VLMPreTrainedModel(PreTrainedModel):
@@ -300,6 +255,8 @@ class VLMModel(VLMPreTrainedModel):
         image_grids: torch.LongTensor | None = None,
         mm_encoder_outputs: dict[str, BaseModelOutputWithPooling] | None = None,
         vision_features: torch.Tensor | None = None,
+        feature_index: torch.LongTensor | None = None,
+        segments: Sequence[Segment] | None = None,
         **kwargs,
     ) -> VLMModelOutputWithPast:
         """
@@ -314,12 +271,18 @@ class VLMModel(VLMPreTrainedModel):
             mm_encoder_outputs (`dict`): output of `get_image_features` under `"image"`, instead of `pixel_values`.
             vision_features (`torch.Tensor` of shape `(views, tokens, width)`): what the projector reads of the images,
                 instead of `pixel_values`; see `encode_views`.
+            feature_index (`torch.LongTensor` of shape `(batch, tokens)`): which feature of the batch stands at each
+                position, -1 where a token does; where features do not stand in the order of their tokens, each once.
+            segments (`list` of `(start, end, parent, text)`): of one row of many texts, who sees whom: positions
+                [start, end) see those of the segment numbered `parent`, of its parent and so on, and themselves.
+                Positions in the language model go on after the parent's. See `attention_vlm`.
             **kwargs: for the language model, the cache of the tokens before these among them, under the name that the
                 library has for it (`cache`, before transformers 5.24 `past_key_values`).
 
         Raises:
             `ValueError`: image tokens and features disagree, in training also where no image is given at all.
-            `DuetError`: the sequence is longer than learned positions reach, or something is given twice or not at all.
+            `DuetError`: the sequence is longer than learned positions reach, something is given twice or not at all, or
+                segments come with several rows, a mask or a cache.
         """
         if (input_ids is None) == (inputs_embeds is None):
             raise DuetError("You must specify exactly one of input_ids or inputs_embeds")
@@ -331,8 +294,15 @@ class VLMModel(VLMPreTrainedModel):
 
         if inputs_embeds is None:
             inputs_embeds = self.get_input_embeddings()(input_ids)
+        row = None
+        if segments is not None:
+            cache, attentions = kwargs.get("use_cache") or kwargs.get(CACHE), kwargs.get("output_attentions")
+            beside = {"attention_mask": attention_mask, "a cache": cache, "attentions": attentions}
+            row = row_of(segments, inputs_embeds, beside)
+            kwargs["use_cache"] = False
         if self.max_positions is not None:
-            self._check_positions(inputs_embeds.shape[1], position_ids, kwargs.get(CACHE))
+            longest = inputs_embeds.shape[1] if row is None else row.longest
+            self._check_positions(longest, position_ids if row is None else None, kwargs.get(CACHE))
 
         image_outputs = (mm_encoder_outputs or {}).get("image")
         if pixel_values is not None or vision_features is not None:
@@ -340,19 +310,29 @@ class VLMModel(VLMPreTrainedModel):
         image_features = None
         if image_outputs is not None:
             image_features = in_one_row(image_outputs.pooler_output).to(inputs_embeds.device, inputs_embeds.dtype)
+        if feature_index is not None:
+            inputs_embeds = self._place(input_ids, inputs_embeds, image_features, feature_index)
+        elif image_features is not None:
             mask = self.get_placeholder_mask(input_ids, inputs_embeds, image_features)
             inputs_embeds = inputs_embeds.masked_scatter(mask, image_features)
         elif input_ids is not None and self.training:
             # Not in evaluation, where a model that assists another is given the ids of a prompt without its images.
             self.get_placeholder_mask(input_ids, inputs_embeds, inputs_embeds.new_empty(0))
 
-        outputs = self.language_model(
-            inputs_embeds=inputs_embeds,
-            attention_mask=attention_mask,
-            position_ids=position_ids,
-            return_dict=True,
-            **kwargs,
-        )
+        if row is not None and position_ids is None:
+            position_ids = row.position.unsqueeze(0)
+        with (
+            nullcontext(attention_mask)
+            if row is None
+            else attending(self.language_model, row, inputs_embeds.dtype) as mask
+        ):
+            outputs = self.language_model(
+                inputs_embeds=inputs_embeds,
+                attention_mask=mask,
+                position_ids=position_ids,
+                return_dict=True,
+                **kwargs,
+            )
         return VLMModelOutputWithPast(
             last_hidden_state=outputs.last_hidden_state,
             hidden_states=outputs.get("hidden_states"),
@@ -362,6 +342,22 @@ class VLMModel(VLMPreTrainedModel):
             router_logits=getattr(outputs, "router_logits", None),
             **{CACHE: outputs.get(CACHE)},
         )
+
+    def _place(self, input_ids, inputs_embeds, image_features, feature_index):
+        """Embeddings with the feature that the index names at each position."""
+        placed, count = feature_index >= 0, 0 if image_features is None else len(image_features)
+        wrong = (placed != self.image_positions(input_ids, inputs_embeds)) | (feature_index >= count)
+        torch_compilable_check(
+            ~wrong.any(),
+            lambda: (
+                f"feature_index and the batch do not match: {int(wrong.sum())} positions have an image token and no "
+                f"feature, a feature and no image token, or a feature that is none of the {count} of the batch."
+            ),
+        )
+        if not count:
+            return inputs_embeds
+        features = image_features[feature_index.clamp(min=0)]
+        return torch.where(placed.unsqueeze(-1), features, inputs_embeds)
 
     def _check_positions(self, tokens, position_ids, cache):
         past = cache.get_seq_length() if cache is not None else 0
@@ -530,6 +526,8 @@ class VLMForConditionalGeneration(VLMPreTrainedModel, VLMGenerationMixin):
         image_grids: torch.LongTensor | None = None,
         mm_encoder_outputs: dict[str, BaseModelOutputWithPooling] | None = None,
         vision_features: torch.Tensor | None = None,
+        feature_index: torch.LongTensor | None = None,
+        segments: Sequence[Segment] | None = None,
         **kwargs,
     ) -> VLMCausalLMOutputWithPast:
         """
@@ -574,6 +572,8 @@ class VLMForConditionalGeneration(VLMPreTrainedModel, VLMGenerationMixin):
             image_grids=image_grids,
             mm_encoder_outputs=mm_encoder_outputs,
             vision_features=vision_features,
+            feature_index=feature_index,
+            segments=segments,
             return_dict=True,
             **kwargs,
         )

@@ -1,0 +1,363 @@
+"""Attention by segment: a row of many texts, each of which sees the prefix that it shares and itself, in any model.
+
+A segment is a run of positions and the segments before it whose keys it sees too. The attention that was chosen for the
+language model stays the inner function, with its scaling, soft caps and sinks. Around it a layer's mask is an object
+made where the library asks for that mask, so windows are those of the model, and a layer that is run again for its
+gradients has the same. It names the calls that the row takes: short texts share one with a small mask, a long one has
+its own, and what stands alone needs no mask. Flash attention takes the row in one call of variable lengths, flex
+attention a block mask; a model with attention of its own is given one dense mask. The file travels with every
+checkpoint.
+"""
+
+import contextlib
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextvars import ContextVar
+
+import torch
+from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
+
+from .model_error_vlm import DuetError
+
+
+Segment = tuple[int, int, int, int]
+"""`(start, end, parent, text)`: positions [start, end) of the row; they see those of the segment numbered `parent` (-1:
+of none), of its parent and so on, and themselves. `text` is the conversation that ends there; -1 for a prefix."""
+
+BY_SEGMENT = f"{__name__}."
+"""Before the name of an attention. Of this copy of the file: a checkpoint's own copy registers its own."""
+
+CALL = {"cpu": 4096}
+"""How many scores cost as much as another call of the inner attention."""
+
+CALL_ELSEWHERE = 1_000_000
+
+
+class Row:
+    """
+    The segments of a row.
+
+    Args:
+        segments: in the order of the row, without gaps; a parent stands before those that see it.
+        tokens: length of the row.
+        device: where masks are made.
+
+    Raises:
+        `DuetError`: they do not cover the row, or a parent is no earlier segment.
+    """
+
+    def __init__(self, segments: Sequence[Segment], tokens: int, device: torch.device):
+        self.segments, self.tokens, self.device = segments, tokens, device
+        self.asked = False  # whether the language model asked for a mask
+        self.ancestors: list[list[int]] = []
+        self.first: list[int] = []  # position of each segment's first token in its text
+        end = 0
+        for number, (start, stop, parent, _) in enumerate(segments):
+            if start != end or stop <= start or not -1 <= parent < number:
+                raise DuetError(
+                    f"segment {number} of the row is {(start, stop, parent)}; segments cover the row one behind the "
+                    "other, (start, end, parent), and a parent is an earlier segment's number or -1."
+                )
+            end = stop
+            above = [] if parent < 0 else [*self.ancestors[parent], parent]
+            self.ancestors.append(above)
+            self.first.append(sum(segments[one][1] - segments[one][0] for one in above))
+        if end != tokens:
+            raise DuetError(f"the segments cover {end} positions and the row has {tokens}; cover the whole row.")
+        self.lengths = [stop - start for start, stop, _, _ in segments]
+        self.longest = max(first + length for first, length in zip(self.first, self.lengths))
+        number_of = [number for number, length in enumerate(self.lengths) for _ in range(length)]
+        position = [first + i for first, length in zip(self.first, self.lengths) for i in range(length)]
+        self.number_of, self.position = torch.tensor([number_of, position], device=device)
+        related = torch.eye(len(segments), dtype=torch.bool)
+        for number, above in enumerate(self.ancestors):
+            related[number, above] = True
+        self.related = related.to(device)
+
+    def readers(self) -> torch.Tensor:
+        """How many texts see each position, `(1, tokens)`: what a position counts among those of separate rows."""
+        readers = [int(text >= 0) for _, _, _, text in self.segments]
+        for number in reversed(range(len(readers))):
+            if (parent := self.segments[number][2]) >= 0:
+                readers[parent] += readers[number]
+        return torch.tensor(readers, device=self.device)[self.number_of].unsqueeze(0)
+
+    def sees(self, mask_function: Callable, queries: torch.Tensor, keys: torch.Tensor) -> torch.Tensor:
+        """
+        Whether queries see keys, as `mask_function` would have it were each text a row of its own.
+
+        Args:
+            queries, keys: positions in the row, of shapes that broadcast.
+        """
+        none = torch.zeros_like(queries)
+        seen = mask_function(none, none, self.position[queries], self.position[keys])
+        return seen & self.related[self.number_of[queries], self.number_of[keys]]
+
+    def calls(self) -> list[tuple[int, int, list[int]]]:
+        """
+        Runs of segments that take one call each: first and behind the last of them, and segments before that they see.
+
+        A segment joins the run before it where the scores computed in vain cost less than another call.
+        """
+        worth = CALL.get(self.device.type, CALL_ELSEWHERE)
+        calls: list[tuple[int, int, list[int]]] = []
+        for number in range(len(self.segments)):
+            alone = (number, number + 1, self.ancestors[number])
+            if calls:
+                first, _, seen = calls[-1]
+                others = {one for one in self.ancestors[number] if one < first}
+                joined = (first, number + 1, sorted(others.union(seen)))
+                if self._scores(joined) - self._scores(calls[-1]) - self._scores(alone) <= worth:
+                    calls[-1] = joined
+                    continue
+            calls.append(alone)
+        return calls
+
+    def _scores(self, call):
+        first, behind, seen = call
+        queries = sum(self.lengths[first:behind])
+        scores = queries * (queries + sum(self.lengths[one] for one in seen))
+        return scores / 2 if behind - first == 1 and not seen else scores
+
+
+def row_of(segments: Sequence[Segment], inputs_embeds: torch.Tensor, beside: dict[str, object]) -> Row:
+    """
+    The row of segments that a model is given as embeddings, `(1, tokens, hidden)`.
+
+    Args:
+        beside: what cannot be given beside segments, by name; `None` or `False` where it is not.
+
+    Raises:
+        `DuetError`: something of that is given, there are several rows, or the segments are none; see `Row`.
+    """
+    if len(inputs_embeds) != 1:
+        raise DuetError(f"segments are those of one row, and the batch has {len(inputs_embeds)}; give one row.")
+    for name, given in beside.items():
+        if given is not None and given is not False:
+            raise DuetError(f"segments say who sees whom, and {name} cannot be given beside them; leave it out.")
+    return Row(segments, inputs_embeds.shape[1], inputs_embeds.device)
+
+
+class SegmentMask:
+    """
+    What layers are given as their mask: the calls that they make of the inner attention.
+
+    Args:
+        row: the segments.
+        mask_function: the library's, by positions in a text; `None` where each sees all before it.
+        additive: whether masks are added to scores, as the eager functions do.
+        dtype: of an additive mask.
+    """
+
+    def __init__(self, row: Row, mask_function: Callable | None, additive: bool, dtype: torch.dtype):
+        self.tokens = row.tokens
+        self.query_sizes, self.calls = [], []
+        calls = row.calls()
+        cuts = {0, row.tokens}
+        ranges = []
+        for first, behind, seen in calls:
+            # Neighbours are one range, so that few pieces are put together.
+            spans: list[list[int]] = []
+            for start, stop in [*(row.segments[one][:2] for one in seen), *(s[:2] for s in row.segments[first:behind])]:
+                if spans and spans[-1][1] == start:
+                    spans[-1][1] = stop
+                else:
+                    spans.append([start, stop])
+            ranges.append(spans)
+            cuts.update(cut for span in spans for cut in span)
+        edges = sorted(cuts)
+        piece_at = {edge: number for number, edge in enumerate(edges)}
+        self.key_sizes = [after - before for before, after in zip(edges, edges[1:])]
+        positions = torch.arange(row.tokens, device=row.device)
+        for (first, behind, seen), spans in zip(calls, ranges):
+            start, stop = row.segments[first][0], row.segments[behind - 1][1]
+            mask = None
+            if mask_function is not None or behind - first > 1 or seen or additive:
+                keys = torch.cat([positions[begin:end] for begin, end in spans])
+                mask = row.sees(
+                    mask_function or causal, positions[None, None, start:stop, None], keys[None, None, None]
+                )
+                if additive:
+                    mask = added(mask, dtype)
+            self.query_sizes.append(stop - start)
+            pieces = [piece for begin, end in spans for piece in range(piece_at[begin], piece_at[end])]
+            self.calls.append((pieces, mask))
+
+    def attend(self, inner, module, query, key, value, **kwargs) -> tuple[torch.Tensor, None]:
+        """What the inner attention gives for the row, `(1, tokens, heads, width)`."""
+        kwargs.pop("is_causal", None)
+        # Cut once: a slice's gradient would be as large as the row.
+        keys, values = key.split(self.key_sizes, 2), value.split(self.key_sizes, 2)
+        outputs = []
+        for part, (pieces, mask) in zip(query.split(self.query_sizes, 2), self.calls):
+            own_keys, own_values = (
+                whole[pieces[0]] if len(pieces) == 1 else torch.cat([whole[piece] for piece in pieces], 2)
+                for whole in (keys, values)
+            )
+            outputs.append(inner(module, part, own_keys, own_values, mask, is_causal=mask is None, **kwargs)[0])
+        return torch.cat(outputs, 1), None
+
+
+class VaryingLengths:
+    """A `SegmentMask` for flash attention: one call for the row, keys gathered, windows by the model's own argument."""
+
+    def __init__(self, row: Row):
+        self.tokens = row.tokens
+        of_queries, of_keys, keys = [0], [0], []
+        for number, above in enumerate(row.ancestors):
+            for one in [*above, number]:
+                keys.extend(range(*row.segments[one][:2]))
+            of_queries.append(row.segments[number][1])
+            of_keys.append(len(keys))
+        self.keys = torch.tensor(keys, device=row.device)
+        self.lengths = {
+            "cu_seq_lens_q": torch.tensor(of_queries, device=row.device, dtype=torch.int32),
+            "cu_seq_lens_k": torch.tensor(of_keys, device=row.device, dtype=torch.int32),
+            "max_length_q": max(row.lengths),
+            "max_length_k": row.longest,
+        }
+
+    def attend(self, inner, module, query, key, value, **kwargs) -> tuple[torch.Tensor, None]:
+        """See `SegmentMask.attend`."""
+        kwargs.pop("is_causal", None)
+        keys = self.keys.to(key.device)
+        return inner(
+            module, query, key[:, :, keys], value[:, :, keys], None, is_causal=True, **{**kwargs, **self.lengths}
+        )
+
+
+def causal(batch, head, query, key):
+    """Each sees all before it and itself."""
+    return key <= query
+
+
+def added(seen: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """A mask as what is added to scores."""
+    return torch.zeros(seen.shape, dtype=dtype, device=seen.device).masked_fill_(~seen, torch.finfo(dtype).min)
+
+
+_RUNNING: ContextVar[Row | None] = ContextVar("row", default=None)
+
+
+@contextlib.contextmanager
+def attending(model: PreTrainedModel, row: Row, dtype: torch.dtype) -> Iterator[torch.Tensor]:
+    """
+    While the language model runs on the row; gives the mask to hand it.
+
+    Raises:
+        `DuetError`: it never asked for a mask of its layers, so that its texts saw each other.
+    """
+    if not goes_through_interface(model):
+        positions = torch.arange(row.tokens, device=row.device)
+        yield added(row.sees(causal, positions[None, None, :, None], positions[None, None, None]), dtype)
+        return
+    attend_by_segment(model)
+    token = _RUNNING.set(row)
+    try:
+        # Where there is a mask, the library does not look for texts in the positions by itself.
+        yield torch.ones(1, row.tokens, dtype=torch.long, device=row.device)
+    finally:
+        _RUNNING.reset(token)
+    if not row.asked:
+        raise DuetError(
+            f"the language model ({model.config.model_type}) asks for no attention mask, so the texts of a row would "
+            "see each other; give it one text a row, padded."
+        )
+
+
+def goes_through_interface(model: PreTrainedModel) -> bool:
+    """Whether the layers call attention through the library's interface, where it can be another function."""
+    return hasattr(sys.modules[type(model).__module__], "ALL_ATTENTION_FUNCTIONS")
+
+
+def attend_by_segment(model: PreTrainedModel) -> None:
+    """
+    Let rows of segments be given to a language model; others are computed as they were.
+
+    Raises:
+        `DuetError`: its attention is none that is known to understand masks.
+    """
+    inner = model.config._attn_implementation or "eager"
+    if inner.startswith(BY_SEGMENT):
+        return
+    name = BY_SEGMENT + inner
+    if not (inner in ("eager", "sdpa") or "flash" in inner or "flex" in inner):
+        raise DuetError(
+            f"texts in one row need to know how the attention {inner!r} reads a mask; choose sdpa, eager, "
+            "flash_attention_2 or flex_attention."
+        )
+    if name not in AttentionMaskInterface():
+        AttentionInterface.register(name, _attention_around(inner))
+        AttentionMaskInterface.register(name, _mask_around(inner))
+    model.set_attn_implementation(name)
+
+
+def attend_as_chosen(model: PreTrainedModel) -> None:
+    """Give a language model back the attention that was chosen for it."""
+    name = model.config._attn_implementation or ""
+    if name.startswith(BY_SEGMENT):
+        model.set_attn_implementation(name.removeprefix(BY_SEGMENT))
+
+
+def _mask_around(inner):
+    original = AttentionMaskInterface()[inner]
+
+    def mask(*args, mask_function=causal, attention_mask=None, **kwargs):
+        row = _RUNNING.get()
+        if row is None:
+            return original(*args, mask_function=mask_function, attention_mask=attention_mask, **kwargs)
+        row.asked = True
+        if kwargs.get("use_vmap"):
+            raise DuetError("the language model adds a mask of its own to what texts see; give it one text a row.")
+        if "flash" in inner:
+            return VaryingLengths(row)
+        if "flex" in inner:
+
+            def in_row(batch, head, query, key):
+                return row.sees(mask_function, query, key)
+
+            return original(*args, mask_function=in_row, attention_mask=None, **kwargs)
+        # The library's rule for where a mask may be left out.
+        size = kwargs.get("local_size")
+        plain = kwargs.get("allow_is_causal_skip", True) and (size is None or row.longest < size)
+        return SegmentMask(row, None if plain else mask_function, inner == "eager", kwargs.get("dtype", torch.float32))
+
+    return mask
+
+
+def _attention_around(inner):
+    def attention(module, query, key, value, attention_mask, **kwargs):
+        if inner == "eager":  # each family's own, with its soft cap or sinks
+            function = sys.modules[type(module).__module__].eager_attention_forward
+        else:
+            function = AttentionInterface()[inner]
+        if "flash" in inner:  # it reads there which flash attention it is
+            module = _As(module, config=_As(module.config, _attn_implementation=inner))
+        if not isinstance(attention_mask, (SegmentMask, VaryingLengths)):
+            return function(module, query, key, value, attention_mask, **kwargs)
+        if key.shape[2] != attention_mask.tokens or kwargs.get("position_bias") is not None:
+            raise DuetError("texts in one row take neither a cache nor a bias by position; give one text a row.")
+        return attention_mask.attend(function, module, query, key, value, **kwargs)
+
+    return attention
+
+
+class _As:
+    """An object as it is, but for these attributes."""
+
+    def __init__(self, of, **own):
+        vars(self).update(own, _of=of)
+
+    def __getattr__(self, name):
+        return getattr(self._of, name)
+
+
+__all__ = [
+    "Row",
+    "Segment",
+    "attend_as_chosen",
+    "attend_by_segment",
+    "attending",
+    "goes_through_interface",
+    "row_of",
+]

@@ -1,0 +1,200 @@
+"""A row of many texts is trained on as if each were a row of its own, in any language model and any attention."""
+
+import json
+
+import pytest
+import torch
+
+from modeling_vlm import DuetError, attention_vlm
+from modeling_vlm.attention_vlm import BY_SEGMENT
+from modeling_vlm.backbones_vlm import CACHE
+from tests.segments import as_one_text, forest, model_of, off, step
+
+
+FAMILIES = ["GPT-2", "Llama", "Qwen3", "Gemma 2", "Gemma 3 text", "Mistral", "OPT", "gpt-oss", "StableLM", "Falcon"]
+"""Learned positions; rotary ones; norms of keys; a soft cap; windows of some layers, of all; a mask needed for
+positions; sinks; kwargs that do not reach attention; attention of its own."""
+
+
+def batches_of(model, seed=0):
+    return forest(model, torch.Generator().manual_seed(seed))
+
+
+@pytest.fixture(params=[False, True], ids=["calls as they cost", "a call a segment"])
+def calls(request, monkeypatch):
+    if request.param:
+        monkeypatch.setitem(attention_vlm.CALL, "cpu", 0)
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_a_row_has_the_loss_and_gradients_of_the_padded_batch_and_leaking_texts_have_others(name, calls):
+    model = model_of(name)
+    batches = batches_of(model)
+    loss, gradients = step(model, batches.padded)
+    found, again = step(model, batches.packed)
+    assert abs(found - loss) <= 1e-5 * loss
+    assert off(again, gradients) <= 1e-5
+    assert off(step(model, as_one_text(batches.packed))[1], gradients) > 0.1
+
+
+@pytest.mark.parametrize(
+    "name, attention", [("GPT-2", "eager"), ("Llama", "eager"), ("Mistral", "eager"), ("Mistral", None)]
+)
+def test_a_row_has_the_gradients_of_the_padded_batch_in_double_precision(name, attention):
+    model = model_of(name, attention, torch.float64)
+    batches = batches_of(model)
+    loss, gradients = step(model, batches.padded)
+    found, again = step(model, batches.packed)
+    assert abs(found - loss) <= 1e-9 * loss
+    assert off(again, gradients) <= 1e-9
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+@pytest.mark.parametrize("name", ["GPT-2", "Gemma 3 text", "StableLM"])
+def test_layers_that_run_again_for_their_gradients_see_what_they_saw(name, reentrant):
+    model = model_of(name)
+    batches = batches_of(model)
+    loss, gradients = step(model, batches.padded)
+    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": reentrant})
+    found, again = step(model, batches.packed)
+    assert found == pytest.approx(loss, rel=1e-5)
+    assert off(again, gradients) <= 1e-5
+
+
+@pytest.mark.parametrize("name", ["GPT-2", "Mistral"])
+def test_a_text_changes_no_logit_of_another(name):
+    model = model_of(name).eval()
+    batch = batches_of(model).packed
+    with torch.no_grad():
+        before = model(**batch).logits
+        for number, (start, end, _, text) in enumerate(batch["segments"]):
+            if text < 0:
+                continue
+            ids = batch["input_ids"].clone()
+            words = (batch["feature_index"] < 0)[0, start:end].nonzero().flatten() + start
+            ids[0, words] = (ids[0, words] + 1) % 300
+            after = model(**{**batch, "input_ids": ids}).logits
+            same = (after == before).all(-1)[0]
+            assert same[:start].all() and same[end:].all() and not same[words[1:]].any(), number
+
+
+def test_an_image_changes_logits_of_its_texts_alone():
+    model = model_of("Llama").eval()
+    batch = batches_of(model).packed
+    with torch.no_grad():
+        before = model(**batch).logits
+        pixel_values = batch["pixel_values"].clone()
+        pixel_values[1] += 1
+        same = (model(**{**batch, "pixel_values": pixel_values}).logits == before).all(-1)[0]
+    [alone] = [(start, end) for start, end, parent, text in batch["segments"] if text == 4]
+    assert not same[slice(*alone)].any()
+    assert same[: alone[0]].all() and same[alone[1] :].all()
+
+
+def test_positions_are_those_of_the_segments_where_none_are_given():
+    model = model_of("GPT-2").eval()
+    batch = batches_of(model).packed
+    without = {name: value for name, value in batch.items() if name != "position_ids"}
+    with torch.no_grad():
+        assert torch.equal(model(**without).logits, model(**batch).logits)
+
+
+@pytest.mark.parametrize(
+    "change, found",
+    [
+        ({"attention_mask": torch.ones(1, 3)}, "attention_mask cannot be given"),
+        ({CACHE: object()}, "a cache cannot be given"),
+        ({"use_cache": True}, "a cache cannot be given"),
+        ({"output_attentions": True}, "attentions cannot be given"),
+        ({"input_ids": torch.ones(2, 3, dtype=torch.long)}, "the batch has 2"),
+        ({"segments": [(0, 2, -1, 0)]}, "the segments cover 2 positions and the row has 3"),
+        ({"segments": [(0, 2, -1, 0), (1, 3, -1, 1)]}, "segment 1 of the row is (1, 3, -1)"),
+        ({"segments": [(0, 2, 1, 0), (2, 3, -1, 1)]}, "segment 0 of the row is (0, 2, 1)"),
+        ({"segments": [(0, 3, 0, 0)]}, "segment 0 of the row is (0, 3, 0)"),
+        ({"segments": [(0, 3, -1, 0), (3, 3, -1, 0)]}, "segment 1 of the row is (3, 3, -1)"),
+    ],
+)
+def test_what_cannot_stand_beside_segments_is_refused_in_a_line(change, found):
+    model = model_of("Llama").eval()
+    batch = {"input_ids": torch.ones(1, 3, dtype=torch.long), "segments": [(0, 3, -1, 0)], **change}
+    with pytest.raises(DuetError) as error:
+        model(**batch)
+    assert found in str(error.value) and "\n" not in str(error.value)
+
+
+def test_learned_positions_limit_a_text_and_not_the_row():
+    model = model_of("GPT-2", n_positions=20).eval()
+    ids = torch.ones(1, 40, dtype=torch.long)
+    assert model(input_ids=ids, segments=[(0, 20, -1, 0), (20, 40, -1, 1)]).logits.isfinite().all()
+    with pytest.raises(DuetError, match="21 positions"):
+        model(input_ids=ids, segments=[(0, 20, -1, 0), (20, 21, 0, 1), (21, 40, -1, 2)])
+
+
+@pytest.mark.parametrize("wrong", ["a word with a feature", "an image token without", "a feature that is not there"])
+def test_features_and_image_tokens_that_disagree_are_refused(wrong):
+    model = model_of("Llama").eval()
+    batch = batches_of(model).packed
+    index = batch["feature_index"].clone()
+    at = (index[0] >= 0).nonzero()[0]
+    if wrong == "a word with a feature":
+        index[0, 0] = 0
+    else:
+        index[0, at] = -1 if wrong == "an image token without" else 1000
+    with pytest.raises(ValueError, match="feature_index and the batch do not match: 1 positions"):
+        model(**{**batch, "feature_index": index})
+
+
+def test_features_without_images_are_refused():
+    model = model_of("Llama").eval()
+    batch = {name: value for name, value in batches_of(model).packed.items() if name != "pixel_values"}
+    with pytest.raises(ValueError, match="none of the 0 of the batch"):
+        model(**batch)
+
+
+@pytest.mark.parametrize("attention", ["eager", "sdpa"])
+def test_the_chosen_attention_is_what_is_saved_and_what_generates(attention, tmp_path):
+    model = model_of("Llama", attention)
+    batches = batches_of(model)
+    prompt = {"input_ids": torch.tensor([[5, 6, 7]]), "max_new_tokens": 4, "do_sample": False}
+    before = model.eval().generate(**prompt)
+    step(model, batches.packed)
+    config = model.model.language_model.config
+    assert config._attn_implementation == BY_SEGMENT + attention
+    logits = model(**batches.padded).logits
+    model.save_pretrained(tmp_path)
+    assert BY_SEGMENT not in json.dumps(json.loads((tmp_path / "config.json").read_text()))
+    assert torch.equal(model.generate(**prompt), before)
+    assert config._attn_implementation == attention
+    assert torch.equal(model(**batches.padded).logits, logits)
+
+
+def test_an_attention_that_is_not_known_is_refused_in_a_line():
+    from transformers import AttentionInterface, AttentionMaskInterface
+    from transformers.masking_utils import sdpa_mask
+
+    AttentionInterface.register("own", AttentionInterface()["sdpa"])
+    AttentionMaskInterface.register("own", sdpa_mask)
+    model = model_of("Llama", "own")
+    with pytest.raises(DuetError, match="how the attention 'own' reads a mask"):
+        step(model, batches_of(model).packed)
+
+
+def test_a_mask_that_nobody_asked_for_is_an_error_and_never_silence(monkeypatch):
+    model = model_of("Llama")
+    monkeypatch.setattr("transformers.models.llama.modeling_llama.create_causal_mask", lambda **kwargs: None)
+    with pytest.raises(DuetError, match="asks for no attention mask"):
+        step(model, batches_of(model).packed)
+
+
+def test_a_mask_of_the_models_own_is_refused(monkeypatch):
+    model = model_of("Llama")
+    from transformers.models.llama import modeling_llama
+
+    made = modeling_llama.create_causal_mask
+
+    def with_more(**kwargs):
+        return made(**kwargs, or_mask_function=lambda *args: torch.tensor(True))
+
+    monkeypatch.setattr(modeling_llama, "create_causal_mask", with_more)
+    with pytest.raises(DuetError, match="adds a mask of its own"):
+        step(model, batches_of(model).packed)
