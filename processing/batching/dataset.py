@@ -74,12 +74,11 @@ class ConversationDataset(torch.utils.data.Dataset):
     def __getitem__(self, index: int) -> Conversation | Dropped | Encoded:
         if not 0 <= index < len(self):
             raise IndexError(index)
-        choice = random.Random(f"{self.seed} {int(self._epoch)} {index}").choice
         if self.encodings is None:
             row, number = self._place(index)
             items = self.reading.items(self.rows[row], row)
-            return choice(items) if self._is_random else items[number]
-        item = self.encodings[index if self._groups is None else choice(self._groups[index])]
+            return self._choice(index)(items) if self._is_random else items[number]
+        item = self.encodings[index if self._groups is None else self._choice(index)(self._groups[index])]
         number, references = item.pop("number"), item.pop("references")
         if None in references:
             position = item["position"]
@@ -88,6 +87,9 @@ class ConversationDataset(torch.utils.data.Dataset):
             references = [NamedImage(reference, self.reading.images) for reference in references]
         item = {name: value for name, value in item.items() if value is not None or name not in KEPT}
         return cast(Encoded, {**item, "images": references, "source": self.reading.source})
+
+    def _choice(self, index):
+        return random.Random(f"{self.seed} {int(self._epoch)} {index}").choice
 
     def _place(self, index):
         """The row of an item, and the item's number in it."""
@@ -102,6 +104,31 @@ class ConversationDataset(torch.utils.data.Dataset):
         assert self.encodings is not None
         lengths = self.encodings["length"][:]
         return lengths if self._groups is None else [lengths[group[0]] for group in self._groups]
+
+    @property
+    def sizes(self) -> tuple[np.ndarray, np.ndarray]:
+        """Positions and images of everything that was encoded, whether this epoch shows it or not."""
+        assert self.encodings is not None
+        table = self.encodings.select_columns(["length", "references"]).with_format("arrow")
+        found = [
+            (b["length"].to_numpy(), pc.list_value_length(b["references"]).to_numpy()) for b in table.iter(100_000)
+        ]
+        lengths, images = zip(*found) if found else ([np.zeros(0, int)], [np.zeros(0, int)])
+        return np.concatenate(lengths), np.concatenate(images)
+
+    @property
+    def shown(self) -> np.ndarray:
+        """For every item the number that what it shows in this epoch has in `sizes`."""
+        if self._groups is None:
+            return np.arange(len(self))
+        return np.array([self._choice(index)(group) for index, group in enumerate(self._groups)], dtype=np.int64)
+
+    def stored(self, numbers: list[int]) -> list[dict[str, Any]]:
+        """What was encoded, by its numbers in `sizes`: ids and labels, and images by `references` or row, not read."""
+        assert self.encodings is not None
+        columns = self.encodings[numbers]
+        rows = [dict(zip(columns, values)) for values in zip(*columns.values())]
+        return [{**row, "source": self.reading.source} for row in rows]
 
     def set_epoch(self, epoch: int):
         """Choose captions anew (`caption_choice="random"`)."""
@@ -231,6 +258,31 @@ class MixedDataset(torch.utils.data.Dataset):
         """Positions of every item of this epoch, where all sources are encoded."""
         lengths = [source.lengths for source in self.sources]
         return [lengths[source][number] for source, number in map(self._place, range(len(self)))]
+
+    @property
+    def sizes(self) -> tuple[np.ndarray, np.ndarray]:
+        """Those of all sources, one after the other; see `ConversationDataset`."""
+        lengths, images = zip(*(source.sizes for source in self.sources))
+        return np.concatenate(lengths), np.concatenate(images)
+
+    @property
+    def shown(self) -> np.ndarray:
+        """For every item of this epoch the number that it has in `sizes`."""
+        shown, starts = [source.shown for source in self.sources], self._starts()
+        places = map(self._place, range(len(self)))
+        return np.array([starts[source] + shown[source][number] for source, number in places], dtype=np.int64)
+
+    def stored(self, numbers: list[int]) -> list[dict[str, Any]]:
+        """See `ConversationDataset.stored`."""
+        starts, found = self._starts(), []
+        for number in numbers:
+            source = int(np.searchsorted(starts, number, side="right")) - 1
+            found += self.sources[source].stored([number - int(starts[source])])
+        return found
+
+    def _starts(self):
+        """For each source the number of its first encoding in `sizes`."""
+        return np.cumsum([0, *(len(source.encodings) for source in self.sources[:-1])])
 
     @property
     def account(self) -> Account:

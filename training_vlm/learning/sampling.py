@@ -1,7 +1,8 @@
-"""In which order samples are learned: those of like lengths together, and other ones in each epoch."""
+"""In which order samples are learned: like lengths or texts of an image together, and another order in each epoch."""
 
 import random
-from collections.abc import Iterator
+from collections import deque
+from collections.abc import Iterator, Sequence
 
 import torch
 from transformers import TrainerCallback, TrainingArguments
@@ -45,6 +46,45 @@ class LengthGroupedOrder(torch.utils.data.Sampler):
         self.epoch = epoch
         if hasattr(self.dataset, "set_epoch"):
             self.dataset.set_epoch(epoch)
+
+
+class GroupedOrder(LengthGroupedOrder):
+    """
+    Every item once an epoch, those of a group in one batch: whole groups fill it by first fit, in a shuffled order, and
+    one is divided only where none that is left has room.
+
+    See `LengthGroupedOrder`; of the data set `groups` are read, for each item a number that those of its group share.
+    """
+
+    def __iter__(self) -> Iterator[int]:
+        return iter(whole_groups(self.dataset.groups, self.batch_size, random.Random(f"{self.seed} {self.epoch}")))
+
+
+def whole_groups(groups: Sequence[int], batch_size: int, rng: random.Random) -> list[int]:
+    """
+    An order of items, of which each `batch_size` from the first are a batch.
+
+    Args:
+        groups: for each item the group that it belongs to.
+    """
+    members: dict[int, list[int]] = {}
+    for item, group in enumerate(groups):
+        members.setdefault(group, []).append(item)
+    waiting: dict[int, deque[tuple[int, list[int]]]] = {}  # by size, each in the shuffled order
+    for rank, items in enumerate(rng.sample(list(members.values()), len(members))):
+        waiting.setdefault(len(items), deque()).append((rank, items))
+    order: list[int] = []
+    while waiting:
+        room = batch_size - len(order) % batch_size
+        fitting = [size for size in waiting if size <= room or room == batch_size]
+        size = min(fitting or waiting, key=lambda size: waiting[size][0][0])
+        rank, items = waiting[size].popleft()
+        if not waiting[size]:
+            del waiting[size]
+        order += items[:room]
+        if left := items[room:]:  # the next batch begins with them, as none has waited longer
+            waiting.setdefault(len(left), deque()).appendleft((rank, left))
+    return order
 
 
 class EpochOfData(TrainerCallback):
