@@ -7,10 +7,11 @@ and an epoch has as many as every other, so that the Trainer's arithmetic of ste
 
 import itertools
 import math
+import os
 import random
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Hashable, Iterable, Iterator
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import numpy as np
 import torch
@@ -18,7 +19,9 @@ from transformers.utils import logging
 
 from processing.batching.dataset import ConversationDataset, MixedDataset
 from processing.batching.encoding import Encoder, encode_item, place
+from processing.batching.packing import Text, packed_length
 from processing.data_error_vlm import DuetError
+from processing.processing_vlm import VLMProcessor
 
 
 logger = logging.get_logger(__name__)
@@ -333,8 +336,47 @@ class PlannedStream(torch.utils.data.IterableDataset):
         return units, dropped
 
 
+def measured(processor: VLMProcessor, items: list[dict[str, Any]]) -> tuple[int, int]:
+    """
+    Positions and images of conversations in one row in which a common beginning is run once; rather more than too few.
+
+    Args:
+        items: encoded, as `ConversationDataset.stored` gives them or with their images.
+    """
+    image_id, images, texts = processor.image_token_id, cast(dict[Hashable, int], {}), []
+    for item in items:
+        names, counts = list(_names_of_images(item)), _counts(processor, item)
+        if counts is None:  # it would take the sizes of the images to know where each ends
+            return sum(one["length"] for one in items), sum(one["input_ids"].count(image_id) for one in items)
+        ids, labels = map(np.array, processor.expand_images(item["input_ids"], item["labels"], counts=counts))
+        features = np.full(len(ids), -1)
+        starts = [images.setdefault(name, len(images)) << 32 for name in names]
+        features[ids == image_id] = [
+            start + place for start, count in zip(starts, counts) for place in range(count)
+        ]
+        texts.append(Text(ids, labels, labels, features))
+    return packed_length(texts, share_prefix=True), len(images)
+
+
+def _names_of_images(item):
+    if "references" in item:
+        for number, reference in enumerate(item["references"]):
+            yield (item["source"], item["position"], number) if reference is None else reference
+    else:
+        for image in item["images"]:
+            yield str(image) if isinstance(image, (str, os.PathLike)) else id(image)
+
+
+def _counts(processor, item):
+    """Positions of each image, or `None`."""
+    shown = item["input_ids"].count(processor.image_token_id)
+    if processor.max_tiles == 1:
+        return [processor.image_seq_length] * shown
+    return [item["length"] - len(item["input_ids"]) + 1] if shown == 1 else None if shown else []
+
+
 def _are_of_one_row(one, other):
     return (one.get("source"), one.get("row")) == (other.get("source"), other.get("row"))
 
 
-__all__ = ["Budget", "PlannedBatches", "PlannedStream", "Unit"]
+__all__ = ["Budget", "PlannedBatches", "PlannedStream", "Unit", "measured"]
