@@ -119,7 +119,7 @@ def finish(
                 base_models=_base_models(model_args),
                 dataset=data.name,
                 components=describe_components(trainer.accelerator.unwrap_model(trainer.model)),
-                settings=_settings(data.name, args),
+                settings=_settings(data.name, trainer),
                 metrics=losses,
                 exact=answers.exact,
                 samples=answers.shown(),
@@ -239,11 +239,12 @@ def _base_models(model_args):
     return [name for name in names if isinstance(name, str) and not Path(name).exists()]
 
 
-def _settings(dataset, args):
+def _settings(dataset, trainer):
+    args = trainer.args
     return {
         "data": dataset,
         "epochs": f"{args.num_train_epochs:g}" if args.max_steps < 0 else f"{args.max_steps} steps",
-        "conversations a step": args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size,
+        "batch": trainer.conversations_a_step(),
         "learning rate": f"{args.learning_rate:g}, {args.lr_scheduler_type.value}",
         "weight decay": args.weight_decay,
         "gradient clipping": args.max_grad_norm,

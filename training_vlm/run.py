@@ -24,6 +24,7 @@ from processing.data_error_vlm import DuetError, in_a_line
 
 from .arguments import GenerationArguments, VLMTrainingArguments, precision_of
 from .learning.checkpoints import discard_unfinished, find_checkpoint, numbered
+from .learning.savings import plan_batches
 from .learning.trainer import VLMTrainer
 from .learning.tuning import describe_components
 from .settings import Arguments
@@ -104,7 +105,7 @@ def build_trainer(arguments: Arguments, model, encoder: Encoder, train, evaluati
         account=True,
     )
     try:
-        return VLMTrainer(
+        trainer = VLMTrainer(
             model=model,
             args=training_args,
             processing_class=encoder.processor,
@@ -116,6 +117,8 @@ def build_trainer(arguments: Arguments, model, encoder: Encoder, train, evaluati
         raise
     except (ValueError, OSError, ImportError) as error:  # such as fsdp in one process, or a Hub that cannot be reached
         raise DuetError(f"the Trainer cannot be made with these settings: {in_a_line(error)}") from error
+    trainer.planned = plan_batches(arguments.efficiency, train, collator, training_args)
+    return trainer
 
 
 def settle_generation(model: VLMForConditionalGeneration, generation_args: GenerationArguments) -> None:
@@ -135,12 +138,7 @@ def report(stage: Stage, trainer: VLMTrainer, surveys: dict[str, Survey]) -> Non
     for part in describe_components(cast(PreTrainedModel, trainer.model)):
         print(f"{part.name:<18}{part.parameters:>14,}{part.trained:>14,}   {rate if part.trained else '-'}")
     print(f"\n{report_data(surveys)}")
-    batch = args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size
-    print(
-        f"{batch} conversations a step ({args.per_device_train_batch_size} x {args.gradient_accumulation_steps} x "
-        f"{args.world_size} processes), {precision_of(args)}, {args.device}, to {args.output_dir}\n",
-        flush=True,
-    )
+    print(f"{trainer.conversations_a_step()}, {precision_of(args)}, {args.device}, to {args.output_dir}\n", flush=True)
 
 
 def train(trainer: VLMTrainer) -> TrainOutput:

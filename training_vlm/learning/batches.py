@@ -293,6 +293,8 @@ class PlannedStream(torch.utils.data.IterableDataset):
         DuetError: when it is met, a conversation that is longer than the budget or has more images.
     """
 
+    conversations = None  # nobody knows
+
     def __init__(
         self,
         stream: torch.utils.data.IterableDataset,
@@ -351,9 +353,7 @@ def measured(processor: VLMProcessor, items: list[dict[str, Any]]) -> tuple[int,
         ids, labels = map(np.array, processor.expand_images(item["input_ids"], item["labels"], counts=counts))
         features = np.full(len(ids), -1)
         starts = [images.setdefault(name, len(images)) << 32 for name in names]
-        features[ids == image_id] = [
-            start + place for start, count in zip(starts, counts) for place in range(count)
-        ]
+        features[ids == image_id] = [start + place for start, count in zip(starts, counts) for place in range(count)]
         texts.append(Text(ids, labels, labels, features))
     return packed_length(texts, share_prefix=True), len(images)
 

@@ -1,84 +1,49 @@
-"""Which savings a run makes, and what it does not make of them and why: in one line each.
+"""Which savings a run makes."""
 
-What is special: nothing here changes a loss or a gradient. The model proves that it can go without padding; the data
-say whether texts share a prefix, and whether a step of such texts still sees images enough.
-"""
+import functools
+import math
 
-from typing import NamedTuple
+from transformers import TrainingArguments
 
-import torch
-from accelerate.utils import gather_object
-
-from processing.batching.packing import Text
+from processing import VLMDataCollator
+from processing.batching.dataset import StreamedDataset
 from processing.data_error_vlm import DuetError
 
-from ..efficiency import LEAST_IMAGES, EfficiencyArguments
-from ..survey import SURVEYED, some_items
-from .batches import Budget, PlannedBatches, PlannedStream
-from .probe import why_not_packed
+from ..data import TrainDataset
+from ..efficiency import EfficiencyArguments
+from .batches import Budget, PlannedBatches, PlannedStream, measured
 from .sampling import order_seed
-from .trainer import VLMTrainer
 
 
-class Savings(NamedTuple):
-    """What was decided."""
-
-    padding_free: bool
-    share_prefix: bool
-    why_not: tuple[str, ...]
-
-    def report(self) -> str:
-        """In lines, for a terminal."""
-        made = ["no padding" if self.padding_free else "batches padded"]
-        made += ["what texts of an image begin with run once"] * self.share_prefix
-        return "\n".join([f"{', '.join(made)}, each image of a batch encoded once", *self.why_not])
-
-
-def choose_savings(asked: EfficiencyArguments, trainer: VLMTrainer) -> Savings:
+def plan_batches(
+    asked: EfficiencyArguments, dataset: TrainDataset, collator: VLMDataCollator, args: TrainingArguments
+) -> PlannedBatches | PlannedStream | None:
     """
-    What the model and the data of a run let it leave out; every process has to ask.
+    The batches of a run whose size is a number of positions; `None` where it is one of conversations.
 
     Raises:
-        DuetError: something was asked for by name, and cannot be.
+        DuetError: a conversation has no room in one, or lengths cannot be known.
     """
-    why_padded = None if asked.padding_free == "off" else _why_padded(trainer)
-    if why_padded and "on" in (asked.padding_free, asked.share_prefix):
-        name = "padding_free" if asked.padding_free == "on" else "share_prefix"
-        raise DuetError(f"{name}=on: {why_padded}; leave it out, and batches are padded.")
-    if why_padded or asked.padding_free == "off":
-        return Savings(False, False, (f"padded because {why_padded}",) if why_padded else ())
-    why_apart = None if asked.share_prefix != "auto" else _why_apart(asked, trainer)
-    share = asked.share_prefix == "on" or (asked.share_prefix == "auto" and why_apart is None)
-    return Savings(True, share, (why_apart,) if why_apart else ())
+    if asked.max_tokens_per_batch is None:
+        return None
+    budget = Budget(
+        asked.max_tokens_per_batch, asked.max_images_per_batch, collator.padding_free, collator.pad_to_multiple_of
+    )
+    measure = functools.partial(measured, collator.processor) if collator.share_prefix else None
+    if not isinstance(dataset, StreamedDataset):
 
+        def epochs(batches):
+            steps = math.ceil(batches / args.world_size / args.gradient_accumulation_steps)
+            return math.ceil(args.num_train_epochs if args.max_steps <= 0 else args.max_steps / max(1, steps))
 
-def _why_padded(trainer):
-    """In a clause, why batches cannot go without padding; the same in every process."""
-    reasons = gather_object([_why_padded_here(trainer)])
-    return next((reason for reason in reasons if reason), None)
-
-
-def _why_padded_here(trainer):
-    if trainer.args.torch_compile:
-        return "torch_compile would compile anew for every batch"
-    return why_not_packed(trainer.accelerator.unwrap_model(trainer.model))
-
-
-def _why_apart(asked, trainer):
-    """In a line, why prefixes are not shared although they could be."""
-    dataset, args = trainer.train_dataset, trainer.args
-    if args.train_sampling_strategy not in ("random", "sequential"):
-        return f"prefixes are not shared: train_sampling_strategy={args.train_sampling_strategy} orders by something else"
-    texts, rows = _texts_and_rows(dataset)
-    if texts == rows:
-        return "prefixes are not shared: each row has one text"
-    a_step = args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size
-    if asked.max_tokens_per_batch is not None:
-        ...
-    images = a_step * rows / texts
-    if images < LEAST_IMAGES:
-        return (
-            f"prefixes are not shared: with {texts / rows:.1f} texts a row, a step of {a_step} would hold {images:.0f} "
-            f"images, fewer than {LEAST_IMAGES}; --share_prefix on does it all the same"
+        return PlannedBatches(dataset, budget, order_seed(args), args.world_size, epochs, measure)
+    if collator.processor.max_tiles > 1 and any(reading.images.allow_urls for _, reading in dataset.sources):
+        raise DuetError(
+            "with --max_tiles the length of a sample follows from the sizes of its images, and with --allow_urls these "
+            "are known when a batch is made; leave out --max_tokens_per_batch, or fetch the images and name their "
+            "folder with --image_dir."
         )
-    return None
+    return PlannedStream(dataset, collator.encoder, budget, dataset.shuffle_buffer, order_seed(args), measure)
+
+
+__all__ = ["plan_batches"]

@@ -25,6 +25,7 @@ from modeling_vlm.loss_vlm import IGNORE, targets_of, token_costs
 from processing.batching.account import Account
 from processing.data_error_vlm import DuetError
 
+from .batches import PlannedBatches, PlannedStream
 from .checkpoints import (
     STATE,
     UNFINISHED,
@@ -59,6 +60,7 @@ class VLMTrainer(Trainer):
         # The model's loss smooths: the stock way knows neither who predicts whom, nor weights, nor a balance loss.
         self.label_smoother = None
         self._resumed_at = 0  # step
+        self.planned: PlannedBatches | PlannedStream | None = None  # in place of a number of conversations
         self._beside: Path | None = None  # where a checkpoint is being written
         self._save_error: Exception | None = None
         self.add_callback(EpochOfData())
@@ -172,6 +174,8 @@ class VLMTrainer(Trainer):
         """See `Trainer.log`; a run that took no step has the loss that it logged before, not 0."""
         if "train_loss" in logs and self.state.global_step == self._resumed_at:
             logs["train_loss"] = _logged_loss(self.state.log_history)
+        if "train_loss" in logs and isinstance(self.planned, PlannedStream):
+            logs.pop("train_samples_per_second", None)  # they would be batches
         super().log(logs, *args, **kwargs)
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
@@ -225,7 +229,9 @@ class VLMTrainer(Trainer):
 
     def get_train_dataloader(self) -> torch.utils.data.DataLoader:
         """See `Trainer.get_train_dataloader`; of a resumed stream, what the loop will skip is not even made."""
-        collator = self.data_collator
+        collator, dataset = self.data_collator, self.train_dataset
+        if self.planned is not None:
+            self.train_dataset = self.planned
         if self._skip_batches and hasattr(collator, "skip_batches"):
             # Another collator, because the evaluation's batches are all wanted.
             self.data_collator = copy.copy(collator)
@@ -233,7 +239,32 @@ class VLMTrainer(Trainer):
         try:
             return super().get_train_dataloader()
         finally:
-            self.data_collator = collator
+            self.data_collator, self.train_dataset = collator, dataset
+
+    def num_examples(self, dataloader: torch.utils.data.DataLoader) -> int:
+        """See `Trainer.num_examples`; of planned batches the conversations."""
+        if isinstance(dataset := getattr(dataloader, "dataset", None), PlannedBatches):
+            return dataset.conversations
+        return super().num_examples(dataloader)
+
+    def get_total_train_batch_size(self, args) -> int:
+        """See `Trainer.get_total_train_batch_size`; of planned batches the mean."""
+        batches = super().get_total_train_batch_size(args)
+        if isinstance(self.planned, PlannedBatches):
+            return round(batches * self.planned.conversations / max(1, len(self.planned)))
+        return batches
+
+    def conversations_a_step(self) -> str:
+        """How many conversations an optimiser step learns from, for a reader."""
+        args = self.args
+        a_step = f"{args.gradient_accumulation_steps} x {args.world_size} processes"
+        if self.planned is None:
+            number = args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size
+            return f"{number} conversations a step ({args.per_device_train_batch_size} x {a_step})"
+        known, budget = self.planned.conversations is not None, self.planned.budget
+        number = f"about {self.get_total_train_batch_size(args)} conversations a step" if known else "a step"
+        images = "" if budget.images is None else f" and {budget.images:,} images"
+        return f"{number} (up to {budget.tokens:,} positions{images} x {a_step})"
 
     def _batches_to_skip(self):
         """How many batches the stock loop will throw away before it goes on with a stream."""
@@ -264,6 +295,8 @@ class VLMTrainer(Trainer):
     def _get_train_sampler(self, train_dataset=None):
         # The stock sampler would read every item, images too, to find out how long it is.
         dataset = self.train_dataset if train_dataset is None else train_dataset
+        if isinstance(dataset, PlannedBatches):
+            return torch.utils.data.SequentialSampler(dataset)  # the plan is an order
         if self.args.train_sampling_strategy != "group_by_length" or not hasattr(dataset, "lengths"):
             return super()._get_train_sampler(train_dataset)
         batch = self.args.train_batch_size * self.args.gradient_accumulation_steps

@@ -1,0 +1,213 @@
+"""Batches of equal cost: budgets are kept, nothing is lost, and what is planned is what runs, whoever asks and when."""
+
+import json
+import random
+import shutil
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file
+
+import train_sft
+from processing import DuetError
+from tests.test_settings import refusal
+from training_vlm.learning.batches import Budget, PlannedBatches
+
+
+class Sizes(torch.utils.data.Dataset):
+    """Items that are only as long, and have only as many images, as numbers say."""
+
+    def __init__(self, number=2000, seed=0):
+        rng = np.random.default_rng(seed)
+        self.sizes = rng.integers(5, 300, number), rng.integers(0, 4, number)
+        self.epoch = 0
+
+    def __len__(self):
+        return len(self.sizes[0])
+
+    def __getitem__(self, index):
+        return index
+
+    @property
+    def shown(self):
+        return np.arange(len(self))
+
+    def stored(self, numbers):
+        return [{"source": "numbers", "row": number} for number in numbers]
+
+    def set_epoch(self, epoch):
+        self.epoch = epoch
+
+
+BUDGETS = {
+    "packed": Budget(2048),
+    "packed to a multiple": Budget(2000, pad_to_multiple_of=64),
+    "padded": Budget(2048, padding_free=False),
+    "padded to a multiple": Budget(2048, padding_free=False, pad_to_multiple_of=16),
+    "images": Budget(2048, images=5),
+}
+
+
+def batches_of(planned):
+    return [planned[index] for index in range(len(planned))]
+
+
+@pytest.mark.parametrize("budget", BUDGETS.values(), ids=BUDGETS)
+def test_every_item_comes_once_an_epoch_and_no_batch_is_over_budget(budget):
+    data = Sizes()
+    planned = PlannedBatches(data, budget, processes=3)
+    for epoch in (0, 1, 7):
+        planned.set_epoch(epoch)
+        batches = batches_of(planned)
+        assert sorted(item for batch in batches for item in batch) == list(range(len(data))) and data.epoch == epoch
+        for batch in batches:
+            lengths, multiple = data.sizes[0][batch], budget.pad_to_multiple_of or 1
+            row = -(-(lengths.sum() if budget.padding_free else lengths.max(initial=0)) // multiple) * multiple
+            assert (row if budget.padding_free else row * len(batch)) <= budget.tokens
+            assert budget.images is None or data.sizes[1][batch].sum() <= budget.images
+        if budget.images is None:
+            assert np.mean([planned.run(index) for index in range(len(planned))]) > 0.9 * budget.tokens
+
+
+def test_batches_follow_from_seed_and_epoch_alone():
+    one, other, third = (PlannedBatches(Sizes(), Budget(2048), seed) for seed in (1, 1, 2))
+    first = batches_of(one)
+    other.set_epoch(3)
+    later = batches_of(other)
+    assert first != later and batches_of(third) != first
+    one.set_epoch(3)
+    other.set_epoch(0)
+    assert batches_of(one) == later and batches_of(other) == first
+
+
+@pytest.mark.parametrize("processes", [1, 2, 3, 8])
+def test_every_epoch_has_as_many_batches_for_each_process(processes):
+    planned = PlannedBatches(Sizes(300), Budget(700), processes=processes)
+    assert len(planned) % processes == 0
+    for epoch in range(12):
+        planned.set_epoch(epoch)
+        assert sum(map(len, batches_of(planned))) == 300
+    few = PlannedBatches(Sizes(3), Budget(300), processes=4)  # a batch of nothing, rather than one twice
+    assert len(few) == 4 and sorted(map(len, batches_of(few))) == [0, 1, 1, 1]
+
+
+def test_how_far_a_run_goes_does_not_change_its_batches():
+    one, other = (PlannedBatches(Sizes(), Budget(2048), epochs=lambda batches, n=n: n) for n in (1, 50))
+    assert batches_of(one) == batches_of(other)
+
+
+@pytest.mark.parametrize("budget", BUDGETS.values(), ids=BUDGETS)
+def test_the_largest_batches_come_first_in_each_process(budget):
+    planned = PlannedBatches(Sizes(), budget, processes=2)
+    for epoch in (0, 1):
+        planned.set_epoch(epoch)
+        run = [planned.run(index) for index in range(len(planned))]
+        assert sorted(run[:2]) == sorted(run)[-2:]
+        images = [planned.dataset.sizes[1][batch].sum() for batch in batches_of(planned)]
+        assert max(images) in images[:4]
+
+
+def test_what_has_no_room_is_named_before_training():
+    data = Sizes()
+    longest, most = data.sizes[0].argmax(), data.sizes[1].argmax()
+    with pytest.raises(DuetError, match=f"numbers, row {longest}: .* 299 positions and max_tokens_per_batch is 298;"):
+        PlannedBatches(data, Budget(298))
+    with pytest.raises(DuetError, match="320 positions and max_tokens_per_batch is 310"):
+        PlannedBatches(data, Budget(310, pad_to_multiple_of=64))
+    with pytest.raises(DuetError, match=f"numbers, row {most}: .* 3 images and max_images_per_batch is 2;"):
+        PlannedBatches(data, Budget(2048, images=2))
+
+
+# Runs.
+
+QUICK = [
+    "--use_cpu", "--bf16", "False", "--max_steps", "6", "--max_new_tokens", "4", "--save_strategy", "steps",
+    "--save_steps", "2", "--logging_steps", "1", "--dataloader_num_workers", "0", "--disable_tqdm", "True",
+    "--tune_text", "full", "--eval_share", "0",
+]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def dialogues(tmp_path_factory):
+    """Arguments that name 24 dialogues of very different length about eight images."""
+    folder, rng = tmp_path_factory.mktemp("dialogues"), random.Random(0)
+    rows = []
+    for number in range(24):
+        Image.new("RGB", (40, 28), (number * 9, 90, 50)).save(folder / f"{number % 8}.png")
+        said = [("user", "what is it?"), ("assistant", "a cat " * rng.randrange(1, 12))] * rng.randrange(1, 3)
+        messages = [{"role": role, "content": text} for role, text in said]
+        rows.append({"images": [f"{number % 8}.png"], "messages": messages})
+    (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return ["--dataset", str(folder / "rows.jsonl"), "--image_dir", str(folder)]
+
+
+@pytest.fixture
+def backbones(folders):
+    vision, text = folders("siglip-llama")
+    return ["--vision_model", str(vision), "--text_model", str(text)]
+
+
+OPTIONS = {
+    "budget": ["--max_tokens_per_batch", "300"],
+    "budget and accumulation": ["--max_tokens_per_batch", "300", "--gradient_accumulation_steps", "2"],
+    "budget of a stream": ["--max_tokens_per_batch", "300", "--streaming", "--shuffle_buffer", "10"],
+}
+
+
+@pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
+def test_a_resumed_run_is_the_run_with_each_option(backbones, dialogues, tmp_path, options):
+    common = [*backbones, *dialogues, *QUICK, *options]
+    whole, stopped = tmp_path / "whole", tmp_path / "stopped"
+    train_sft.main([*common, "--output_dir", str(whole)])
+    shutil.copytree(whole / "checkpoint-4", stopped / "checkpoint-4")
+    train_sft.main([*common, "--output_dir", str(stopped), "--resume_from_checkpoint", "last"])
+    expected, found = (load_file(folder / "model.safetensors") for folder in (whole, stopped))
+    assert all(torch.equal(expected[name], found[name]) for name in expected)
+    reports = [json.loads((folder / "data_report.json").read_text()) for folder in (whole, stopped)]
+    assert reports[0] == reports[1]
+
+
+def test_a_run_says_what_a_step_holds_and_trains_on_every_conversation_once_an_epoch(
+    backbones, dialogues, tmp_path, capsys
+):
+    options = ["--max_steps", "-1", "--num_train_epochs", "2", "--max_tokens_per_batch", "300"]
+    train_sft.main([*backbones, *dialogues, *QUICK, *options, "--output_dir", str(tmp_path)])
+    said = capsys.readouterr().out
+    steps = json.loads((tmp_path / "trainer_state.json").read_text())["global_step"]
+    assert f"about {round(48 / steps)} conversations a step (up to 300 positions x 1 x 1 processes)" in said
+    assert json.loads((tmp_path / "data_report.json").read_text())["total"]["samples"] == 48
+    metrics = json.loads((tmp_path / "train_results.json").read_text())
+    assert metrics["train_samples_per_second"] == pytest.approx(48 / metrics["train_runtime"], rel=0.05)
+
+
+def test_what_a_number_of_conversations_would_be_is_said_to_be_replaced(capsys):
+    with pytest.raises(SystemExit):
+        train_sft.main(["--dataset", "nowhere", "--output_dir", "out", "--use_cpu", "--bf16", "False",
+                        "--max_tokens_per_batch", "300", "--per_device_train_batch_size", "4"])  # fmt: skip
+    assert "max_tokens_per_batch takes the place of per_device_train_batch_size=4" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("options", [[], ["--streaming", "--max_steps", "2"]], ids=["ahead", "stream"])
+def test_a_budget_smaller_than_a_conversation_is_one_line(backbones, dialogues, tmp_path, capsys, options):
+    with pytest.raises(SystemExit):
+        train_sft.main(
+            [*backbones, *dialogues, *QUICK, "--max_tokens_per_batch", "40", *options, "--output_dir", str(tmp_path)]
+        )
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1 and ", row " in error and "positions and max_tokens_per_batch is 40" in error
+
+
+REFUSED = {
+    "max_images_per_batch": ["--max_images_per_batch", "4"],
+    "max_tokens_per_batch=0": ["--max_tokens_per_batch", "0"],
+    "--train_sampling_strategy": ["--max_tokens_per_batch", "99", "--train_sampling_strategy", "group_by_length"],
+    "--auto_find_batch_size": ["--max_tokens_per_batch", "99", "--auto_find_batch_size", "True"],
+    "--encode_ahead": ["--max_tokens_per_batch", "99", "--encode_ahead", "False"],
+}
+
+
+@pytest.mark.parametrize("says", REFUSED)
+def test_options_that_exclude_each_other_are_refused_in_one_line(says):
+    assert says in refusal(*REFUSED[says])
