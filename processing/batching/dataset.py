@@ -22,6 +22,7 @@ from ..reading.items import Reading
 from .account import Account
 from .encode_ahead import encode_rows, without_image_bytes
 from .encoding import KEPT, Encoded, Encoder
+from .groups import Grouped, ImageTokens, group_numbers, grouped
 
 
 SHUFFLE_BUFFER = 1_000
@@ -53,7 +54,9 @@ class ConversationDataset(torch.utils.data.Dataset):
         # In memory that all processes see, so that workers which outlive an epoch see the next.
         self._epoch = torch.zeros(1, dtype=torch.long).share_memory_()
         self._ends = None if self._is_random else _conversation_ends(rows, reading)
-        self._groups: list[list[int]] | None = None
+        self._drawn: list[list[int]] | None = None  # of each image the encodings of its captions
+        self._image: ImageTokens | None = None
+        self._grouped: Grouped | None = None
 
     @property
     def is_encoded(self) -> bool:
@@ -65,8 +68,8 @@ class ConversationDataset(torch.utils.data.Dataset):
         return self.reading.draws(self.rows.column_names)
 
     def __len__(self):
-        if self._groups is not None:
-            return len(self._groups)
+        if self._drawn is not None:
+            return len(self._drawn)
         if self.encodings is not None:
             return len(self.encodings)
         return len(self.rows) if self._ends is None else int(self._ends[-1])
@@ -78,7 +81,7 @@ class ConversationDataset(torch.utils.data.Dataset):
             row, number = self._place(index)
             items = self.reading.items(self.rows[row], row)
             return self._choice(index)(items) if self._is_random else items[number]
-        item = self.encodings[index if self._groups is None else self._choice(index)(self._groups[index])]
+        item = self.encodings[index if self._drawn is None else self._choice(index)(self._drawn[index])]
         number, references = item.pop("number"), item.pop("references")
         if None in references:
             position = item["position"]
@@ -103,7 +106,33 @@ class ConversationDataset(torch.utils.data.Dataset):
         """Positions of every item, for batches of like lengths; the first caption's where an image has several."""
         assert self.encodings is not None
         lengths = self.encodings["length"][:]
-        return lengths if self._groups is None else [lengths[group[0]] for group in self._groups]
+        return lengths if self._drawn is None else [lengths[drawn[0]] for drawn in self._drawn]
+
+    @property
+    def groups(self) -> np.ndarray:
+        """For every item a number that items of one row share; of one image, where they are encoded and it is named."""
+        if self.encodings is not None:
+            return group_numbers(self._first_drawn)
+        return np.arange(len(self)) if self._ends is None else np.repeat(*_rows_and_counts(self._ends))
+
+    def in_groups(self) -> Grouped:
+        """The items with what they share, where they are encoded; the longest of captions that are drawn from."""
+        assert self.encodings is not None and self._image is not None
+        if self._grouped is None:
+            self._grouped = grouped(self._first_drawn, self._image)
+            if self._drawn is not None:
+                lengths = np.array(self.encodings["length"][:], dtype=np.int64)
+                longest = np.array([lengths[drawn].max() for drawn in self._drawn], dtype=np.int64)
+                self._grouped = self._grouped._replace(lengths=longest[self._grouped.order])
+        return self._grouped
+
+    def __getstate__(self):
+        return {**self.__dict__, "_grouped": None}  # no worker needs it
+
+    @property
+    def _first_drawn(self):
+        assert self.encodings is not None
+        return self.encodings if self._drawn is None else self.encodings.select([drawn[0] for drawn in self._drawn])
 
     @property
     def sizes(self) -> tuple[np.ndarray, np.ndarray]:
@@ -119,9 +148,9 @@ class ConversationDataset(torch.utils.data.Dataset):
     @property
     def shown(self) -> np.ndarray:
         """For every item the number that what it shows in this epoch has in `sizes`."""
-        if self._groups is None:
+        if self._drawn is None:
             return np.arange(len(self))
-        return np.array([self._choice(index)(group) for index, group in enumerate(self._groups)], dtype=np.int64)
+        return np.array([self._choice(index)(drawn) for index, drawn in enumerate(self._drawn)], dtype=np.int64)
 
     def stored(self, numbers: list[int]) -> list[dict[str, Any]]:
         """What was encoded, by its numbers in `sizes`: ids and labels, and images by `references` or row, not read."""
@@ -143,11 +172,17 @@ class ConversationDataset(torch.utils.data.Dataset):
         """
         encodings, self.account = encode_rows(self.rows, self.reading, encoder, on_bad_sample)
         self.encodings = encodings
+        processor = encoder.processor
+        self._image = ImageTokens(processor.image_token_id, processor.tile_tokens(1, 1), processor.max_tiles > 1)
         if self._is_random:
-            groups: dict[int, list[int]] = {}
+            drawn: dict[int, list[int]] = {}
             for index, position in enumerate(encodings["position"]):
-                groups.setdefault(position, []).append(index)
-            self._groups = list(groups.values())
+                drawn.setdefault(position, []).append(index)
+            self._drawn = list(drawn.values())
+
+
+def _rows_and_counts(ends: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    return np.arange(len(ends)), np.diff(ends, prepend=0)
 
 
 def _conversation_ends(rows: datasets.Dataset, reading: Reading) -> np.ndarray | None:
@@ -232,21 +267,26 @@ class MixedDataset(torch.utils.data.Dataset):
     def __len__(self):
         return int(self._ends[-1])
 
-    def _place(self, index):
-        source = int(np.searchsorted(self._ends, index, side="right"))
-        start = int(self._ends[source - 1]) if source else 0
-        number = index - start
-        if self.weights is not None:
-            shown = int(self._epoch) * int(self._ends[source] - start)  # by the epochs before this
-            cycle, position = divmod(shown + number, len(self.sources[source]))
-            number = int(self._order(source, cycle)[position])
-        return source, number
+    def _numbers(self, source: int, first: int = 0, end: int | None = None) -> np.ndarray:
+        """Which items of a source this epoch shows, in the order of the mix, or some of them."""
+        start, size = self._start(source), len(self.sources[source])
+        numbers = np.arange(first, self._ends[source] - start if end is None else end)
+        if self.weights is None or not size:
+            return numbers
+        cycles, positions = np.divmod(numbers + int(self._epoch) * int(self._ends[source] - start), size)
+        for cycle in np.unique(cycles):
+            numbers[cycles == cycle] = self._order(source, int(cycle))[positions[cycles == cycle]]
+        return numbers
+
+    def _start(self, source):
+        return int(self._ends[source - 1]) if source else 0
 
     def __getitem__(self, index: int) -> Conversation | Dropped | Encoded:
         if not 0 <= index < len(self):
             raise IndexError(index)
-        source, number = self._place(index)
-        return self.sources[source][number]
+        source = int(np.searchsorted(self._ends, index, side="right"))
+        place = index - self._start(source)
+        return self.sources[source][int(self._numbers(source, place, place + 1)[0])]
 
     @property
     def is_encoded(self) -> bool:
@@ -256,8 +296,28 @@ class MixedDataset(torch.utils.data.Dataset):
     @property
     def lengths(self) -> list[int]:
         """Positions of every item of this epoch, where all sources are encoded."""
-        lengths = [source.lengths for source in self.sources]
-        return [lengths[source][number] for source, number in map(self._place, range(len(self)))]
+        lengths = (np.array(source.lengths, dtype=np.int64) for source in self.sources)
+        return [length for n, of in enumerate(lengths) for length in of[self._numbers(n)].tolist()]
+
+    @property
+    def groups(self) -> np.ndarray:
+        """For every item of this epoch a number; see `ConversationDataset`."""
+        groups = [source.groups[self._numbers(n)] for n, source in enumerate(self.sources)]
+        return np.concatenate([of + first for of, first in zip(groups, self._first_groups)])
+
+    def in_groups(self) -> Grouped:
+        """The items of this epoch with what they share; see `ConversationDataset`."""
+        parts = []
+        for n, (source, first) in enumerate(zip(self.sources, self._first_groups)):
+            numbers = self._numbers(n)
+            found = source.in_groups().chosen(numbers, self._start(n) + np.arange(len(numbers)))
+            parts.append(found._replace(groups=found.groups + first))
+        return Grouped(*map(np.concatenate, zip(*parts)))
+
+    @property
+    def _first_groups(self):
+        """Where the numbers of each source's groups begin: they are positions of its rows."""
+        return np.cumsum([0, *(len(source.rows) for source in self.sources)])[:-1]
 
     @property
     def sizes(self) -> tuple[np.ndarray, np.ndarray]:
@@ -268,9 +328,8 @@ class MixedDataset(torch.utils.data.Dataset):
     @property
     def shown(self) -> np.ndarray:
         """For every item of this epoch the number that it has in `sizes`."""
-        shown, starts = [source.shown for source in self.sources], self._starts()
-        places = map(self._place, range(len(self)))
-        return np.array([starts[source] + shown[source][number] for source, number in places], dtype=np.int64)
+        shown = [source.shown[self._numbers(n)] for n, source in enumerate(self.sources)]
+        return np.concatenate([of + start for of, start in zip(shown, self._starts())])
 
     def stored(self, numbers: list[int]) -> list[dict[str, Any]]:
         """See `ConversationDataset.stored`."""
