@@ -1,12 +1,16 @@
 """What a run may leave out because it cannot change the result: the settings of every saving."""
 
 from dataclasses import dataclass, field
+from pathlib import Path
 
 from transformers import TrainingArguments
 
 from processing.data_error_vlm import DuetError
 
 from .arguments import DataArguments, VLMTrainingArguments
+
+
+FROZEN_DTYPES = ("auto", "bfloat16", "float16")
 
 
 @dataclass
@@ -24,12 +28,30 @@ class EfficiencyArguments:
         default=None, metadata={"help": "With max_tokens_per_batch: different images of a batch, too."}
     )
 
+    cache_vision_features: Path | None = field(
+        default=None,
+        metadata={
+            "help": "Folder of caches of a frozen vision encoder's features: computed once, before the first step, and "
+            "read in place of the images in every epoch and every run."
+        },
+    )
+    frozen_dtype: str | None = field(
+        default=None,
+        metadata={
+            "help": "Hold the frozen weights that autocast casts anyway (of linear layers and convolutions) in its "
+            "type: bfloat16 (with --bf16), float16 (with --fp16), or auto, whichever it is. What is saved stays as it "
+            "was."
+        },
+    )
+
     def __post_init__(self):
         for name in ("max_tokens_per_batch", "max_images_per_batch"):
             if (limit := getattr(self, name)) is not None and limit < 1:
                 raise DuetError(f"{name}={limit}: expected 1 or more.")
         if self.max_images_per_batch is not None and self.max_tokens_per_batch is None:
             raise DuetError("max_images_per_batch limits what max_tokens_per_batch plans; add --max_tokens_per_batch.")
+        if self.frozen_dtype not in (None, *FROZEN_DTYPES):
+            raise DuetError(f"frozen_dtype={self.frozen_dtype!r}: expected one of {', '.join(FROZEN_DTYPES)}.")
 
     def settle(self, data_args: DataArguments, training_args: VLMTrainingArguments) -> None:
         """

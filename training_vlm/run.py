@@ -23,7 +23,9 @@ from processing.batching.encoding import Encoder
 from processing.data_error_vlm import DuetError, in_a_line
 
 from .arguments import GenerationArguments, VLMTrainingArguments, precision_of
+from .cache_features import train_on_features
 from .learning.checkpoints import discard_unfinished, find_checkpoint, numbered
+from .learning.originals import hold_frozen
 from .learning.savings import plan_batches
 from .learning.trainer import VLMTrainer
 from .learning.tuning import describe_components
@@ -104,6 +106,7 @@ def build_trainer(arguments: Arguments, model, encoder: Encoder, train, evaluati
         on_bad_sample=data_args.on_bad_sample,
         account=True,
     )
+    originals = hold_frozen(model, arguments.efficiency.frozen_dtype, training_args)
     try:
         trainer = VLMTrainer(
             model=model,
@@ -117,6 +120,11 @@ def build_trainer(arguments: Arguments, model, encoder: Encoder, train, evaluati
         raise
     except (ValueError, OSError, ImportError) as error:  # such as fsdp in one process, or a Hub that cannot be reached
         raise DuetError(f"the Trainer cannot be made with these settings: {in_a_line(error)}") from error
+    if originals.is_holding and (trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled):
+        raise DuetError("--frozen_dtype: FSDP and DeepSpeed hold and save the weights themselves; leave it out.")
+    if (folder := arguments.efficiency.cache_vision_features) is not None:
+        train_on_features(trainer, [train, evaluation], folder, originals)
+    trainer.add_callback(originals)
     trainer.planned = plan_batches(arguments.efficiency, train, collator, training_args)
     return trainer
 

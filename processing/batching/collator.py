@@ -20,6 +20,7 @@ from ..processing_vlm import VLMProcessor
 from ..reading.items import SPLIT_TURNS, Reading, each_answer_last, is_item
 from .account import BAD_SAMPLE_REASONS, DROP_REASONS, BatchAccount, Record
 from .encoding import IGNORE, Encode, Encoder, encode_dialogue, encode_item, place
+from .features import FeatureCache
 from .images import BatchImages, joined, once
 from .packing import Text, pack
 
@@ -65,6 +66,10 @@ class VLMDataCollator:
         Conversations that cannot be learned from are left out and counted in `dropped`, in worker processes too; a
         batch of nothing else is one pad token with label -100, of which the loss is 0.
 
+    Attributes:
+        features (`FeatureCache`): what a frozen encoder makes of each image, for the batch to have `vision_features`
+            `(views, tokens, width)` in place of `pixel_values`; `None` where images are opened.
+
     Raises:
         DuetError: with `on_bad_sample="error"`, a row or an image that cannot be read, by name; or rows of nothing.
     """
@@ -95,6 +100,7 @@ class VLMDataCollator:
         self.pad_to_multiple_of = pad_to_multiple_of
         self.on_bad_sample = on_bad_sample
         self.account = account
+        self.features: FeatureCache | None = None
         self.skip_batches = 0
         self._made = 0  # in this process
         self._said: set[str] = set()
@@ -114,7 +120,7 @@ class VLMDataCollator:
     def __call__(self, rows: list[dict[str, Any] | list[dict[str, Any]]]) -> dict[str, Any]:
         if self._is_skipped():
             return {}
-        items, records, images = [], [], BatchImages(self.processor)
+        items, records, images = [], [], BatchImages(self.processor, self.features)
         read = self._read(row for part in rows for row in (part if isinstance(part, list) else [part]))
         if self.split_turns != "none":
             read = (part for item in read for part in ([item] if "input_ids" in item else each_answer_last(item)))

@@ -13,6 +13,7 @@ import torch
 
 from ..image_files_vlm import BadImage, ImageReference, load_image
 from ..processing_vlm import VLMProcessor
+from .features import FeatureCache
 
 
 class Seen(NamedTuple):
@@ -28,10 +29,11 @@ class BatchImages:
 
     Args:
         processor: the model's processor.
+        features: where what the encoder makes of each is read, in place of the image.
     """
 
-    def __init__(self, processor: VLMProcessor):
-        self.processor = processor
+    def __init__(self, processor: VLMProcessor, features: FeatureCache | None = None):
+        self.processor, self.features = processor, features
         self._found: dict[Hashable, tuple[Seen | BadImage, ImageReference]] = {}
 
     def __getitem__(self, reference: ImageReference) -> Seen:
@@ -54,6 +56,12 @@ class BatchImages:
         return found
 
     def _look(self, reference):
+        if self.features is not None:
+            features, grid = self.features.seen(reference)
+            tensors = {"vision_features": features}
+            if self.processor.max_tiles > 1:
+                tensors["image_grids"] = torch.tensor([grid])
+            return Seen(tensors, self.processor.tile_tokens(*grid))
         image = load_image(reference, size=self._size)
         tokens = self.processor.image_tokens(image.height, image.width)
         return Seen(dict(self.processor.process_images([image])), tokens)
