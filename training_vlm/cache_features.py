@@ -300,14 +300,14 @@ def _missing(trainer, sources, cache) -> dict[bytes, _Place]:
     args = trainer.args
     looked = _Looked(sources, cache, trainer.data_collator.processor, (args.process_index, args.world_size))
     missing: dict[bytes, _Place] = {}
-    for rows in _loaded(trainer, looked, 64, "looking for images"):
+    for rows in _loaded(trainer, looked, 64, "Looking for images"):
         for found in rows:
             for stamp, place in found:
                 missing.setdefault(stamp, place)
     return missing
 
 
-def _loaded(trainer, dataset, batch_size, title):
+def _loaded(trainer, dataset, batch_size, what):
     loader = torch.utils.data.DataLoader(
         dataset,
         batch_size,
@@ -315,7 +315,10 @@ def _loaded(trainer, dataset, batch_size, title):
         num_workers=trainer.args.dataloader_num_workers,
         generator=torch.Generator(),  # the random numbers of the run stay what they are
     )
-    return tqdm(loader, desc=title, disable=not trainer.is_world_process_zero(), leave=False)
+    with tqdm(total=len(dataset), desc=what, disable=not trainer.is_world_process_zero(), leave=False) as bar:
+        for batch in loader:
+            yield batch
+            bar.update(len(batch))
 
 
 def _check_room(trainer, cache, missing):
@@ -330,8 +333,8 @@ def _check_room(trainer, cache, missing):
     if trainer.is_world_process_zero():
         there = sum(file.stat().st_size for file in cache.folder.glob("*.features"))
         print(
-            f"vision features: {images:,} images to be computed, {shown_size(needed)}; {shown_size(there)} are in "
-            f"{cache.folder}, where {shown_size(free)} are free",
+            f"vision features: {shown_size(there)} are in {cache.folder}; {images:,} images are to be computed, which "
+            f"takes {shown_size(needed)} of the {shown_size(free)} that are free there",
             flush=True,
         )
 
@@ -394,7 +397,7 @@ def _fill(trainer, sources, cache, missing, encoder):
     images = _Images(sources, missing, trainer.data_collator.processor)
     writer, begun = ShardWriter(cache), time.monotonic()
     try:
-        for batch in _loaded(trainer, images, _VIEWS, "computing vision features"):
+        for batch in _loaded(trainer, images, _VIEWS, "Computing vision features"):
             new = {}
             for stamp, content, seen in filter(None, batch):
                 if (found := writer.find(content)) is not None:
