@@ -18,6 +18,7 @@ RUN = """
 import math, shutil, sys
 from pathlib import Path
 import torch
+from accelerate.utils import gather_object
 from tests.test_guard import items_of
 from tests.test_trainer import trainer_of, weights
 from PIL import Image
@@ -38,6 +39,11 @@ whole = trainer("whole")
 whole.train()
 process = whole.args.process_index
 counted = whole.gathered_account().state()
+lines = [line for line in whole.state.log_history if "loss" in line]
+assert all(found == lines for found in gather_object([lines])) and lines[0]["samples_per_second"] > 0
+counts = whole.meter._together(whole.meter.counts)
+assert counts["samples"] == whole.gathered_account().total["learned from"] == 16
+assert counts["samples"] > whole.meter.counts["samples"]
 if process == 0:
     shutil.copytree(root / "whole" / "checkpoint-3", root / "resumed" / "checkpoint-3")
 whole.accelerator.wait_for_everyone()

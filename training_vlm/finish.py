@@ -28,6 +28,7 @@ from processing.image_files_vlm import BadImage, check_image, load_image
 
 from .arguments import precision_of
 from .data import Data, TrainDataset
+from .learning.meter import table
 from .learning.trainer import VLMTrainer
 from .learning.tuning import describe_components
 from .model_card import read_base_models, write_model_card
@@ -91,10 +92,13 @@ def finish(
     model_args, generation_args, args = arguments.model, arguments.generation, arguments.training
     assert args.output_dir is not None  # where none is given, the library has a name
     attempts, losses = Attempts(args.output_dir), {"train_loss": result.training_loss}
+    speed = trainer.meter.report()
     with attempts.trying("writing the metrics"):
         trainer.log_metrics("train", result.metrics)
-        trainer.save_metrics("train", result.metrics)
+        trainer.save_metrics("train", {**result.metrics, **speed})
         trainer.save_state()
+        if trainer.is_world_process_zero():
+            print(f"\n{table(speed)}")
     with attempts.trying("the evaluation", together=args.world_size > 1):
         losses |= _evaluated(trainer)
     account = trainer.gathered_account()

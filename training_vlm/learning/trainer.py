@@ -1,13 +1,14 @@
 """The Trainer, with what it cannot express for this model: nothing computed in vain, and a loss that weighs tokens.
 
-Ten things differ from the stock Trainer. The head is computed at supervised positions only: the same loss and
+Eleven things differ from the stock Trainer. The head is computed at supervised positions only: the same loss and
 gradients, without the logits of a thousand image positions. The evaluation loss is the mean over tokens, where the
 stock loop averages the means of batches, which makes it depend on the batch size. Label smoothing is the model's, with
 all that its loss has. The accounts of the batches that were trained on are added up, and go on with a resumed run. A
 run on a stream resumes at its next sample without decoding those before it. Grouping by length reads no item, and its
 order depends on seed and epoch alone. A checkpoint is written beside and counts when it is whole. A run stops when its
 loss is no longer finite or nothing reaches what learns. What was learned before another error is kept as a checkpoint.
-A run that is resumed at its end takes no further step.
+Each line of the log says how fast the run is, and how much of it is waiting. A run that is resumed at its end takes no
+further step.
 
 Six of the Trainer's private methods are overridden, each with its reason beside it; they are the last of the class.
 """
@@ -40,6 +41,7 @@ from .checkpoints import (
     seal,
 )
 from .guard import Guard
+from .meter import EVALUATION, SAVING, Meter, spent_on
 from .sampling import EpochOfData, LengthGroupedOrder, order_seed
 
 
@@ -66,6 +68,8 @@ class VLMTrainer(Trainer):
         self.add_callback(EpochOfData())
         self.guard = Guard(self)
         self.add_callback(self.guard)
+        self.meter = Meter(self)
+        self.add_callback(self.meter)
         # It would hide from the log what the guard looks at; the steps that a scaler skips are to be hidden.
         self.args.logging_nan_inf_filter = self.accelerator.scaler is not None
 
@@ -81,6 +85,7 @@ class VLMTrainer(Trainer):
         if account is not None and model.training:
             self.account.add_batch(account)
             self.guard.saw_records(account.records)
+            self.meter.saw(inputs, account)
         targets, weights = targets_of(*map(inputs.get, ("labels", "loss_weights", "shift_labels")))
         if targets is not None and self.compute_loss_func is not None:
             if weights is not None:
@@ -103,6 +108,10 @@ class VLMTrainer(Trainer):
         self.guard.saw_loss(loss)
         return loss
 
+    def get_batch_samples(self, epoch_iterator, *args, **kwargs) -> tuple:
+        """See `Trainer.get_batch_samples`; the time that is spent waiting for data is measured."""
+        return super().get_batch_samples(self.meter.waiting(epoch_iterator), *args, **kwargs)
+
     def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
         """See `Trainer.prediction_step`."""
         self._only_loss = prediction_loss_only
@@ -111,6 +120,7 @@ class VLMTrainer(Trainer):
         finally:
             self._only_loss = False
 
+    @spent_on(EVALUATION)
     def evaluation_loop(self, *args, metric_key_prefix: str = "eval", **kwargs) -> EvalLoopOutput:
         """See `Trainer.evaluation_loop`; `eval_loss` is the mean over all supervised tokens of all processes."""
         self._evaluated = torch.zeros(2, dtype=torch.float64)
@@ -176,8 +186,11 @@ class VLMTrainer(Trainer):
             logs["train_loss"] = _logged_loss(self.state.log_history)
         if "train_loss" in logs and isinstance(self.planned, PlannedStream):
             logs.pop("train_samples_per_second", None)  # they would be batches
+        if "loss" in logs:
+            logs.update(self.meter.log_line())
         super().log(logs, *args, **kwargs)
 
+    @spent_on(SAVING)
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """
         See `Trainer.save_model`; files are written beside and then moved, so that a kill leaves old or new ones.
@@ -324,6 +337,7 @@ class VLMTrainer(Trainer):
         if self._beside is None:
             super()._push_from_checkpoint(checkpoint_folder)
 
+    @spent_on(SAVING)
     def _save_checkpoint(self, model, trial):
         # The stock method writes in place, where a kill leaves half a checkpoint for the next resume to take.
         self.guard.check_weights()
