@@ -73,11 +73,13 @@ class BatchAccount:
         padding: positions that are padding.
         positions: all that are run, padding and all; fewer than samples have where they share some. Those of the
             samples and the padding if not given.
+        rows: for each record the number of the row that it comes from, in the list that the collator was given.
     """
 
     records: list[Record]
     padding: int
     positions: int | None = None
+    rows: list[int] | None = None
 
     @property
     def tokens(self) -> int:

@@ -120,13 +120,12 @@ class VLMDataCollator:
     def __call__(self, rows: list[dict[str, Any] | list[dict[str, Any]]]) -> dict[str, Any]:
         if self._is_skipped():
             return {}
-        items, records, images = [], [], BatchImages(self.processor, self.features)
-        read = self._read(row for part in rows for row in (part if isinstance(part, list) else [part]))
-        if self.split_turns != "none":
-            read = (part for item in read for part in ([item] if "input_ids" in item else each_answer_last(item)))
-        for conversation in read:
+        items, records, rows_of, images = [], [], [], BatchImages(self.processor, self.features)
+        flat = [row for part in rows for row in (part if isinstance(part, list) else [part])]
+        for number, conversation in self._read(flat):
             item, record = self._opened(conversation, images)
             records.append(record)
+            rows_of.append(number)
             if not self.account:
                 self._warn(record)
             if item is None:
@@ -135,25 +134,31 @@ class VLMDataCollator:
                 items.append(item)
         batch, padding = self._batch(items)
         if self.account:
-            batch["account"] = BatchAccount(records, padding, batch["labels"].numel())
+            batch["account"] = BatchAccount(records, padding, batch["labels"].numel(), rows_of)
         return batch
 
     def _read(self, rows):
-        """The items of the batch; what has no name of its own is called by its place in it."""
+        """The items of the batch, each with the number of its row."""
         for index, row in enumerate(rows):
-            if isinstance(row, dict) and not row:
-                raise DuetError(
-                    "the collator was given a row without any column, as Trainer leaves it where it removes what it "
-                    "does not know; add remove_unused_columns=False to the TrainingArguments."
-                )
-            is_named = isinstance(row, dict) and row.get("source") and row.get("row") is not None
-            if is_item(row):
-                yield row if is_named else {**row, "source": _OF_BATCH.source, "row": index}
-            elif is_named:
-                cells = {name: value for name, value in row.items() if name not in ("source", "row")}
-                yield from dataclasses.replace(_OF_BATCH, source=str(row["source"])).items(cells, row["row"])
-            else:
-                yield from _OF_BATCH.items(row, index)
+            for item in self._items_of(row, index):
+                parts = [item] if self.split_turns == "none" or "input_ids" in item else each_answer_last(item)
+                yield from ((index, part) for part in parts)
+
+    def _items_of(self, row, index):
+        """The items of a row; one that has no name of its own is called by its place in the batch."""
+        if isinstance(row, dict) and not row:
+            raise DuetError(
+                "the collator was given a row without any column, as Trainer leaves it where it removes what it "
+                "does not know; add remove_unused_columns=False to the TrainingArguments."
+            )
+        is_named = isinstance(row, dict) and row.get("source") and row.get("row") is not None
+        if is_item(row):
+            yield row if is_named else {**row, "source": _OF_BATCH.source, "row": index}
+        elif is_named:
+            cells = {name: value for name, value in row.items() if name not in ("source", "row")}
+            yield from dataclasses.replace(_OF_BATCH, source=str(row["source"])).items(cells, row["row"])
+        else:
+            yield from _OF_BATCH.items(row, index)
 
     def _warn(self, record):
         """Say once of each kind what is wrong with a sample: without an account nobody would know."""

@@ -99,7 +99,8 @@ class VLMTrainer(Trainer):
                 inputs["smoothing"] = self.args.label_smoothing_factor
         loss, outputs = super().compute_loss(model, inputs, True, num_items_in_batch)
         if targets is not None and not model.training and self._evaluated is not None:
-            self._add_evaluated(targets, weights, outputs["logits"])
+            texts = _rows_of_texts(targets, inputs.get("segments"), account)
+            self._add_evaluated(texts, targets, weights, outputs["logits"])
         return (loss, outputs) if return_outputs else loss
 
     def training_step(self, *args, **kwargs) -> torch.Tensor:
@@ -294,16 +295,19 @@ class VLMTrainer(Trainer):
         elif self.is_world_process_zero():
             self.card()
 
-    def _add_evaluated(self, targets, weights, logits):
+    def _add_evaluated(self, texts, targets, weights, logits):
         keep = targets != IGNORE
         if logits.ndim == 3:
             logits = logits[keep]
         costs = token_costs(logits, targets[keep], None if weights is None else weights[keep])
-        # A sum and a count for each row, so that rows repeated to fill the last batch are not counted twice.
-        sums = torch.zeros(len(targets), 2, device=logits.device)
-        sums[:, 0].index_add_(0, keep.nonzero()[:, 0], costs)
-        sums[:, 1] = keep.sum(1)
-        self._evaluated += self.accelerator.gather_for_metrics(sums).cpu().double().sum(0)
+        # A sum and a count for each row that was asked for, whether it came into the batch or was dropped: so those
+        # repeated to fill the last batch are not counted twice, and all processes have as many.
+        sums = torch.zeros(self.args.eval_batch_size, 2, device=logits.device)
+        rows = texts.to(logits.device)[keep.to(logits.device)].clamp(max=len(sums) - 1)
+        sums.index_add_(0, rows, torch.stack([costs, torch.ones_like(costs)], dim=1))
+        if self.args.world_size > 1:
+            sums = self.accelerator.gather_for_metrics(sums)
+        self._evaluated += sums.cpu().double().sum(0)
 
     def _get_train_sampler(self, train_dataset=None):
         # The stock sampler would read every item, images too, to find out how long it is.
@@ -368,6 +372,19 @@ class VLMTrainer(Trainer):
         if self._save_error is not None:
             error, self._save_error = self._save_error, None
             raise error
+
+
+def _rows_of_texts(targets, segments, account) -> torch.Tensor:
+    """For each position of a batch, `(batch, tokens)`, the number of the row that its text was made of; -1 of none."""
+    if segments is None:
+        texts = torch.arange(len(targets)).unsqueeze(1).expand_as(targets)
+    else:
+        starts, ends, _, of = torch.tensor(segments).unbind(1)
+        texts = of.repeat_interleave(ends - starts).unsqueeze(0)
+    if account is None:
+        return texts
+    rows = [row for record, row in zip(account.records, account.rows) if record.dropped is None]
+    return torch.tensor([*rows, -1])[texts.clamp(max=len(rows))]
 
 
 def _logged_loss(log_history) -> float:
