@@ -196,17 +196,18 @@ def run_llava(task: Task, folder: Path, precision: str, pace: Pace) -> None:
 def run_trl(task: Task, folder: Path, precision: str, pace: Pace) -> None:
     """TRL's SFTTrainer on that LLaVA, with the ordinary collator; its loss is TRL's own."""
     from datasets import Dataset
-    from transformers import AutoTokenizer
+    from transformers import AutoTokenizer, LlavaProcessor
     from trl import SFTConfig, SFTTrainer
 
     model, collator = _llava(task, folder)
+    processor = LlavaProcessor(collator.images, AutoTokenizer.from_pretrained(folder / "model"), patch_size=16)
     args = SFTConfig(
         **settings(task, folder, precision), max_length=None, gradient_checkpointing=False,
         dataset_kwargs={"skip_prepare_dataset": True},
     )  # fmt: skip
     SFTTrainer(
         model=model, args=args, data_collator=collator, train_dataset=Dataset.from_list(Rows(folder).rows),
-        processing_class=AutoTokenizer.from_pretrained(folder / "model"), callbacks=[pace],
+        processing_class=processor, callbacks=[pace],
     ).train()  # fmt: skip
 
 
