@@ -157,7 +157,9 @@ def settings(task: Task, folder: Path, precision: str) -> dict[str, Any]:
     }
 
 
-def run_duet(task: Task, folder: Path, precision: str, pace: Pace, arguments: list[str], rows: str) -> None:
+def run_duet(
+    task: Task, folder: Path, precision: str, pace: Pace, arguments: list[str], rows: str, collator: tuple[str, ...] = ()
+) -> None:
     """Duet, as its training scripts tell the story, on a file of rows."""
     from training_vlm.data import encode_data, load_data
     from training_vlm.load import choose_max_length, load_model
@@ -180,6 +182,7 @@ def run_duet(task: Task, folder: Path, precision: str, pace: Pace, arguments: li
     encoder = stage.encoder(processor, found.data, choose_max_length(model, found.data.max_length))
     train, evaluation = encode_data(data, encoder, found.data, found.training)
     trainer = build_trainer(found, model, encoder, train, evaluation)
+    vars(trainer.data_collator).update(dict.fromkeys(collator, True))
     trainer.add_callback(pace)
     trainer.train()
 
@@ -299,7 +302,12 @@ RUNNERS: dict[str, tuple[Callable[..., None], dict[str, Any]]] = {
     "plain": (run_plain, {}),
     "llava": (run_llava, {}),
     "trl": (run_trl, {}),
-    "duet": (run_duet, {"arguments": [], "rows": "apart"}),
+    "duet, nothing saved": (run_duet, {"arguments": [], "rows": "apart"}),
+    "duet, images once": (run_duet, {"arguments": [], "rows": "together"}),
+    "duet, no padding": (run_duet, {"arguments": [], "rows": "together", "collator": ("padding_free",)}),
+    "duet, shared prefix": (
+        run_duet, {"arguments": [], "rows": "together", "collator": ("padding_free", "share_prefix")}
+    ),
 }
 """Name -> function and its further arguments."""
 
