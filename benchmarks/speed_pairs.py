@@ -8,7 +8,8 @@ import io
 import json
 import os
 import random
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
@@ -26,10 +27,12 @@ from transformers import (
 )
 
 from modeling_vlm import VLMForConditionalGeneration
-from processing import VLMProcessor
+from processing import VLMDataCollator, VLMProcessor
 from processing.batching.encoding import Encoder, encode_caption, encode_dialogue
 from processing.image_files_vlm import ImagePolicy
 from processing.reading.items import Reading
+from training_vlm.flops import costs_of, work_of
+from training_vlm.learning.tuning import apply_tuning
 
 
 CHATML = (
@@ -107,6 +110,11 @@ class Task:
     def batch(self) -> int:
         """Conversations of an optimiser step."""
         return self.images * (self.captions if self.stage == 1 else 1)
+
+    @property
+    def learning(self) -> int | None:
+        """How many blocks of the language model learn, at its end; `None` for all."""
+        return 2 if self.stage == 1 else None
 
 
 def word_tokenizer(size: int) -> PreTrainedTokenizerFast:
@@ -241,5 +249,24 @@ def make(task: Task, folder: Path) -> dict[str, Any]:
         (folder / f"{name}.jsonl").write_text("\n".join(map(json.dumps, rows)) + "\n")
     encoded = encode_rows(task, together, folder, processor)
     (folder / "encoded.json").write_text(json.dumps(encoded))
-    texts = [[len(item["input_ids"]) - 1, sum(label != -100 for label in item["labels"])] for item in encoded]
-    return {"texts": [texts[start : start + task.batch] for start in range(0, len(texts), task.batch)]}
+    apply_tuning(model, "frozen", f"last:{task.learning or pair.text.num_hidden_layers}")
+    return {"flops": necessary(model, processor, encoded, task.batch)}
+
+
+def necessary(
+    model: VLMForConditionalGeneration, processor: VLMProcessor, encoded: list[dict[str, Any]], batch: int
+) -> list[dict[str, int]]:
+    """What each step has to compute at the least, in FLOP: all of it (`whole`), and with features that are `cached`."""
+    costs, steps = costs_of(model), []
+    collate = VLMDataCollator(processor, padding_free=True, share_prefix=True)
+    for start in range(0, len(encoded), batch):
+        row = collate([{**item, "images": [item["image"]]} for item in encoded[start : start + batch]])
+        work = work_of(row, (), int((row["shift_labels"] != -100).sum()), costs.windows)
+        steps.append({"whole": costs.of(work), "cached": costs.of(replace(work, encoded=0))})
+    return steps
+
+
+def make_and_tell(connection: Connection, task: Task, folder: Path) -> None:
+    """`make`, in a process of its own."""
+    torch.set_num_threads(1)
+    connection.send(make(task, folder))

@@ -1,4 +1,4 @@
-"""What was measured, for a reader: ratios with their spread, a table, a plot of the ladder, and a place in results.md."""
+"""What was measured, for a reader: ratios with their spread, a table, a plot, and a place in results.md."""
 
 import platform
 import re

@@ -57,7 +57,7 @@ class Pace(TrainerCallback):
     def _wait(self, told):
         self.connection.send(told)
         if self.connection.recv() is not True:
-            os._exit(0)
+            sys.exit()
         self.cpu, self.wall = cpu_seconds(), time.perf_counter()
 
 
@@ -73,10 +73,10 @@ def resident(line: str) -> float:
     return next(int(text.split()[1]) / 1024 for text in STATUS.read_text().splitlines() if text.startswith(line))
 
 
-def last_blocks(model: nn.Module, blocks: nn.ModuleList, projector: nn.Module, number: int) -> None:
-    """Freeze all but the projector and that many blocks at the end."""
+def last_blocks(model: nn.Module, blocks: nn.ModuleList, projector: nn.Module, number: int | None) -> None:
+    """Freeze all but the projector and that many blocks at the end, all of them without a number."""
     model.requires_grad_(False)
-    for module in (projector, *blocks[len(blocks) - number :]):
+    for module in (projector, *blocks[-(number or len(blocks)) :]):
         module.requires_grad_(True)
 
 
@@ -140,7 +140,7 @@ def collator_of(config, folder: Path, length: int | None = None) -> PaddingColla
 def settings(task: Task, folder: Path, precision: str) -> dict[str, Any]:
     """What every Trainer is told."""
     return {
-        "output_dir": str(folder / "out"),
+        "output_dir": str(folder / f"out{os.getpid()}"),
         "per_device_train_batch_size": task.batch,
         "train_sampling_strategy": "sequential",
         "max_steps": task.steps,
@@ -158,7 +158,13 @@ def settings(task: Task, folder: Path, precision: str) -> dict[str, Any]:
 
 
 def run_duet(
-    task: Task, folder: Path, precision: str, pace: Pace, arguments: list[str], rows: str, collator: tuple[str, ...] = ()
+    task: Task,
+    folder: Path,
+    precision: str,
+    pace: Pace,
+    arguments: tuple[str, ...] = (),
+    rows: str = "together",
+    collator: tuple[str, ...] = (),
 ) -> None:
     """Duet, as its training scripts tell the story, on a file of rows."""
     from training_vlm.data import encode_data, load_data
@@ -170,12 +176,13 @@ def run_duet(
     told = {
         **settings(task, folder, precision), "model": folder / "model", "dataset": folder / f"{rows}.jsonl",
         "image_dir": folder, "eval_share": 0,
-        "tune_text": f"last:{2 if task.stage == 1 else _blocks(folder)}",
+        "tune_text": f"last:{task.learning or _blocks(folder)}",
     }  # fmt: skip
     told.pop("report_to")
     words = [str(word) for name, value in told.items() for word in (f"--{name}", value)]
+    words += [word.replace("CACHE", str(folder / "cache")) for word in arguments]
     stage = PRETRAIN if task.stage == 1 else SFT
-    found = parse_arguments(stage, [*words, "--report_to", "none", *arguments])
+    found = parse_arguments(stage, [*words, "--report_to", "none"])
     prepare(found.training)
     data = load_data(stage, found.data, found.training)
     model, processor = load_model(stage, found.model, found.data, data)
@@ -219,7 +226,7 @@ def _llava(task, folder):
 
     model = LlavaForConditionalGeneration.from_pretrained(folder / "llava", dtype=torch.float32)
     blocks = model.model.language_model.layers
-    last_blocks(model, blocks, model.model.multi_modal_projector, 2 if task.stage == 1 else len(blocks))
+    last_blocks(model, blocks, model.model.multi_modal_projector, task.learning)
     return model, collator_of(model.config, folder)
 
 
@@ -228,7 +235,7 @@ def run_plain(task: Task, folder: Path, precision: str, pace: Pace) -> None:
     config = AutoConfig.from_pretrained(folder / "model", trust_remote_code=True)
     model = PlainRecipe(config, folder)
     blocks = model.text.transformer.h
-    last_blocks(model, blocks, model.projector, 2 if task.stage == 1 else len(blocks))
+    last_blocks(model, blocks, model.projector, task.learning)
     length = 64 if task.stage == 1 else 512 if task.shape == "S" else 384
     loader = torch.utils.data.DataLoader(
         Rows(folder), batch_size=task.batch, collate_fn=collator_of(config, folder, length)
@@ -297,17 +304,26 @@ def _blocks(folder):
     return config.get("num_hidden_layers") or config["n_layer"]
 
 
+SHARED = ("padding_free", "share_prefix")
+LADDER: dict[str, dict[str, Any]] = {
+    "duet, nothing saved": {"rows": "apart"},
+    "duet, images once": {},
+    "duet, no padding": {"collator": SHARED[:1]},
+    "duet, shared prefix": {"collator": SHARED},
+    "duet, frozen in bf16": {"collator": SHARED, "arguments": ("--frozen_dtype", "auto")},
+    "duet, cache": {"collator": SHARED, "arguments": ("--cache_vision_features", "CACHE")},
+    "duet, frozen in bf16, cache": {
+        "collator": SHARED, "arguments": ("--frozen_dtype", "auto", "--cache_vision_features", "CACHE")
+    },
+}  # fmt: skip
+"""Duet with one saving more in each; `CACHE` stands for a folder."""
+
 RUNNERS: dict[str, tuple[Callable[..., None], dict[str, Any]]] = {
     "gemm": (run_gemm, {}),
     "plain": (run_plain, {}),
     "llava": (run_llava, {}),
     "trl": (run_trl, {}),
-    "duet, nothing saved": (run_duet, {"arguments": [], "rows": "apart"}),
-    "duet, images once": (run_duet, {"arguments": [], "rows": "together"}),
-    "duet, no padding": (run_duet, {"arguments": [], "rows": "together", "collator": ("padding_free",)}),
-    "duet, shared prefix": (
-        run_duet, {"arguments": [], "rows": "together", "collator": ("padding_free", "share_prefix")}
-    ),
+    **{name: (run_duet, savings) for name, savings in LADDER.items()},
 }
 """Name -> function and its further arguments."""
 
@@ -322,6 +338,5 @@ def start(connection: Connection, name: str, task: Task, folder: Path, precision
     function, further = RUNNERS[name]
     try:
         function(task, folder, precision, Pace(connection), **further)
-    except BaseException:
-        traceback.print_exc()
+    except Exception:
         connection.send({"failed": traceback.format_exc()})

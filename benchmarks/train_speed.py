@@ -10,20 +10,20 @@ the same weights with the same batch, so their losses and the norms of their gra
 """
 
 import argparse
+import contextlib
 import json
 import multiprocessing
 import os
-import statistics
 import sys
 import tempfile
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from speed_pairs import Task, make
-from speed_report import draw_ladder, machine, table, write_results
-from speed_runners import RUNNERS, start
+from speed_pairs import Task, make_and_tell
+from speed_report import draw_ladder, table, write_results
+from speed_runners import LADDER, RUNNERS, start
 
 
 HERE = Path(__file__).parent
@@ -53,11 +53,18 @@ class Case:
         return f"{self.shape}, stage {self.stage}, {what}, {precision}"
 
 
+def processes() -> Any:
+    """Where processes come from: forked from one that has imported what all need and computed nothing."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["speed_runners", "training_vlm.run", "transformers.models.llava.modeling_llava"])
+    return context
+
+
 class Runners:
     """The processes of a case: started together, stepped one at a time."""
 
     def __init__(self, names: tuple[str, ...], task: Task, folder: Path, precision: str):
-        context = multiprocessing.get_context("spawn")
+        context = processes()
         self.folder, self.processes, self.ready = folder, {}, {}
         for name in names:
             here, there = context.Pipe()
@@ -76,10 +83,12 @@ class Runners:
 
     def stop(self) -> None:
         """End all."""
-        for process, connection in self.processes.values():
-            connection.close()
+        for _, connection in self.processes.values():
+            with contextlib.suppress(OSError):  # of one that has ended
+                connection.send(False)
+        for process, _ in self.processes.values():
+            process.join(20)
             process.kill()
-            process.join()
 
     def _told(self, name):
         try:
@@ -94,8 +103,16 @@ class Runners:
 
 def made(task: Task, folder: Path) -> dict[str, Any]:
     """`make`, in a process of its own, so that this one stays small."""
-    with multiprocessing.get_context("spawn").Pool(1) as pool:
-        return pool.apply(make, (task, folder))
+    here, there = processes().Pipe()
+    process = processes().Process(target=make_and_tell, args=(there, task, folder))
+    process.start()
+    there.close()
+    try:
+        return here.recv()
+    except EOFError:
+        sys.exit("error: what is to be trained could not be made; the reason stands above")
+    finally:
+        process.join()
 
 
 def measure(case: Case, precision: str, rounds: int, folder: Path, images: int | None = None) -> dict[str, Any]:
@@ -140,28 +157,43 @@ def disagreements(measured: dict[str, Any]) -> list[str]:
     return lines
 
 
+SAVED = tuple(LADDER)
 CASES = [
-    Case("G", 1, 5, 4, ("plain", "duet")),
-    Case("S", 1, 5, 3, ("llava", "trl", "duet")),
-    Case("S", 1, 1, 6, ("llava", "duet")),
-    Case("S", 2, 1, 6, ("llava", "trl", "duet")),
+    Case("G", 1, 5, 4, ("plain", *SAVED)),
+    Case("S", 1, 5, 2, ("llava", "trl", *SAVED)),
+    Case("S", 1, 1, 4, ("llava", *SAVED)),
+    Case("S", 2, 1, 4, ("llava", "trl", *SAVED)),
 ]
 """Those of `--all`, each in both precisions."""
 
-SMALL = Case("small", 1, 5, 4, ("llava", "duet"))
+OTHERS = [
+    Case("small", 1, 5, 4, ("llava", *SAVED)),
+    Case("small", 2, 1, 6, ("llava", *SAVED)),
+    Case("G", 2, 1, 6, ("plain", *SAVED)),
+]
 
 
 def chosen(args: argparse.Namespace) -> list[tuple[Case, str]]:
-    """The cases that are asked for, with their precisions."""
-    cases = [*CASES, SMALL, Case("small", 2, 1, 6, SMALL.runners), Case("G", 2, 1, 6, ("plain", "duet"))]
-    cases = CASES if args.all else [case for case in cases if case.shape == args.shape and case.stage == args.stage]
-    if not args.all and args.stage == 1:
-        cases = [Case(args.shape, 1, args.captions, cases[0].images, cases[0].runners)] + cases
-        cases = [next((case for case in cases[1:] if case.captions == args.captions), cases[0])]
-    precisions = ("fp32", "bf16") if args.precision is None else (args.precision,)
-    if args.runners:
-        cases = [Case(c.shape, c.stage, c.captions, c.images, tuple(args.runners.split(","))) for c in cases]
-    return [(case, precision) for case in cases for precision in precisions]
+    """The cases that are asked for, with their precisions; no runner twice that does the same in a case."""
+    cases = CASES
+    if not args.all:
+        cases = [case for case in CASES + OTHERS if (case.shape, case.stage) == (args.shape, args.stage)]
+        cases = [next((case for case in cases if case.captions == args.captions), cases[0])]
+        cases = [replace(case, captions=args.captions if case.stage == 1 else 1) for case in cases]
+    asked = args.runners.split(";") if args.runners else None
+    found = []
+    for case in cases:
+        for precision in ("fp32", "bf16") if args.precision is None else (args.precision,):
+            names = asked or [name for name in case.runners if not without_effect(name, case, precision)]
+            found.append((replace(case, runners=tuple(names)), precision))
+    return found
+
+
+def without_effect(name: str, case: Case, precision: str) -> bool:
+    """Whether a rung of the ladder is the one before it."""
+    if "bf16" in name and precision == "fp32" or name == "duet, cache" and precision == "bf16":
+        return True
+    return case.captions == 1 and name in ("duet, images once", "duet, shared prefix")
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -172,7 +204,9 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--stage", type=int, choices=[1, 2], default=1)
     parser.add_argument("--captions", type=int, default=5, help="of an image, in stage 1")
     parser.add_argument("--precision", choices=["fp32", "bf16"], help="both if not given")
-    parser.add_argument("--runners", help=f"by name, with commas, the one to compare with first: {', '.join(RUNNERS)}")
+    parser.add_argument(
+        "--runners", help="by name, with ; between, the one to compare with first: " + "; ".join(RUNNERS)
+    )
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--images", type=int, help="of a step, instead of what the case has")
     parser.add_argument("--json", type=Path, help="file for everything that was measured")
