@@ -10,10 +10,18 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
+import train_pretrain
 import train_sft
 from processing import DuetError
+from processing.batching.account import Account
+from processing.batching.groups import Grouped
+from tests import tiny
 from tests.test_settings import refusal
+from tests.test_trainer import trainer_of
 from training_vlm.learning.batches import Budget, PlannedBatches
+from training_vlm.learning.sampling import GroupedOrder, whole_groups
+from training_vlm.settings import parse_arguments
+from training_vlm.stages import SFT
 
 
 class Sizes(torch.utils.data.Dataset):
@@ -28,14 +36,11 @@ class Sizes(torch.utils.data.Dataset):
         return len(self.sizes[0])
 
     def __getitem__(self, index):
-        return index
+        return {"source": "numbers", "row": index}
 
-    @property
-    def shown(self):
-        return np.arange(len(self))
-
-    def stored(self, numbers):
-        return [{"source": "numbers", "row": number} for number in numbers]
+    def in_groups(self):
+        (lengths, images), items = self.sizes, np.arange(len(self))
+        return Grouped(items, items, lengths, 0 * items, images, images, 0 * items)
 
     def set_epoch(self, epoch):
         self.epoch = epoch
@@ -51,7 +56,7 @@ BUDGETS = {
 
 
 def batches_of(planned):
-    return [planned[index] for index in range(len(planned))]
+    return [[item["row"] for item in planned[index]] for index in range(len(planned))]
 
 
 @pytest.mark.parametrize("budget", BUDGETS.values(), ids=BUDGETS)
@@ -72,7 +77,7 @@ def test_every_item_comes_once_an_epoch_and_no_batch_is_over_budget(budget):
 
 
 def test_batches_follow_from_seed_and_epoch_alone():
-    one, other, third = (PlannedBatches(Sizes(), Budget(2048), seed) for seed in (1, 1, 2))
+    one, other, third = (PlannedBatches(Sizes(), Budget(2048), seed=seed) for seed in (1, 1, 2))
     first = batches_of(one)
     other.set_epoch(3)
     later = batches_of(other)
@@ -150,9 +155,23 @@ def backbones(folders):
 
 
 OPTIONS = {
+    "no padding": ["--padding_free", "on"],
+    "padding": ["--padding_free", "off"],
+    "shared prefixes": ["--share_prefix", "on", "--gradient_accumulation_steps", "2"],
     "budget": ["--max_tokens_per_batch", "300"],
+    "budget of padded batches": ["--max_tokens_per_batch", "300", "--padding_free", "off"],
     "budget and accumulation": ["--max_tokens_per_batch", "300", "--gradient_accumulation_steps", "2"],
+    "budget and shared prefixes": ["--max_tokens_per_batch", "300", "--share_prefix", "on"],
     "budget of a stream": ["--max_tokens_per_batch", "300", "--streaming", "--shuffle_buffer", "10"],
+    "budget of a stream of shared prefixes": [
+        "--max_tokens_per_batch",
+        "300",
+        "--streaming",
+        "--shuffle_buffer",
+        "10",
+        "--share_prefix",
+        "on",
+    ],
 }
 
 
@@ -204,6 +223,14 @@ REFUSED = {
     "max_tokens_per_batch=0": ["--max_tokens_per_batch", "0"],
     "--train_sampling_strategy": ["--max_tokens_per_batch", "99", "--train_sampling_strategy", "group_by_length"],
     "--auto_find_batch_size": ["--max_tokens_per_batch", "99", "--auto_find_batch_size", "True"],
+    "share_prefix=on: texts share a prefix in one row": ["--share_prefix", "on", "--padding_free", "off"],
+    "share_prefix=on and train_sampling_strategy": [
+        "--share_prefix",
+        "on",
+        "--train_sampling_strategy",
+        "group_by_length",
+    ],
+    "padding_free='no'": ["--padding_free", "no"],
     "--encode_ahead": ["--max_tokens_per_batch", "99", "--encode_ahead", "False"],
 }
 
@@ -211,3 +238,109 @@ REFUSED = {
 @pytest.mark.parametrize("says", REFUSED)
 def test_options_that_exclude_each_other_are_refused_in_one_line(says):
     assert says in refusal(*REFUSED[says])
+
+
+# Order of the texts of an image.
+
+
+@pytest.mark.parametrize("size", [1, 4, 5, 12, 32])
+def test_texts_of_an_image_come_in_one_batch_where_they_have_room(size):
+    rng = random.Random(0)
+    groups = [group for group in range(200) for _ in range(rng.choice([1, 2, 5, 5, 12]))]
+    order = whole_groups(groups, size, random.Random("a seed"))
+    assert sorted(order) == list(range(len(groups))) and order == whole_groups(groups, size, random.Random("a seed"))
+    assert order != whole_groups(groups, size, random.Random("another"))
+    batches: dict[int, set[int]] = {}
+    for place, item in enumerate(order):
+        batches.setdefault(groups[item], set()).add(place // size)
+    at_least = {group: -(-groups.count(group) // size) for group in batches}
+    divided = sum(len(found) > at_least[group] for group, found in batches.items())
+    assert divided <= 0.1 * len(batches)
+
+
+def test_the_order_of_groups_follows_from_seed_and_epoch_and_is_read_anew(folders, image, tmp_path):
+    data = tiny.ragged_dialogues(image) * 2
+
+    class Grouped(list):
+        groups = np.arange(16) // 4
+
+    trainer = trainer_of("vit-gpt2", folders, Grouped(data), tmp_path, per_device_train_batch_size=4)
+    assert not isinstance(trainer._get_train_sampler(), GroupedOrder)
+    trainer.data_collator.padding_free = trainer.data_collator.share_prefix = True
+    sampler = trainer._get_train_sampler()
+    first = list(sampler)
+    assert all(len({item // 4 for item in first[start : start + 4]}) == 1 for start in range(0, 16, 4))
+    sampler.set_epoch(1)
+    assert list(sampler) != first and sorted(sampler) == list(range(16))
+
+
+# What is decided, and said.
+
+
+def said_of(capsys, main, *argv):
+    main([*argv, "--max_steps", "1", "--save_strategy", "no"])
+    (line,) = [line for line in capsys.readouterr().out.splitlines() if line.startswith(("no padding", "batches are"))]
+    return line
+
+
+@pytest.fixture
+def captions(tmp_path):
+    """Arguments that name 12 images with five captions each."""
+    rows = []
+    for number in range(12):
+        Image.new("RGB", (40, 28), (number * 20, 90, 50)).save(tmp_path / f"{number}.png")
+        rows.append({"image": f"{number}.png", "caption": [f"a cat {word}" for word in "it and two at sun".split()]})
+    (tmp_path / "captions.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return ["--dataset", str(tmp_path / "captions.jsonl"), "--image_dir", str(tmp_path)]
+
+
+def test_a_run_leaves_out_what_it_can_and_says_so(backbones, captions, dialogues, tmp_path, capsys):
+    run = [*backbones, *QUICK, "--overwrite_output_dir", "--output_dir", str(tmp_path / "out")]
+    large, small = ["--per_device_train_batch_size", "40"], ["--per_device_train_batch_size", "8"]
+    assert said_of(capsys, train_pretrain.main, *run, *captions, *large) == (
+        "no padding, each image of a batch encoded once, what texts of an image begin with run once"
+    )
+    assert "with 5.0 texts an image a step would hold 1.6 images" in said_of(
+        capsys, train_pretrain.main, *run, *captions, *small
+    )
+    assert said_of(capsys, train_pretrain.main, *run, *captions, *small, "--share_prefix", "on").endswith("run once")
+    assert "not shared: each image has one text" in said_of(
+        capsys, train_pretrain.main, *run, *captions, *large, "--caption_choice", "random"
+    )
+    assert "not shared: train_sampling_strategy=group_by_length" in said_of(
+        capsys, train_pretrain.main, *run, *captions, *large, "--train_sampling_strategy", "group_by_length"
+    )
+    assert said_of(capsys, train_pretrain.main, *run, *captions, "--padding_free", "off") == "batches are padded"
+
+
+def test_a_model_that_does_not_keep_texts_apart_is_padded_as_before_and_says_why(
+    backbones, captions, tmp_path, capsys, monkeypatch
+):
+    monkeypatch.setattr("training_vlm.learning.savings.why_not_packed", lambda model: "it mixes all tokens")
+    run = [*backbones, *captions, *QUICK, "--overwrite_output_dir", "--output_dir", str(tmp_path / "out")]
+    assert said_of(capsys, train_pretrain.main, *run) == "batches are padded; it mixes all tokens"
+    for option in ("padding_free", "share_prefix"):
+        with pytest.raises(SystemExit):
+            train_pretrain.main([*run, f"--{option}", "on"])
+        line = capsys.readouterr().err
+        assert line.count("\n") == 1 and f"{option}=on cannot be: it mixes all tokens" in line
+
+
+def test_on_and_off_are_read_from_a_yaml_too(tmp_path):
+    for written, meant in (("off", "off"), ("on", "on"), ("auto", "auto")):
+        (tmp_path / "run.yaml").write_text(f"dataset: shapes\npadding_free: {written}\n")
+        settings = parse_arguments(SFT, ["--config", str(tmp_path / "run.yaml"), "--output_dir", "out", "--use_cpu"])
+        assert settings.efficiency.padding_free == meant
+
+
+def test_a_batch_runs_the_positions_that_were_planned(backbones, captions, tmp_path):
+    """Also where prefixes are shared: the account of the run counts what ran."""
+    ran = []
+    add_batch = Account.add_batch
+    run = [*backbones, *captions, *QUICK, "--max_steps", "-1", "--num_train_epochs", "1", "--share_prefix", "on"]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Account, "add_batch", lambda self, batch: ran.append(batch) or add_batch(self, batch))
+        train_pretrain.main([*run, "--max_tokens_per_batch", "200", "--output_dir", str(tmp_path / "out")])
+    assert sum(len(batch.records) for batch in ran) == 60
+    assert max(batch.run for batch in ran) <= 200 and ran[0].run == max(batch.run for batch in ran)
+    assert sum(batch.run for batch in ran) < 0.6 * sum(batch.tokens for batch in ran)

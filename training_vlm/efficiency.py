@@ -1,4 +1,8 @@
-"""What a run may leave out because it cannot change the result: the settings of every saving."""
+"""What a run may leave out because it cannot change the result: the settings of every saving.
+
+What is special: a saving that is left to itself (`auto`) is made where it changes nothing and is worth it, which the
+model at hand and the data say (see `learning/savings.py`); what was asked for by name is made or refused.
+"""
 
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -11,12 +15,29 @@ from .arguments import DataArguments, VLMTrainingArguments
 
 
 FROZEN_DTYPES = ("auto", "bfloat16", "float16")
+CHOICES = ("auto", "on", "off")
+LEAST_IMAGES = 8
+"""Images of an optimiser step below which texts of one image would make steps too much alike."""
 
 
 @dataclass
 class EfficiencyArguments:
     """What is saved of a step's work; losses and gradients stay what they are."""
 
+    padding_free: str = field(
+        default="auto",
+        metadata={
+            "help": "Put the conversations of a batch into one row, without padding, each seeing only itself: auto, "
+            "where the model proves that it can; on, which refuses one that cannot; or off."
+        },
+    )
+    share_prefix: str = field(
+        default="auto",
+        metadata={
+            "help": "Run once what several texts of an image begin with, and learn them in one batch: auto, where rows "
+            f"have several and a step holds {LEAST_IMAGES} images or more; on, or off."
+        },
+    )
     max_tokens_per_batch: int | None = field(
         default=None,
         metadata={
@@ -45,6 +66,12 @@ class EfficiencyArguments:
     )
 
     def __post_init__(self):
+        for name in ("padding_free", "share_prefix"):
+            value = getattr(self, name)
+            if isinstance(value, bool):  # what yaml makes of a bare on or off
+                setattr(self, name, "on" if value else "off")
+            elif value not in CHOICES:
+                raise DuetError(f"{name}={value!r}: expected one of {', '.join(CHOICES)}.")
         for name in ("max_tokens_per_batch", "max_images_per_batch"):
             if (limit := getattr(self, name)) is not None and limit < 1:
                 raise DuetError(f"{name}={limit}: expected 1 or more.")
@@ -52,6 +79,8 @@ class EfficiencyArguments:
             raise DuetError("max_images_per_batch limits what max_tokens_per_batch plans; add --max_tokens_per_batch.")
         if self.frozen_dtype not in (None, *FROZEN_DTYPES):
             raise DuetError(f"frozen_dtype={self.frozen_dtype!r}: expected one of {', '.join(FROZEN_DTYPES)}.")
+        if self.share_prefix == "on" and self.padding_free == "off":
+            raise DuetError("share_prefix=on: texts share a prefix in one row; leave out --padding_free off.")
 
     def settle(self, data_args: DataArguments, training_args: VLMTrainingArguments) -> None:
         """
@@ -61,6 +90,8 @@ class EfficiencyArguments:
             DuetError: they exclude each other.
         """
         strategy = training_args.train_sampling_strategy
+        if self.share_prefix == "on" and strategy not in ("random", "sequential"):
+            raise DuetError(f"share_prefix=on and train_sampling_strategy={strategy} each want an order of their own.")
         if self.max_tokens_per_batch is None:
             return
         if strategy != "random":

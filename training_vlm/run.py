@@ -26,7 +26,7 @@ from .arguments import GenerationArguments, VLMTrainingArguments, precision_of
 from .cache_features import train_on_features
 from .learning.checkpoints import discard_unfinished, find_checkpoint, numbered
 from .learning.originals import hold_frozen
-from .learning.savings import plan_batches
+from .learning.savings import choose_savings, plan_batches
 from .learning.trainer import VLMTrainer
 from .learning.tuning import describe_components
 from .settings import Arguments
@@ -125,7 +125,9 @@ def build_trainer(arguments: Arguments, model, encoder: Encoder, train, evaluati
     if (folder := arguments.efficiency.cache_vision_features) is not None:
         train_on_features(trainer, [train, evaluation], folder, originals)
     trainer.add_callback(originals)
-    trainer.planned = plan_batches(arguments.efficiency, train, collator, training_args)
+    trainer.savings = choose_savings(arguments.efficiency, trainer)
+    collator.padding_free, collator.share_prefix = trainer.savings.padding_free, trainer.savings.share_prefix
+    trainer.planned = plan_batches(arguments.efficiency, trainer)
     return trainer
 
 
@@ -146,6 +148,7 @@ def report(stage: Stage, trainer: VLMTrainer, surveys: dict[str, Survey]) -> Non
     for part in describe_components(cast(PreTrainedModel, trainer.model)):
         print(f"{part.name:<18}{part.parameters:>14,}{part.trained:>14,}   {rate if part.trained else '-'}")
     print(f"\n{report_data(surveys)}")
+    print(trainer.savings)
     print(f"{trainer.conversations_a_step()}, {precision_of(args)}, {args.device}, to {args.output_dir}\n", flush=True)
 
 

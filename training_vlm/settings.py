@@ -87,6 +87,9 @@ _STRUCTURED = {
     "test_dataset",
 }  # fmt: skip
 
+# Settings whose on and off a yaml reads as true and false.
+_SWITCHES = {"padding_free", "share_prefix"}
+
 
 def _check_kinds(config: Path, settings: dict[str, Any], parser: HfArgumentParser) -> None:
     """Refuse what argparse would not look at, because it converts texts only."""
@@ -97,6 +100,8 @@ def _check_kinds(config: Path, settings: dict[str, Any], parser: HfArgumentParse
         if value is None or isinstance(value, str) or kind not in wanted or action.dest in _STRUCTURED:
             continue
         if kind is str and action.dest not in ours:  # the library's may be lists or mappings as well
+            continue
+        if isinstance(value, bool) and action.dest in _SWITCHES:
             continue
         if isinstance(value, bool) or not isinstance(value, (int, kind) if kind is float else kind):
             raise DuetError(f"config {config} has {action.dest}: {value!r}; expected {wanted[kind]}.")

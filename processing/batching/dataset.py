@@ -134,31 +134,6 @@ class ConversationDataset(torch.utils.data.Dataset):
         assert self.encodings is not None
         return self.encodings if self._drawn is None else self.encodings.select([drawn[0] for drawn in self._drawn])
 
-    @property
-    def sizes(self) -> tuple[np.ndarray, np.ndarray]:
-        """Positions and images of everything that was encoded, whether this epoch shows it or not."""
-        assert self.encodings is not None
-        table = self.encodings.select_columns(["length", "references"]).with_format("arrow")
-        found = [
-            (b["length"].to_numpy(), pc.list_value_length(b["references"]).to_numpy()) for b in table.iter(100_000)
-        ]
-        lengths, images = zip(*found) if found else ([np.zeros(0, int)], [np.zeros(0, int)])
-        return np.concatenate(lengths), np.concatenate(images)
-
-    @property
-    def shown(self) -> np.ndarray:
-        """For every item the number that what it shows in this epoch has in `sizes`."""
-        if self._drawn is None:
-            return np.arange(len(self))
-        return np.array([self._choice(index)(drawn) for index, drawn in enumerate(self._drawn)], dtype=np.int64)
-
-    def stored(self, numbers: list[int]) -> list[dict[str, Any]]:
-        """What was encoded, by its numbers in `sizes`: ids and labels, and images by `references` or row, not read."""
-        assert self.encodings is not None
-        columns = self.encodings[numbers]
-        rows = [dict(zip(columns, values)) for values in zip(*columns.values())]
-        return [{**row, "source": self.reading.source} for row in rows]
-
     def set_epoch(self, epoch: int):
         """Choose captions anew (`caption_choice="random"`)."""
         self._epoch.fill_(epoch)
@@ -318,30 +293,6 @@ class MixedDataset(torch.utils.data.Dataset):
     def _first_groups(self):
         """Where the numbers of each source's groups begin: they are positions of its rows."""
         return np.cumsum([0, *(len(source.rows) for source in self.sources)])[:-1]
-
-    @property
-    def sizes(self) -> tuple[np.ndarray, np.ndarray]:
-        """Those of all sources, one after the other; see `ConversationDataset`."""
-        lengths, images = zip(*(source.sizes for source in self.sources))
-        return np.concatenate(lengths), np.concatenate(images)
-
-    @property
-    def shown(self) -> np.ndarray:
-        """For every item of this epoch the number that it has in `sizes`."""
-        shown = [source.shown[self._numbers(n)] for n, source in enumerate(self.sources)]
-        return np.concatenate([of + start for of, start in zip(shown, self._starts())])
-
-    def stored(self, numbers: list[int]) -> list[dict[str, Any]]:
-        """See `ConversationDataset.stored`."""
-        starts, found = self._starts(), []
-        for number in numbers:
-            source = int(np.searchsorted(starts, number, side="right")) - 1
-            found += self.sources[source].stored([number - int(starts[source])])
-        return found
-
-    def _starts(self):
-        """For each source the number of its first encoding in `sizes`."""
-        return np.cumsum([0, *(len(source.encodings) for source in self.sources[:-1])])
 
     @property
     def account(self) -> Account:

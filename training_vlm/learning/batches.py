@@ -9,22 +9,19 @@ import itertools
 import math
 import os
 import random
-from collections.abc import Callable, Hashable, Iterable, Iterator
+from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, NamedTuple, cast
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from transformers.utils import logging
 
-from processing.batching.encoding import Encoder, encode_item, place
+from processing.batching.dataset import ConversationDataset, MixedDataset
+from processing.batching.encoding import Encoded, Encoder, encode_item, image_counts, place
 from processing.batching.packing import Text, packed_length
 from processing.data_error_vlm import DuetError
 from processing.processing_vlm import VLMProcessor
-
-
-if TYPE_CHECKING:
-    from processing.batching.dataset import ConversationDataset, MixedDataset
 
 
 logger = logging.get_logger(__name__)
@@ -145,11 +142,10 @@ class PlannedBatches(torch.utils.data.Dataset):
     Args:
         dataset: encoded ahead, so that lengths are known.
         budget: what a batch may run.
+        share_prefix: keep the conversations of an image together, as what they begin with is run once.
         seed: for the order.
         processes: of which an epoch has a whole number of batches each.
         epochs: how many the run has, given the number of batches in one.
-        measure: positions and images of encodings that stay together, see `ConversationDataset.stored`; where none is
-            given, conversations are planned one by one.
 
     Attributes:
         conversations (`int`): in an epoch.
@@ -160,18 +156,16 @@ class PlannedBatches(torch.utils.data.Dataset):
 
     def __init__(
         self,
-        dataset: "ConversationDataset | MixedDataset",
+        dataset: ConversationDataset | MixedDataset,
         budget: Budget,
+        share_prefix: bool = False,
         seed: int = 0,
         processes: int = 1,
         epochs: Callable[[int], int] = lambda batches: 1,
-        measure: Callable[[list[dict[str, Any]]], tuple[int, int]] | None = None,
     ):
-        self.dataset, self.budget, self.seed, self.processes, self.measure = dataset, budget, seed, processes, measure
-        self.conversations = len(dataset)
-        self._positions, self._images = dataset.sizes
+        self.dataset, self.budget, self.share_prefix = dataset, budget, share_prefix
+        self.seed, self.processes, self.conversations = seed, processes, len(dataset)
         self._check_all()
-        self._measured: dict[tuple[int, ...], tuple[int, int]] = {}
         self._epoch = torch.zeros(1, dtype=torch.long).share_memory_()
         self._planned: tuple[int, list[Batch]] = (-1, [])
         self._number = self._most_batches(epochs)
@@ -194,19 +188,19 @@ class PlannedBatches(torch.utils.data.Dataset):
         return self.budget.run(self._plan(int(self._epoch))[index])
 
     def _check_all(self):
-        for worst in (self._positions, self._images):
-            if len(worst):
-                number = int(worst.argmax())
-                (longest,) = self.dataset.stored([number])
-                self.budget.check(place(longest), int(self._positions[number]), int(self._images[number]))
+        for source in getattr(self.dataset, "sources", [self.dataset]):
+            found = source.in_groups()
+            for worst in {int(sizes.argmax()) for sizes in (found.lengths, found.images) if len(sizes)}:
+                item = source[int(found.order[worst])]
+                self.budget.check(place(item), int(found.lengths[worst]), int(found.images[worst]))
 
     def _most_batches(self, epochs):
-        # How far a run goes must not matter, or one that is resumed to go further would not be the same run. Where
-        # the next epoch shows others (a mix by weight, a caption of several), only its end tells.
-        first, most, epoch, changes = self.dataset.shown, 0, 0, False
+        # How far a run goes must not matter, or one that is resumed to go further would not be the same run. Only of
+        # a mix by weight, which shows others in the next epoch, the run's end tells.
+        lengths, most, epoch, changes = self.dataset.in_groups().lengths, 0, 0, False
         while epoch < (max(_EPOCHS, min(epochs(most), 100)) if changes else _EPOCHS):
             self.dataset.set_epoch(epoch)
-            changes = changes or not np.array_equal(first, self.dataset.shown)
+            changes = changes or not np.array_equal(lengths, self.dataset.in_groups().lengths)
             most = max(most, len(self._shuffled(self._units(), epoch, 0)))
             most = -(-most // self.processes) * self.processes
             epoch += 1
@@ -237,32 +231,21 @@ class PlannedBatches(torch.utils.data.Dataset):
             batches = [batches[index] for index in {**first, **dict.fromkeys(range(len(batches)))}]
         return batches
 
-    def _units(self):
-        shown = self.dataset.shown
-        units = [Unit((item,), int(self._positions[n]), int(self._images[n])) for item, n in enumerate(shown)]
-        if self.measure is None:
-            return units
-        together: dict[int, list[int]] = {}
-        for item, group in enumerate(self.dataset.groups):
-            together.setdefault(group, []).append(item)
-        return [unit for items in together.values() for unit in self._together(items, units, shown)]
-
-    def _together(self, items, units, shown):
-        """The items of a group as one unit, or as few as have room."""
-        while items:
-            for count in range(len(items), 0, -1):
-                unit = units[items[0]]
-                if count > 1:
-                    unit = Unit(tuple(items[:count]), *self._size(tuple(int(shown[item]) for item in items[:count])))
+    def _units(self) -> list[Unit]:
+        """The items of the epoch: each by itself, or with those that share a prefix as far as there is room."""
+        found = self.dataset.in_groups()
+        items = zip(*(column.tolist() for column in found[:-1]))
+        units, group_before = [], None
+        for item, group, length, shared, images, new_images in items:
+            if self.share_prefix and group == group_before:
+                before = units[-1]
+                unit = Unit((*before.items, item), before.positions + length - shared, before.images + new_images)
                 if self.budget.fits(unit):
-                    break
-            yield unit
-            items = items[count:]
-
-    def _size(self, numbers):
-        if numbers not in self._measured:
-            self._measured[numbers] = self.measure(self.dataset.stored(list(numbers)))
-        return self._measured[numbers]
+                    units[-1] = unit
+                    continue
+            units.append(Unit((item,), length, images))
+            group_before = group
+        return units
 
 
 def _in_number(batches: list[Batch], number: int) -> list[Batch]:
@@ -289,8 +272,8 @@ class PlannedStream(torch.utils.data.IterableDataset):
         encoder: how they are encoded.
         budget: what a batch may run.
         buffer: conversations of which batches are filled together.
+        share_prefix: keep the conversations of a row together, see `PlannedBatches`.
         seed: for the order of the batches.
-        measure: see `PlannedBatches`.
 
     Raises:
         DuetError: when it is met, a conversation that is longer than the budget or has more images.
@@ -304,11 +287,11 @@ class PlannedStream(torch.utils.data.IterableDataset):
         encoder: Encoder,
         budget: Budget,
         buffer: int,
+        share_prefix: bool = False,
         seed: int = 0,
-        measure: Callable[[list[dict[str, Any]]], tuple[int, int]] | None = None,
     ):
         self.stream, self.encoder, self.budget = stream, encoder, budget
-        self.buffer, self.seed, self.measure = buffer, seed, measure
+        self.buffer, self.share_prefix, self.seed = buffer, share_prefix, seed
 
     def __iter__(self) -> Iterator[list[Any]]:
         rng = random.Random(f"{self.seed} batches")
@@ -331,9 +314,8 @@ class PlannedStream(torch.utils.data.IterableDataset):
                 continue
             self.budget.check(place(item), record.tokens, record.images)
             unit = Unit((encoded,), record.tokens, record.images)
-            if self.measure is not None and units and _are_of_one_row(units[-1].items[-1], encoded):
-                several = (*units[-1].items, encoded)
-                together = Unit(several, *self.measure(list(several)))
+            if self.share_prefix and units and _are_of_one_row(units[-1].items[-1], encoded):
+                together = _row_of((*units[-1].items, encoded), self.encoder.processor)
                 if self.budget.fits(together):
                     units[-1] = together
                     continue
@@ -341,45 +323,25 @@ class PlannedStream(torch.utils.data.IterableDataset):
         return units, dropped
 
 
-def measured(processor: VLMProcessor, items: list[dict[str, Any]]) -> tuple[int, int]:
-    """
-    Positions and images of conversations in one row in which a common beginning is run once; rather more than too few.
-
-    Args:
-        items: encoded, as `ConversationDataset.stored` gives them or with their images.
-    """
-    image_id, images, texts = processor.image_token_id, cast(dict[Hashable, int], {}), []
+def _row_of(items: Sequence[Encoded], processor: VLMProcessor) -> Unit:
+    """Encoded conversations of one row as a unit, what they begin with run once."""
+    starts: dict[Hashable, int] = {}
+    texts = []
     for item in items:
-        names, counts = list(_names_of_images(item)), _counts(processor, item)
-        if counts is None:  # it would take the sizes of the images to know where each ends
-            return sum(one["length"] for one in items), sum(one["input_ids"].count(image_id) for one in items)
+        counts = image_counts(processor, item) or [processor.image_seq_length] * len(item["images"])
         ids, labels = map(np.array, processor.expand_images(item["input_ids"], item["labels"], counts=counts))
+        names = [str(image) if isinstance(image, (str, os.PathLike)) else id(image) for image in item["images"]]
+        firsts = [starts.setdefault(name, len(starts) << 32) for name in names]
         features = np.full(len(ids), -1)
-        starts = [images.setdefault(name, len(images)) << 32 for name in names]
-        features[ids == image_id] = [start + place for start, count in zip(starts, counts) for place in range(count)]
+        features[ids == processor.image_token_id] = [
+            first + place for first, count in zip(firsts, counts) for place in range(count)
+        ]
         texts.append(Text(ids, labels, labels, features))
-    return packed_length(texts, share_prefix=True), len(images)
-
-
-def _names_of_images(item):
-    if "references" in item:
-        for number, reference in enumerate(item["references"]):
-            yield (item["source"], item["position"], number) if reference is None else reference
-    else:
-        for image in item["images"]:
-            yield str(image) if isinstance(image, (str, os.PathLike)) else id(image)
-
-
-def _counts(processor, item):
-    """Positions of each image, or `None`."""
-    shown = item["input_ids"].count(processor.image_token_id)
-    if processor.max_tiles == 1:
-        return [processor.image_seq_length] * shown
-    return [item["length"] - len(item["input_ids"]) + 1] if shown == 1 else None if shown else []
+    return Unit(tuple(items), packed_length(texts, share_prefix=True), len(starts))
 
 
 def _are_of_one_row(one, other):
     return (one.get("source"), one.get("row")) == (other.get("source"), other.get("row"))
 
 
-__all__ = ["Budget", "PlannedBatches", "PlannedStream", "Unit", "measured"]
+__all__ = ["Budget", "PlannedBatches", "PlannedStream", "Unit"]

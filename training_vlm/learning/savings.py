@@ -1,23 +1,104 @@
-"""Which savings a run makes."""
+"""Which savings a run makes, and in a line each why it does not make one.
 
-import functools
+What is special: no saving changes a loss or a gradient. The model at hand proves that it can go without padding; the
+data say whether their texts share a prefix, and whether a step of such texts still sees enough images.
+"""
+
 import math
+from typing import NamedTuple
 
-from transformers import TrainingArguments
+import numpy as np
+from accelerate.utils import gather_object
 
-from processing import VLMDataCollator
+from processing.batching.account import Account
 from processing.batching.dataset import StreamedDataset
+from processing.batching.encoding import encode_item
 from processing.data_error_vlm import DuetError
 
-from ..data import TrainDataset
-from ..efficiency import EfficiencyArguments
-from .batches import Budget, PlannedBatches, PlannedStream, measured
+from ..efficiency import LEAST_IMAGES, EfficiencyArguments
+from ..survey import SURVEYED, some_items
+from .batches import Budget, PlannedBatches, PlannedStream
+from .probe import why_not_packed
 from .sampling import order_seed
+from .trainer import VLMTrainer
 
 
-def plan_batches(
-    asked: EfficiencyArguments, dataset: TrainDataset, collator: VLMDataCollator, args: TrainingArguments
-) -> PlannedBatches | PlannedStream | None:
+class Savings(NamedTuple):
+    """What was decided of padding and of shared prefixes, and why something is not done."""
+
+    padding_free: bool
+    share_prefix: bool
+    why_not: str = ""
+
+    def __str__(self):
+        made = "batches are padded"
+        if self.padding_free:
+            made = "no padding, each image of a batch encoded once"
+        if self.share_prefix:
+            made += ", what texts of an image begin with run once"
+        return f"{made}; {self.why_not}" if self.why_not else made
+
+
+def choose_savings(asked: EfficiencyArguments, trainer: VLMTrainer) -> Savings:
+    """
+    What the model and the data of a run let it leave out; every process has to ask, and is told the same.
+
+    Raises:
+        DuetError: something was asked for by name, and cannot be.
+    """
+    if asked.padding_free == "off":
+        return Savings(False, False)
+    reasons = gather_object([_why_padded(trainer)])
+    if reason := next(filter(None, reasons), None):
+        for name in ("padding_free", "share_prefix"):
+            if getattr(asked, name) == "on":
+                raise DuetError(f"{name}=on cannot be: {reason}; leave it out, and batches are padded.")
+        return Savings(False, False, reason)
+    if asked.share_prefix != "auto":
+        return Savings(True, asked.share_prefix == "on")
+    reason = _why_apart(asked, trainer)
+    return Savings(True, reason is None, "" if reason is None else f"prefixes are not shared: {reason}")
+
+
+def _why_padded(trainer) -> str | None:
+    if trainer.args.torch_compile:
+        return "torch_compile would compile anew for every row of texts"
+    return why_not_packed(trainer.accelerator.unwrap_model(trainer.model))
+
+
+def _why_apart(asked, trainer) -> str | None:
+    args, strategy = trainer.args, trainer.args.train_sampling_strategy
+    if strategy not in ("random", "sequential"):
+        return f"train_sampling_strategy={strategy} has an order of its own"
+    rows, texts, length = _rows_and_texts(trainer)
+    if rows == texts:
+        return "each image has one text"
+    batch = (
+        args.per_device_train_batch_size if asked.max_tokens_per_batch is None else asked.max_tokens_per_batch / length
+    )
+    images = batch * args.gradient_accumulation_steps * args.world_size * rows / texts
+    if images < LEAST_IMAGES:
+        return (
+            f"with {texts / rows:.1f} texts an image a step would hold {images:.1f} images, and steps of fewer than "
+            f"{LEAST_IMAGES} would be too much alike; --share_prefix on shares them all the same"
+        )
+    return None
+
+
+def _rows_and_texts(trainer) -> tuple[int, int, float]:
+    """Of the training data, or of a sample, the rows, their texts, and the mean length of these where it is known."""
+    dataset = trainer.train_dataset
+    if not isinstance(dataset, StreamedDataset):
+        return len(np.unique(dataset.groups)), len(dataset), np.mean(dataset.lengths) if dataset.is_encoded else 0
+    account, rows = Account(), set()
+    for item in some_items(dataset, SURVEYED):
+        rows.add((item["source"], item["row"]))
+        account.add([encode_item(item, trainer.data_collator.encoder)[1]])
+    total = account.total
+    return len(rows), total["samples"], total["tokens"] / max(1, total["learned from"])
+
+
+def plan_batches(asked: EfficiencyArguments, trainer: VLMTrainer) -> PlannedBatches | PlannedStream | None:
     """
     The batches of a run whose size is a number of positions; `None` where it is one of conversations.
 
@@ -26,24 +107,26 @@ def plan_batches(
     """
     if asked.max_tokens_per_batch is None:
         return None
+    dataset, collator, args = trainer.train_dataset, trainer.data_collator, trainer.args
     budget = Budget(
         asked.max_tokens_per_batch, asked.max_images_per_batch, collator.padding_free, collator.pad_to_multiple_of
     )
-    measure = functools.partial(measured, collator.processor) if collator.share_prefix else None
     if not isinstance(dataset, StreamedDataset):
 
         def epochs(batches):
             steps = math.ceil(batches / args.world_size / args.gradient_accumulation_steps)
             return math.ceil(args.num_train_epochs if args.max_steps <= 0 else args.max_steps / max(1, steps))
 
-        return PlannedBatches(dataset, budget, order_seed(args), args.world_size, epochs, measure)
+        return PlannedBatches(dataset, budget, collator.share_prefix, order_seed(args), args.world_size, epochs)
     if collator.processor.max_tiles > 1 and any(reading.images.allow_urls for _, reading in dataset.sources):
         raise DuetError(
             "with --max_tiles the length of a sample follows from the sizes of its images, and with --allow_urls these "
             "are known when a batch is made; leave out --max_tokens_per_batch, or fetch the images and name their "
             "folder with --image_dir."
         )
-    return PlannedStream(dataset, collator.encoder, budget, dataset.shuffle_buffer, order_seed(args), measure)
+    return PlannedStream(
+        dataset, collator.encoder, budget, dataset.shuffle_buffer, collator.share_prefix, order_seed(args)
+    )
 
 
-__all__ = ["plan_batches"]
+__all__ = ["Savings", "choose_savings", "plan_batches"]

@@ -42,7 +42,7 @@ from .checkpoints import (
 )
 from .guard import Guard
 from .meter import EVALUATION, SAVING, Meter, spent_on
-from .sampling import EpochOfData, LengthGroupedOrder, order_seed
+from .sampling import EpochOfData, GroupedOrder, LengthGroupedOrder, order_seed
 
 
 logger = logging.get_logger(__name__)
@@ -53,6 +53,7 @@ class VLMTrainer(Trainer):
 
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
+        self.savings = None  # which ones a run makes, see `savings.py`
         self.card = None  # what writes the model card, once there is something to say
         self.account = Account()  # what this process has seen
         self._only_loss = False
@@ -314,10 +315,12 @@ class VLMTrainer(Trainer):
         dataset = self.train_dataset if train_dataset is None else train_dataset
         if isinstance(dataset, PlannedBatches):
             return torch.utils.data.SequentialSampler(dataset)  # the plan is an order
-        if self.args.train_sampling_strategy != "group_by_length" or not hasattr(dataset, "lengths"):
-            return super()._get_train_sampler(train_dataset)
-        batch = self.args.train_batch_size * self.args.gradient_accumulation_steps
-        return LengthGroupedOrder(dataset, batch, order_seed(self.args))
+        strategy, batch = self.args.train_sampling_strategy, self.args.train_batch_size
+        if strategy == "group_by_length" and hasattr(dataset, "lengths"):
+            return LengthGroupedOrder(dataset, batch * self.args.gradient_accumulation_steps, order_seed(self.args))
+        if strategy == "random" and getattr(self.data_collator, "share_prefix", False) and hasattr(dataset, "groups"):
+            return GroupedOrder(dataset, batch, order_seed(self.args))
+        return super()._get_train_sampler(train_dataset)
 
     def _determine_best_metric(self, metrics, trial):
         # The stock method ends the run where there is no such metric, and an evaluation of nothing has none.
