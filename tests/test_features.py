@@ -5,6 +5,9 @@ import errno
 import os
 import shutil
 import signal
+import subprocess
+import sys
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -519,3 +522,103 @@ def test_a_model_whose_results_would_change_is_refused_and_left_as_it_was(compos
     with pytest.raises(DuetError, match="--frozen_dtype bfloat16 cannot be used with this model"):
         Originals(model, tmp_path).narrow(torch.bfloat16)
     assert same(before, dict(model.named_parameters()))
+
+
+def test_a_row_of_many_texts_reads_features_as_it_reads_pixels(compose, pictures, tmp_path):
+    """Packed, with shared prefixes and tiles: each image is there once, and stands where the row says."""
+    made, paths = compose("tiles"), pictures(3)
+    items = [tiny.dialogue("what is it?", answer, str(path)) for path in paths for answer in ("a cat", "two mats")]
+    collators = [VLMDataCollator(made[1], padding_free=True, share_prefix=True) for _ in range(2)]
+    collators[1].features = cached(trainer_of(made, items, tmp_path / "run"), tmp_path / "cache")
+    pixels, features = (collator(items) for collator in collators)
+    assert torch.equal(pixels["feature_index"], features["feature_index"])
+    assert features["vision_features"].shape[:1] == pixels["pixel_values"].shape[:1] and "pixel_values" not in features
+    made[0].eval()
+    torch.testing.assert_close(made[0](**features).loss, made[0](**pixels).loss, rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize("asked", [None, "auto"])
+def test_under_autocast_losses_are_those_of_the_run_without(compose, pictures, tmp_path, asked):
+    """In bfloat16, with the frozen weights held in it or not: a linear layer reads the features, so nothing is lost."""
+    items, found = items_of(pictures(3)), []
+    for where in (None, tmp_path / "cache"):
+        trainer = trainer_of(compose("siglip-llama"), items, tmp_path / f"run {where is None}", bf16=True)
+        if where is not None:
+            apply_tuning(trainer.model, "frozen", "last:1")
+            originals = hold_frozen(trainer.model, asked, trainer.args)
+            train_on_features(trainer, [items], where, originals)
+            trainer.add_callback(originals)
+        else:
+            apply_tuning(trainer.model, "frozen", "last:1")
+        trainer.train()
+        found.append(losses(trainer)[:-1])
+    assert found[0] == pytest.approx(found[1], rel=1e-3)
+    assert found[0][0] == pytest.approx(found[1][0], rel=1e-5)
+
+
+def test_a_trainer_may_train_twice(compose, pictures, tmp_path):
+    """What is out of memory comes back after each training, and goes again."""
+    trainer = trainer_of(compose("vit-gpt2"), items_of(pictures(2)), tmp_path / "run", bf16=True, max_steps=2)
+    originals = hold_frozen(trainer.model, "auto", trainer.args)
+    train_on_features(trainer, [trainer.train_dataset, trainer.eval_dataset], tmp_path / "cache", originals)
+    trainer.add_callback(originals)
+    before = {name: tensor.clone() for name, tensor in trainer.model.model.vision_tower.state_dict().items()}
+    for _ in range(2):
+        trainer.train()
+        assert not originals.is_holding
+        assert same(before, trainer.model.model.vision_tower.state_dict())
+
+
+TWO = """
+import sys
+from pathlib import Path
+import torch
+from tests import tiny
+from tests.test_features import cached, compose_two, items_of, trainer_of
+from tests.test_trainer import weights
+
+root = Path(sys.argv[1])
+items = items_of(sorted((root / "pictures").glob("*.png")))
+made = tiny.compose(root / "vision", root / "text", "cls")
+trainer = trainer_of(made, items, root / "run", ddp_backend="gloo", load_best_model_at_end=True, eval_steps=2)
+cache = cached(trainer, root / "cache")
+trainer.train()
+trainer.save_model()
+if trainer.args.process_index == 0:
+    torch.save(weights(trainer), root / "weights.pt")
+torch.save((len(cache), weights(trainer)), root / f"of-{trainer.args.process_index}.pt")
+again = trainer_of(tiny.compose(root / "vision", root / "text", "cls"), items, root / "run", ddp_backend="gloo")
+cached(again, root / "cache")
+again.train(resume_from_checkpoint=str(root / "run" / "checkpoint-4"))
+made[0].model.vision_tower.requires_grad_(True)
+try:
+    cached(trainer, root / "cache")
+except ValueError as error:
+    (root / f"refused-{trainer.args.process_index}.txt").write_text(str(error))
+trainer.accelerator.wait_for_everyone()
+trainer.accelerator.end_training()
+"""
+
+
+@pytest.mark.slow
+def test_two_processes_build_one_cache_and_train_on_it(pictures, tmp_path):
+    pictures(20)
+    vision = tiny.save_vit(tmp_path / "vision")
+    tiny.save_gpt2(tmp_path / "text")
+    (tmp_path / "run.py").write_text(TWO)
+    root = Path(__file__).parents[1]
+    environment = {**os.environ, "HF_HOME": str(tmp_path / "home"), "OMP_NUM_THREADS": "1", "PYTHONPATH": str(root)}
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    done = subprocess.run(
+        [*launch, "run.py", str(tmp_path)], cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=280
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    (place,) = (tmp_path / "cache").iterdir()
+    shards = [file.stat().st_size for file in place.glob("*.features")]
+    assert len(shards) == 2 and sum(shards) in (20 * 32 * 4, 21 * 32 * 4)  # a copy may be the other process's
+    (count, first), (other, second) = (torch.load(tmp_path / f"of-{process}.pt") for process in (0, 1))
+    assert count == other == 21 + sum(shards) // (32 * 4) and same(first, second)
+    saved = tiny.VLMForConditionalGeneration.from_pretrained(tmp_path / "run")
+    encoder = tiny.compose(vision, tmp_path / "text", "cls")[0].model.vision_tower
+    assert same(dict(saved.model.vision_tower.named_parameters()), dict(encoder.named_parameters()))
+    assert all("parameters of the vision encoder train" in (tmp_path / f"refused-{n}.txt").read_text() for n in (0, 1))
