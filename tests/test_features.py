@@ -569,6 +569,31 @@ def test_a_trainer_may_train_twice(compose, pictures, tmp_path):
         assert same(before, trainer.model.model.vision_tower.state_dict())
 
 
+def test_without_room_for_the_originals_the_model_answers_as_it_trained(compose, pictures, tmp_path, monkeypatch):
+    def full(self):
+        raise torch.OutOfMemoryError
+
+    trainer = trainer_of(compose("siglip-llama"), items_of(pictures(2)), tmp_path / "run", bf16=True, max_steps=2)
+    expected = {name: tensor.clone() for name, tensor in trainer.model.model.vision_tower.state_dict().items()}
+    originals = hold_frozen(trainer.model, "auto", trainer.args)
+    trainer.add_callback(originals)
+    monkeypatch.setattr(Originals, "restore", full)
+    trainer.train()
+    trainer.save_model()
+    assert originals.is_holding
+    assert same(expected, trainer.model.model.vision_tower.state_dict())
+    batch = tiny.collate(trainer.processing_class, items_of(pictures(2))[:1])
+    trainer.model.eval().generate(input_ids=batch["input_ids"], pixel_values=batch["pixel_values"], max_new_tokens=2)
+
+
+def test_a_cache_that_is_taken_away_is_one_line(compose, pictures, tmp_path):
+    made, items = compose("vit-gpt2"), items_of(pictures(2))
+    cache = cached(trainer_of(made, items, tmp_path / "run"), tmp_path / "cache")
+    shutil.rmtree(cache.folder)
+    with pytest.raises(DuetError, match="cannot be read: No such file or directory; start again"):
+        cache_batch(made, cache, items)
+
+
 TWO = """
 import sys
 from pathlib import Path

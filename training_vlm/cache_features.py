@@ -14,7 +14,7 @@ import shutil
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 from accelerate.utils import gather_object
@@ -25,6 +25,7 @@ from transformers.integrations import is_deepspeed_zero3_enabled
 
 from modeling_vlm.views_vlm import views_of
 from modeling_vlm.vision_vlm import blank_image
+from processing.batching.collator import VLMDataCollator
 from processing.batching.dataset import ConversationDataset
 from processing.batching.features import FeatureCache, ShardWriter
 from processing.batching.images import BatchImages, Seen
@@ -90,7 +91,7 @@ def cache_features(trainer: VLMTrainer, datasets: Iterable[Any], folder: str | P
     """
     datasets = [dataset for dataset in datasets if dataset is not None]
     _refuse(trainer, datasets)
-    model, collator = trainer.accelerator.unwrap_model(trainer.model), trainer.data_collator
+    model, collator = trainer.accelerator.unwrap_model(trainer.model), cast(VLMDataCollator, trainer.data_collator)
     encoder = _Encoder(trainer, model)
     settings = cache_settings(model, collator.processor, encoder.dtype)
     place = Path(folder) / name_of(settings)
@@ -98,7 +99,7 @@ def cache_features(trainer: VLMTrainer, datasets: Iterable[Any], folder: str | P
     cache = FeatureCache(place, encoder.shape, encoder.dtype)
     sources = [_Rows(part) for dataset in datasets for part in getattr(dataset, "sources", [dataset])]
     missing = _together(lambda: _missing(trainer, sources, cache))
-    _check_room(trainer, cache, missing)
+    _together(lambda: _check_room(trainer, cache, missing))
     _together(lambda: _fill(trainer, sources, cache, missing, encoder))
     cache.refresh()
     if len(set(gather_object([len(cache)]))) > 1:
@@ -354,7 +355,7 @@ class _Encoder:
                 f"{OPTION}: the vision encoder ({model.config.vision_config.model_type}) makes something else of the "
                 "same image each time; leave this out."
             )
-        self.shape = tuple(first.shape[1:])
+        self.shape = first.shape[1], first.shape[2]
         self.dtype = autocast_dtype(trainer.args) or first.dtype
 
     @torch.no_grad()

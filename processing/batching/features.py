@@ -93,9 +93,20 @@ class FeatureCache:
         return None
 
     def read(self, found: Found) -> torch.Tensor:
-        """The features of an image, `(views, tokens, width)`: a part of a file that is mapped into memory."""
+        """
+        The features of an image, `(views, tokens, width)`: a part of a file that is mapped into memory.
+
+        Raises:
+            DuetError: the file is gone.
+        """
         if found.shard not in self._shards:
-            content = mapped(self.folder / f"{found.shard:016x}{FEATURES}")
+            try:
+                content = mapped(self.folder / f"{found.shard:016x}{FEATURES}")
+            except OSError as error:
+                raise DuetError(
+                    f"the cached features in {self.folder} cannot be read: {error.strerror}; start again, and what is "
+                    "missing is computed anew."
+                ) from error
             self._shards[found.shard] = content.view(self.dtype).view(-1, *self.shape)
         rows, columns = found.grid
         views = 1 + (rows * columns if rows * columns > 1 else 0)
@@ -107,7 +118,7 @@ class FeatureCache:
 
         Raises:
             BadImage: the image cannot be read.
-            DuetError: it is not in the cache.
+            DuetError: it is not in the cache, or the cache is gone.
         """
         found = self.find(image_stamp(reference))
         if found is None:

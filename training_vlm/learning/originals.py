@@ -94,10 +94,10 @@ class _Original:
         given = state_dict.get(prefix + self.name)
         if given is None:
             return
-        is_same = torch.equal(given.cpu(), self.tensor)
+        is_same = given.dtype == self.tensor.dtype and torch.equal(given.cpu(), self.tensor)
         if not self.is_released:
             if not is_same:
-                self.tensor = given.detach().cpu().clone()
+                self.tensor = given.detach().to("cpu", self.tensor.dtype, copy=True)
         elif is_same:
             state_dict[prefix + self.name] = self.parameter  # there is nothing to be written to
         else:
@@ -174,8 +174,12 @@ class Originals(TrainerCallback):
             parameter.data = nothing.expand(parameter.shape)
 
     def on_train_end(self, args, state, control, **kwargs):
-        """See `restore`."""
-        self.restore()
+        """See `restore`; what the device has no room for stays as it is held, and answers as it trained."""
+        try:
+            self.restore()
+        except torch.OutOfMemoryError:
+            print("no room for the frozen weights as they were: they stay as they are held, under autocast", flush=True)
+            self.model.generate = torch.autocast(self.model.device.type, self._dtype)(self.model.generate)
 
     def bring_back(self, *_) -> None:
         """Put what was released back into memory, as it was there."""
@@ -222,7 +226,7 @@ def _written(tensors: list[torch.Tensor], folder: Path) -> list[torch.Tensor]:
             folder.mkdir(parents=True, exist_ok=True)
             with open(file, "wb") as stream:
                 for tensor, size in zip(tensors, sizes):
-                    stream.write(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+                    stream.write(memoryview(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy()))
                     stream.write(bytes(size - tensor.nbytes))
         state.wait_for_everyone()
         content = mapped(file)
