@@ -74,14 +74,6 @@ class Row:
             related[number, above] = True
         self.related = related.to(device)
 
-    def readers(self) -> torch.Tensor:
-        """How many texts see each position, `(1, tokens)`: what a position counts among those of separate rows."""
-        readers = [int(text >= 0) for _, _, _, text in self.segments]
-        for number in reversed(range(len(readers))):
-            if (parent := self.segments[number][2]) >= 0:
-                readers[parent] += readers[number]
-        return torch.tensor(readers, device=self.device)[self.number_of].unsqueeze(0)
-
     def sees(self, mask_function: Callable, queries: torch.Tensor, keys: torch.Tensor) -> torch.Tensor:
         """
         Whether queries see keys, as `mask_function` would have it were each text a row of its own.
@@ -118,6 +110,16 @@ class Row:
         queries = sum(self.lengths[first:behind])
         scores = queries * (queries + sum(self.lengths[one] for one in seen))
         return scores / 2 if behind - first == 1 and not seen else scores
+
+
+def readers_of(segments: Sequence[Segment], device: torch.device) -> torch.Tensor:
+    """How many texts see each position, `(1, tokens)`: what it counts among those of separate rows."""
+    readers = [int(text >= 0) for *_, text in segments]
+    for number in reversed(range(len(segments))):
+        if (parent := segments[number][2]) >= 0:
+            readers[parent] += readers[number]
+    lengths = torch.tensor([end - start for start, end, *_ in segments], device=device)
+    return torch.tensor(readers, device=device).repeat_interleave(lengths).unsqueeze(0)
 
 
 def row_of(segments: Sequence[Segment], inputs_embeds: torch.Tensor, beside: dict[str, object]) -> Row:
@@ -359,5 +361,6 @@ __all__ = [
     "attend_by_segment",
     "attending",
     "goes_through_interface",
+    "readers_of",
     "row_of",
 ]

@@ -239,6 +239,31 @@ def check_room(config: PreTrainedConfig, learned: int | None) -> None:
         )
 
 
+def check_positions(model: PreTrainedModel, tokens: int, position_ids: torch.Tensor | None, cache) -> None:
+    """
+    See that a sequence has learned positions.
+
+    Args:
+        model: `VLMModel`, of learned positions.
+        tokens: positions of the sequence, those in the cache not counted.
+        position_ids: where they are, if they do not stand one behind the other.
+
+    Raises:
+        `DuetError`: it has more.
+    """
+    past = cache.get_seq_length() if cache is not None else 0
+    if not isinstance(past, int) or past + tokens <= model.max_positions:
+        return
+    # Padding on the left takes no position: only the positions themselves tell then.
+    positions = past + tokens if position_ids is None else int(position_ids.max()) + 1
+    if positions > model.max_positions:
+        raise DuetError(
+            f"the sequence has {positions} positions (image tokens included) and the language model "
+            f"({model.config.text_config.model_type}) has learned {model.max_positions}; shorten the text, or set a "
+            "smaller max_length in training and max_new_tokens in generation."
+        )
+
+
 @torch.no_grad()
 def describe(model: PreTrainedModel) -> str:
     """
@@ -275,6 +300,7 @@ def _parameters(module):
 
 
 __all__ = [
+    "check_positions",
     "check_room",
     "compose",
     "composed_config",

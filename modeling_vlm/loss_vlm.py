@@ -2,8 +2,9 @@
 
 Who predicts whom is said where a batch is made: `shift_labels` holds the token that each position predicts, and
 `loss_weights` beside them what its cost is multiplied by. Labels that come alone lie at their tokens' own positions, as
-their weights do, and only those are shifted here. The model, the Trainer and the evaluation all ask this file. It
-travels with every checkpoint.
+their weights do, and only those are shifted here. The model, the Trainer and the evaluation all ask this file. Where
+nobody reads the logits they are made for a part of the predictions at a time, and so are their gradients: logits of a
+large vocabulary are never there whole. The file travels with every checkpoint.
 """
 
 from collections.abc import Iterable
@@ -12,9 +13,14 @@ import torch
 from torch import nn
 from transformers import PreTrainedConfig
 
+from .backbones_vlm import scale_logits
+
 
 IGNORE = -100
 """What stands where nothing is predicted."""
+
+LOGITS_AT_A_TIME = {"cpu": 2**23}
+LOGITS_AT_A_TIME_ELSEWHERE = 2**26
 
 
 def targets_of(
@@ -33,6 +39,13 @@ def targets_of(
     if loss_weights is not None:
         loss_weights = nn.functional.pad(loss_weights, (0, 1))[..., 1:]
     return nn.functional.pad(labels, (0, 1), value=IGNORE)[..., 1:], loss_weights
+
+
+def keep_positions(states: torch.Tensor, keep: int | torch.Tensor) -> torch.Tensor:
+    """`(batch, tokens, ...)` at the positions that `logits_to_keep` names; a bool mask gives `(kept, ...)`."""
+    if isinstance(keep, torch.Tensor) and keep.dtype == torch.bool and keep.ndim == 2:
+        return states[keep]
+    return states[:, slice(-keep, None) if isinstance(keep, int) else keep]
 
 
 def token_costs(
@@ -69,8 +82,6 @@ def mean_loss(
         count: supervised tokens of the whole optimiser step, where these are not all.
         balance: what a mixture of experts adds, by the share that these tokens are of the optimiser step.
     """
-    supervised = (targets != IGNORE).sum().to(logits.device)
-    count = torch.as_tensor(supervised if count is None else count, device=logits.device).clamp(min=1)
     if weights is None:  # summed in one pass
         total = nn.functional.cross_entropy(
             logits.float().flatten(0, -2),
@@ -81,19 +92,163 @@ def mean_loss(
         )
     else:
         total = token_costs(logits, targets, weights, smoothing).sum()
-    loss = total / count
-    return loss if balance is None else loss + balance * supervised / count
+    return with_balance(total / share_of(targets, count, logits.device), targets, count, balance)
+
+
+def loss_in_parts(
+    head: nn.Module,
+    config: PreTrainedConfig,
+    hidden_states: torch.Tensor,
+    targets: torch.Tensor,
+    weights: torch.Tensor | None = None,
+    count: torch.Tensor | int | None = None,
+    smoothing: float = 0.0,
+    balance: torch.Tensor | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """
+    `mean_loss` without the logits: those of a part of the predictions are made, turned into gradients and left.
+
+    Args:
+        head: gives logits.
+        config: the language model's, which says what is done to them.
+        hidden_states: `(batch, tokens, hidden)`.
+        targets, weights: `(batch, tokens)`.
+        count, smoothing, balance: see `mean_loss`.
+
+    Returns:
+        the loss, and what each prediction costs, `(batch, tokens)`, through which no gradient goes.
+    """
+    keep = targets != IGNORE
+    here = keep.to(hidden_states.device)
+    states, predicted, weights = hidden_states[here], targets[keep], None if weights is None else weights[keep]
+
+    def cost(logits, part):
+        return token_costs(
+            scale_logits(logits, config), predicted[part], None if weights is None else weights[part], smoothing
+        )
+
+    parameters = list(head.parameters())
+    learns = torch.is_grad_enabled() and any(one.requires_grad for one in [states, *parameters])
+    share = 1.0 / share_of(targets, count, states.device)
+    loss, costs = _InParts.apply(states, share, head, config.vocab_size, cost, learns, *parameters)
+    of_tokens = costs.new_zeros(targets.shape)
+    of_tokens[here] = costs
+    return with_balance(loss, targets, count, balance), of_tokens
+
+
+def share_of(targets: torch.Tensor, count: torch.Tensor | int | None, device: torch.device) -> torch.Tensor:
+    """What costs are divided by: the supervised tokens of the optimiser step, or of these where it is not said."""
+    return torch.as_tensor((targets != IGNORE).sum() if count is None else count, device=device).clamp(min=1)
+
+
+def with_balance(
+    loss: torch.Tensor, targets: torch.Tensor, count: torch.Tensor | int | None, balance: torch.Tensor | None
+) -> torch.Tensor:
+    """The loss and what a mixture of experts adds, by the share that these tokens are of the optimiser step."""
+    if balance is None:
+        return loss
+    return loss + balance * (targets != IGNORE).sum().to(loss.device) / share_of(targets, count, loss.device)
+
+
+class _InParts(torch.autograd.Function):
+    """The sum of what predictions cost times `share`, and the costs; gradients are made with them, part by part."""
+
+    @staticmethod
+    def forward(ctx, states, share, head, columns, cost, learns, *parameters):
+        wanted = [learns and one.requires_grad for one in (states, *parameters)]
+        gradients: list[torch.Tensor | None] = [torch.zeros_like(states) if wanted[0] else None]
+        gradients += [None] * len(parameters)
+        costs = [torch.zeros(0, device=states.device)]
+        weight = _cast_once(head)
+        for part in _parts(len(states), columns, states.device, any(wanted[1:])):
+            if weight is None:  # quantised, with an adapter, offloaded
+                rows = states[part].detach().requires_grad_(wanted[0])
+                leaves = [rows, *parameters]
+            else:
+                rows = states[part].to(weight.dtype)
+                logits = nn.functional.linear(rows, weight, head.bias).requires_grad_(learns)
+                leaves = [logits]
+            with torch.set_grad_enabled(learns):
+                made = cost(head(rows) if weight is None else logits, part)
+            costs.append(made.detach())
+            if not learns:
+                continue
+            leaves = [leaf for leaf in leaves if leaf.requires_grad]
+            found = torch.autograd.grad(made, leaves, share.expand_as(made), allow_unused=True)
+            if weight is None:
+                rest = iter(found)
+                products = [(next(rest), None) if want else None for want in wanted]
+            else:
+                [of_logits] = found
+                products = [(of_logits, weight), (of_logits.t(), rows)]
+                if head.bias is not None:
+                    products.append((of_logits.sum(0), None))
+            for place, (want, product) in enumerate(zip(wanted, products)):
+                if want and product[0] is not None:
+                    if place == 0:
+                        gradients[0][part] = _product(*product)
+                    else:
+                        gradients[place] = _added(gradients[place], *product, parameters[place - 1].dtype)
+        ctx.gradients = [
+            torch.zeros_like(one) if want and gradient is None else gradient
+            for one, want, gradient in zip((states, *parameters), wanted, gradients)
+        ]
+        costs = torch.cat(costs)
+        ctx.mark_non_differentiable(costs)
+        return costs.sum() * share, costs
+
+    @staticmethod
+    def backward(ctx, of_loss, _):
+        gradients, ctx.gradients = ctx.gradients, None
+        if of_loss.device.type != "cpu" or of_loss != 1:  # a pass over a large matrix, mostly for nothing
+            gradients = [None if one is None else one.mul_(of_loss) for one in gradients]
+        of_states, *others = gradients
+        return of_states, None, None, None, None, None, *others
+
+
+def _parts(rows, columns, device, head_learns):
+    """Rows in parts of one size, of which there is room for the logits."""
+    most = LOGITS_AT_A_TIME.get(device.type, LOGITS_AT_A_TIME_ELSEWHERE)
+    # Each part is a pass over the head's gradient, so there are fewer where it has one.
+    size = -(-rows // max(1, -(-rows * columns // (2 * most if head_learns else most))))
+    return [slice(start, start + size) for start in range(0, rows, max(1, size))]
+
+
+def _cast_once(head):
+    """The weight as autocast has it, of the library's own layer called as such; `None` for another."""
+    if type(head) is not nn.Linear or type(head.weight) is not nn.Parameter or "forward" in vars(head):
+        return None
+    device = head.weight.device.type
+    return head.weight.to(torch.get_autocast_dtype(device)) if torch.is_autocast_enabled(device) else head.weight
+
+
+def _product(left, right):
+    return left if right is None else left @ right
+
+
+def _added(total, left, right, dtype):
+    """`total + left @ right`, in place where there is a total."""
+    if total is None:
+        return _product(left, right).to(dtype)
+    if right is None or right.dtype != total.dtype:
+        return total.add_(_product(left, right))
+    return total.addmm_(left, right)
 
 
 def balance_loss(
-    router_logits: tuple[torch.Tensor, ...], config: PreTrainedConfig, attention_mask: torch.Tensor | None
+    router_logits: tuple[torch.Tensor, ...], config: PreTrainedConfig, counted: torch.Tensor | None
 ) -> torch.Tensor:
-    """What a mixture of experts adds so that all of its experts are used (https://arxiv.org/abs/2101.03961, eq. 4)."""
+    """
+    What a mixture of experts adds so that all of its experts are used (https://arxiv.org/abs/2101.03961, eq. 4).
+
+    Args:
+        counted: how often each position counts, `(batch, tokens)`: an attention mask, or how many texts read it.
+    """
     from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_func  # which the other families copy
 
     experts = getattr(config, "num_experts", None) or config.num_local_experts
-    mask = attention_mask if attention_mask is not None and attention_mask.ndim == 2 else None
-    return load_balancing_loss_func(router_logits, experts, config.num_experts_per_tok, mask)
+    counted = counted if counted is not None and counted.ndim == 2 else None
+    return load_balancing_loss_func(router_logits, experts, config.num_experts_per_tok, counted)
 
 
 def zero_of(parameters: Iterable[nn.Parameter]) -> torch.Tensor | float:
@@ -101,4 +256,13 @@ def zero_of(parameters: Iterable[nn.Parameter]) -> torch.Tensor | float:
     return 0.0 * sum(parameter.sum() for parameter in parameters if parameter.requires_grad)
 
 
-__all__ = ["IGNORE", "balance_loss", "mean_loss", "targets_of", "token_costs", "zero_of"]
+__all__ = [
+    "IGNORE",
+    "balance_loss",
+    "keep_positions",
+    "loss_in_parts",
+    "mean_loss",
+    "targets_of",
+    "token_costs",
+    "zero_of",
+]

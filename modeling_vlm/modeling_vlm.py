@@ -17,18 +17,18 @@ from transformers.modeling_outputs import BaseModelOutputWithPooling, ModelOutpu
 from transformers.utils import can_return_tuple, logging, torch_compilable_check
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from .attention_vlm import Segment, attending, row_of
+from .attention_vlm import Segment, attending, readers_of, row_of
 from .backbones_vlm import CACHE, BackboneKwargs, learned_positions, leave_out_image_parts, scale_logits
-from .compose_vlm import check_room, compose, count_visual_tokens, fit_vision_tower
+from .compose_vlm import check_positions, check_room, compose, count_visual_tokens, fit_vision_tower
 from .configuration_vlm import VLMConfig
 from .generation_vlm import VLMGenerationMixin, savable
 from .loading_vlm import take_saved_weights
-from .loss_vlm import balance_loss, mean_loss, targets_of, zero_of
+from .loss_vlm import balance_loss, keep_positions, loss_in_parts, mean_loss, targets_of, zero_of
 from .model_error_vlm import DuetError
 from .outputs_vlm import VLMCausalLMOutputWithPast, VLMModelOutputWithPast
 from .own_projector_vlm import trusting
 from .projector_vlm import Resampler, build_projector, select_features
-from .views_vlm import in_one_row, join_views
+from .views_vlm import in_one_row, join_views, put_in_place
 from .vision_vlm import VLMVisionPair, build_vision_tower, forward_names, leave_out, run_tower
 
 
@@ -302,7 +302,7 @@ class VLMModel(VLMPreTrainedModel):
             kwargs["use_cache"] = False
         if self.max_positions is not None:
             longest = inputs_embeds.shape[1] if row is None else row.longest
-            self._check_positions(longest, position_ids if row is None else None, kwargs.get(CACHE))
+            check_positions(self, longest, position_ids if row is None else None, kwargs.get(CACHE))
 
         image_outputs = (mm_encoder_outputs or {}).get("image")
         if pixel_values is not None or vision_features is not None:
@@ -311,7 +311,8 @@ class VLMModel(VLMPreTrainedModel):
         if image_outputs is not None:
             image_features = in_one_row(image_outputs.pooler_output).to(inputs_embeds.device, inputs_embeds.dtype)
         if feature_index is not None:
-            inputs_embeds = self._place(input_ids, inputs_embeds, image_features, feature_index)
+            positions = self.image_positions(input_ids, inputs_embeds)
+            inputs_embeds = put_in_place(inputs_embeds, positions, image_features, feature_index)
         elif image_features is not None:
             mask = self.get_placeholder_mask(input_ids, inputs_embeds, image_features)
             inputs_embeds = inputs_embeds.masked_scatter(mask, image_features)
@@ -342,35 +343,6 @@ class VLMModel(VLMPreTrainedModel):
             router_logits=getattr(outputs, "router_logits", None),
             **{CACHE: outputs.get(CACHE)},
         )
-
-    def _place(self, input_ids, inputs_embeds, image_features, feature_index):
-        """Embeddings with the feature that the index names at each position."""
-        placed, count = feature_index >= 0, 0 if image_features is None else len(image_features)
-        wrong = (placed != self.image_positions(input_ids, inputs_embeds)) | (feature_index >= count)
-        torch_compilable_check(
-            ~wrong.any(),
-            lambda: (
-                f"feature_index and the batch do not match: {int(wrong.sum())} positions have an image token and no "
-                f"feature, a feature and no image token, or a feature that is none of the {count} of the batch."
-            ),
-        )
-        if not count:
-            return inputs_embeds
-        features = image_features[feature_index.clamp(min=0)]
-        return torch.where(placed.unsqueeze(-1), features, inputs_embeds)
-
-    def _check_positions(self, tokens, position_ids, cache):
-        past = cache.get_seq_length() if cache is not None else 0
-        if not isinstance(past, int) or past + tokens <= self.max_positions:
-            return
-        # Padding on the left takes no position: only the positions themselves tell then.
-        positions = past + tokens if position_ids is None else int(position_ids.max()) + 1
-        if positions > self.max_positions:
-            raise DuetError(
-                f"the sequence has {positions} positions (image tokens included) and the language model "
-                f"({self.config.text_config.model_type}) has learned {self.max_positions}; shorten the text, or set a "
-                "smaller max_length in training and max_new_tokens in generation."
-            )
 
 
 class VLMForConditionalGeneration(VLMPreTrainedModel, VLMGenerationMixin):
@@ -528,6 +500,7 @@ class VLMForConditionalGeneration(VLMPreTrainedModel, VLMGenerationMixin):
         vision_features: torch.Tensor | None = None,
         feature_index: torch.LongTensor | None = None,
         segments: Sequence[Segment] | None = None,
+        skip_logits: bool | None = None,
         **kwargs,
     ) -> VLMCausalLMOutputWithPast:
         """
@@ -547,6 +520,9 @@ class VLMForConditionalGeneration(VLMPreTrainedModel, VLMGenerationMixin):
                 mask `(batch, tokens)` (then logits are `(kept, vocab)`). The loss is that of the kept positions.
             num_items_in_batch (`torch.Tensor` or `int`):
                 Supervised tokens of the whole optimiser step, by which `Trainer` has the sum divided.
+            skip_logits (`bool`):
+                Give the loss, and `token_costs`, without the logits: those of supervised positions are made for a part
+                of them at a time. Needs labels.
         """
         # Not in the signature, where `Trainer` would take it for a label that every batch has.
         shift_labels = kwargs.pop("shift_labels", None)
@@ -557,6 +533,8 @@ class VLMForConditionalGeneration(VLMPreTrainedModel, VLMGenerationMixin):
                 "label_smoothing_factor (a loop of your own gives labels beside shift_labels)."
             )
         targets, weights = targets_of(labels, loss_weights, shift_labels)
+        if skip_logits and targets is None:
+            raise DuetError("skip_logits leaves the loss, which needs labels or shift_labels; give them.")
         if use_cache is None and (self.training or targets is not None):
             use_cache = False  # a cache has no reader in training, and would switch off packed attention masks
         text_config = self.config.text_config
@@ -577,18 +555,31 @@ class VLMForConditionalGeneration(VLMPreTrainedModel, VLMGenerationMixin):
             return_dict=True,
             **kwargs,
         )
-        logits = self.lm_head(_keep_positions(outputs.last_hidden_state, logits_to_keep))
-        logits = scale_logits(logits, text_config)
-
-        aux_loss, loss = None, None
+        aux_loss, balance = None, None
         if outputs.router_logits:
-            aux_loss = balance_loss(outputs.router_logits, text_config, attention_mask)
+            counted = attention_mask if segments is None else readers_of(segments, outputs.last_hidden_state.device)
+            aux_loss = balance_loss(outputs.router_logits, text_config, counted)
+            balance = text_config.router_aux_loss_coef * aux_loss
+        logits, loss, token_costs = None, None, None
+        if skip_logits:
+            loss, token_costs = loss_in_parts(
+                self.lm_head,
+                text_config,
+                outputs.last_hidden_state,
+                targets,
+                weights,
+                num_items_in_batch,
+                smoothing,
+                balance,
+            )
+        else:
+            logits = scale_logits(self.lm_head(keep_positions(outputs.last_hidden_state, logits_to_keep)), text_config)
+            if targets is not None:
+                targets = keep_positions(targets, logits_to_keep)
+                if weights is not None:
+                    weights = keep_positions(weights, logits_to_keep)
+                loss = mean_loss(logits, targets, weights, num_items_in_batch, smoothing, balance)
         if targets is not None:
-            targets = _keep_positions(targets, logits_to_keep)
-            if weights is not None:
-                weights = _keep_positions(weights, logits_to_keep)
-            balance = None if aux_loss is None else text_config.router_aux_loss_coef * aux_loss
-            loss = mean_loss(logits, targets, weights, num_items_in_batch, smoothing, balance)
             if self.training and outputs.image_hidden_states is None:
                 loss = loss + zero_of(self._image_parameters())
         return VLMCausalLMOutputWithPast(
@@ -600,15 +591,9 @@ class VLMForConditionalGeneration(VLMPreTrainedModel, VLMGenerationMixin):
             image_outputs=outputs.image_outputs,
             aux_loss=aux_loss,
             router_logits=outputs.router_logits,
+            token_costs=token_costs,
             **{CACHE: outputs.get(CACHE)},
         )
-
-
-def _keep_positions(states: torch.Tensor, keep: int | torch.Tensor) -> torch.Tensor:
-    """`(batch, tokens, ...)` at the positions that `logits_to_keep` names; a bool mask gives `(kept, ...)`."""
-    if isinstance(keep, torch.Tensor) and keep.dtype == torch.bool and keep.ndim == 2:
-        return states[keep]
-    return states[:, slice(-keep, None) if isinstance(keep, int) else keep]
 
 
 __all__ = ["VLMPreTrainedModel", "VLMModel", "VLMForConditionalGeneration"]

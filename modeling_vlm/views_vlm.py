@@ -5,6 +5,7 @@ say which belong together. The file travels with every checkpoint.
 """
 
 import torch
+from transformers.utils import torch_compilable_check
 
 from .model_error_vlm import DuetError
 
@@ -12,6 +13,34 @@ from .model_error_vlm import DuetError
 def views_of(grids: list[tuple[int, int]]) -> list[int]:
     """How many views each image has that is cut into `rows` x `columns` tiles: the whole and, if several, the tiles."""
     return [1 + (rows * columns if rows * columns > 1 else 0) for rows, columns in grids]
+
+
+def put_in_place(
+    inputs_embeds: torch.Tensor, positions: torch.Tensor, features: torch.Tensor | None, index: torch.LongTensor
+) -> torch.Tensor:
+    """
+    Embeddings, `(batch, tokens, hidden)`, with the feature that the index names at each position.
+
+    Args:
+        positions: where image tokens are, `(batch, tokens)`.
+        features: `(features, hidden)`.
+        index: number of a feature, or -1, `(batch, tokens)`.
+
+    Raises:
+        `ValueError`: features are named where no image token is, or none where one is, or such as there are not.
+    """
+    placed, count = index >= 0, 0 if features is None else len(features)
+    wrong = (placed != positions) | (index >= count)
+    torch_compilable_check(
+        ~wrong.any(),
+        lambda: (
+            f"feature_index and the batch do not match: {int(wrong.sum())} positions have an image token and no "
+            f"feature, a feature and no image token, or a feature that is none of the {count} of the batch."
+        ),
+    )
+    if features is None:
+        return inputs_embeds
+    return inputs_embeds.masked_scatter(placed.unsqueeze(-1), features.index_select(0, index[placed]))
 
 
 def join_views(
@@ -48,4 +77,4 @@ def in_one_row(features: torch.Tensor | list[torch.Tensor]) -> torch.Tensor:
     return features.flatten(0, 1) if isinstance(features, torch.Tensor) else torch.cat(features)
 
 
-__all__ = ["in_one_row", "join_views", "views_of"]
+__all__ = ["in_one_row", "join_views", "put_in_place", "views_of"]

@@ -11,17 +11,20 @@ import os
 import random
 from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import torch
 from transformers.utils import logging
 
-from processing.batching.dataset import ConversationDataset, MixedDataset
 from processing.batching.encoding import Encoded, Encoder, encode_item, image_counts, place
 from processing.batching.packing import Text, packed_length
 from processing.data_error_vlm import DuetError
 from processing.processing_vlm import VLMProcessor
+
+
+if TYPE_CHECKING:
+    from processing.batching.dataset import ConversationDataset, MixedDataset
 
 
 logger = logging.get_logger(__name__)
@@ -156,7 +159,7 @@ class PlannedBatches(torch.utils.data.Dataset):
 
     def __init__(
         self,
-        dataset: ConversationDataset | MixedDataset,
+        dataset: "ConversationDataset | MixedDataset",
         budget: Budget,
         share_prefix: bool = False,
         seed: int = 0,

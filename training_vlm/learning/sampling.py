@@ -3,12 +3,15 @@
 import random
 from collections import deque
 from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING
 
 import torch
 from transformers import TrainerCallback, TrainingArguments
 from transformers.trainer_pt_utils import get_length_grouped_indices
 
-from processing.batching.dataset import ConversationDataset, MixedDataset
+
+if TYPE_CHECKING:
+    from processing.batching.dataset import ConversationDataset, MixedDataset
 
 
 def order_seed(args: TrainingArguments) -> int:
@@ -29,7 +32,7 @@ class LengthGroupedOrder(torch.utils.data.Sampler):
         seed: for the order.
     """
 
-    def __init__(self, dataset: ConversationDataset | MixedDataset, batch_size: int, seed: int = 0):
+    def __init__(self, dataset: "ConversationDataset | MixedDataset", batch_size: int, seed: int = 0):
         self.dataset, self.batch_size, self.seed = dataset, batch_size, seed
         self.epoch = 0
 

@@ -1,0 +1,143 @@
+"""The loss without its logits: the same to rounding, whatever the head is, and never whole."""
+
+import pytest
+import torch
+from torch import nn
+
+from modeling_vlm import DuetError, loss_vlm
+from modeling_vlm.loss_vlm import IGNORE
+from tests.segments import forest, model_of, off
+
+
+HEADS = ["Llama", "GPT-2", "Phi", "Granite", "Cohere", "Gemma 2", "Mixtral"]
+"""Of its own; tied; with a bias; scaled; tied and scaled; behind a soft cap; beside a balance loss."""
+
+
+@pytest.fixture(autouse=True)
+def small_parts(monkeypatch):
+    monkeypatch.setitem(loss_vlm.LOGITS_AT_A_TIME, "cpu", 5 * 376)
+
+
+def setting(name="Llama", **settings):
+    model = model_of(name, **settings)
+    batch = forest(model, torch.Generator().manual_seed(0)).padded
+    return model, batch
+
+
+def step(model, batch, **kwargs):
+    model.zero_grad()
+    outputs = model(**batch, **kwargs)
+    outputs.loss.backward()
+    gradients = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+    return outputs, gradients
+
+
+def assert_the_same(model, batch, most=1e-5, **kwargs):
+    expected, gradients = step(model, batch, **kwargs)
+    found, again = step(model, batch, skip_logits=True, **kwargs)
+    assert found.logits is None
+    assert found.loss.item() == pytest.approx(expected.loss.item(), rel=most)
+    assert again.keys() == gradients.keys()
+    flat, others = (torch.cat([one[name].flatten() for name in gradients]) for one in (gradients, again))
+    assert off(others, flat) <= most
+
+
+@pytest.mark.parametrize("name", HEADS)
+def test_loss_and_gradients_are_those_with_the_logits(name):
+    settings = {"output_router_logits": True, "router_aux_loss_coef": 0.5} if name == "Mixtral" else {}
+    assert_the_same(*setting(name, **settings))
+
+
+@pytest.mark.parametrize(
+    "smoothing, weighted, count", [(0.1, False, None), (0.0, True, 7), (0.2, True, torch.tensor(90))]
+)
+def test_smoothing_weights_and_the_count_of_the_step_are_the_same(smoothing, weighted, count):
+    model, batch = setting()
+    if weighted:
+        batch["loss_weights"] = torch.rand(batch["labels"].shape)
+    assert_the_same(model, batch, smoothing=smoothing, num_items_in_batch=count)
+
+
+@pytest.mark.parametrize("learns", ["the head alone", "all but the head"])
+def test_what_does_not_learn_has_no_gradient(learns):
+    model, batch = setting()
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(name.startswith("lm_head") == (learns == "the head alone"))
+    assert_the_same(model, batch)
+
+
+def test_under_autocast_it_is_within_the_rounding_of_its_type():
+    model, batch = setting()
+    with torch.autocast("cpu", torch.bfloat16):
+        assert_the_same(model, batch, most=1e-2)
+
+
+def test_the_loss_may_be_multiplied_before_its_gradients():
+    model, batch = setting()
+    _, expected = step(model, batch)
+    model.zero_grad()
+    (model(**batch, skip_logits=True).loss * 3).backward()
+    torch.testing.assert_close(model.lm_head.weight.grad, 3 * expected["lm_head.weight"], rtol=1e-4, atol=1e-7)
+
+
+def test_an_adapter_on_the_head_learns_the_same():
+    peft = pytest.importorskip("peft")
+    model, batch = setting()
+    config = peft.LoraConfig(target_modules=["lm_head"], init_lora_weights=False)
+    model = peft.get_peft_model(model, config)
+    assert_the_same(model, batch)
+    assert {name.split(".")[-2] for name, p in model.named_parameters() if p.grad is not None} == {"default"}
+
+
+def test_a_batch_without_anything_supervised_has_loss_zero_and_gradients_of_zero():
+    model, batch = setting()
+    batch["shift_labels"].fill_(IGNORE)
+    outputs, gradients = step(model, batch, skip_logits=True)
+    assert outputs.loss.item() == 0 and gradients and not any(one.any() for one in gradients.values())
+
+
+def test_the_costs_are_those_of_each_position():
+    model, batch = setting()
+    batch["loss_weights"] = torch.rand(batch["labels"].shape)
+    with torch.no_grad():
+        logits = model(**batch).logits
+        outputs = model.eval()(**batch, skip_logits=True)
+    targets, weights = batch["shift_labels"], batch["loss_weights"]
+    expected = loss_vlm.token_costs(logits, targets, weights).view_as(targets)
+    assert expected.any()
+    torch.testing.assert_close(outputs.token_costs, expected)
+    count = (targets != IGNORE).sum()
+    torch.testing.assert_close(outputs.loss, expected.sum() / count)
+
+
+def test_the_logits_are_never_there_whole(monkeypatch):
+    model, batch = setting("GPT-2")
+    made, linear = [], nn.functional.linear
+
+    def spy(inputs, weight, bias=None):
+        logits = linear(inputs, weight, bias)
+        if weight.shape[0] == model.lm_head.weight.shape[0]:
+            made.append(len(logits.flatten(0, -2)))
+        return logits
+
+    monkeypatch.setattr(nn.functional, "linear", spy)
+    step(model, batch, skip_logits=True)
+    assert sum(made) == (batch["shift_labels"] != IGNORE).sum() > 4 * max(made)
+
+
+def test_no_loss_is_asked_for_without_labels():
+    model, batch = setting()
+    with pytest.raises(DuetError, match="skip_logits leaves the loss, which needs labels"):
+        model(input_ids=batch["input_ids"][4:], skip_logits=True)
+
+
+def test_a_mixture_counts_a_prefix_as_often_as_texts_read_it():
+    model = model_of("Mixtral", output_router_logits=True, router_aux_loss_coef=0.5)
+    batches = forest(model, torch.Generator().manual_seed(0))
+    expected, gradients = step(model, batches.padded)
+    found, again = step(model, batches.packed, skip_logits=True)
+    assert expected.aux_loss.item() > 0
+    torch.testing.assert_close(found.aux_loss, expected.aux_loss)
+    assert off(*(torch.cat([one[name].flatten() for name in gradients]) for one in (again, gradients))) <= 1e-5
+    once = [(start, end, -1, 0) for start, end, *_ in batches.segments]
+    assert abs(model(**{**batches.packed, "segments": once}).aux_loss - expected.aux_loss) > 1e-4
