@@ -10,14 +10,19 @@ import sys
 from pathlib import Path
 from types import SimpleNamespace
 
+import datasets
 import pytest
 import torch
 from PIL import Image
 
 from modeling_vlm import VLMModel
 from processing import VLMDataCollator
+from processing.batching.dataset import ConversationDataset, MixedDataset
+from processing.batching.encoding import Encoder, encode_caption
 from processing.batching.features import FeatureCache, ShardWriter
 from processing.data_error_vlm import DuetError
+from processing.image_files_vlm import ImagePolicy
+from processing.reading.items import Reading
 from tests import tiny
 from tests.test_trainer import SETTINGS, Stream, same, weights
 from training_vlm.arguments import VLMTrainingArguments
@@ -134,7 +139,7 @@ def trainer_of(made, items, folder, **changes):
         processing_class=processor,
         data_collator=VLMDataCollator(processor),
         train_dataset=items,
-        eval_dataset=items[:3],
+        eval_dataset=[items[index] for index in range(3)],
     )
 
 
@@ -282,12 +287,14 @@ def cache_batch(made, cache, items):
     return collator(items)
 
 
-def test_an_image_that_changes_while_a_run_learns_is_named(compose, pictures, image, tmp_path):
-    paths = pictures(2)
+def test_an_image_that_changes_while_a_run_learns_is_named(compose, image, tmp_path):
+    paths = [tmp_path / "0.bmp", tmp_path / "1.bmp"]
+    for number, path in enumerate(paths):
+        image(number).save(path)
     made = compose("vit-gpt2")
     cache = cached(trainer_of(made, items_of(paths), tmp_path / "run"), tmp_path / "cache")
-    image(50).save(paths[1])
-    with pytest.raises(DuetError, match="1.png is not among the cached features") as error:
+    image(50).save(paths[1])  # as many bytes as before
+    with pytest.raises(DuetError, match="1.bmp is not among the cached features") as error:
         cache_batch(made, cache, items_of(paths))
     assert "\n" not in str(error.value)
 
@@ -321,10 +328,35 @@ def test_images_without_a_path_are_known_by_what_they_are(compose, image, pictur
     torch.testing.assert_close(batch["vision_features"], features, rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.parametrize("ahead", [False, True])
+def test_the_images_of_every_source_are_computed_once_a_row(compose, pictures, tmp_path, monkeypatch, ahead):
+    """Rows with several captions, stored images and paths, of two sources; every item finds its image."""
+    paths, made = pictures(4), compose("vit-gpt2")
+    named = [{"image": path.name, "captions": ["a cat", "a mat", "two"]} for path in paths[:3]]
+    stored = [{"image": {"bytes": path.read_bytes(), "path": None}, "caption": "three"} for path in paths[2:4]]
+    sources = [
+        ConversationDataset(datasets.Dataset.from_list(named), Reading("named", images=ImagePolicy(paths[0].parent))),
+        ConversationDataset(
+            datasets.Dataset.from_list(stored).cast_column("image", datasets.Image(decode=False)), Reading("stored")
+        ),
+    ]
+    if ahead:
+        for source in sources:
+            source.encode_ahead(Encoder(made[1], encode_caption, None))
+    trainer = trainer_of(made, MixedDataset(sources), tmp_path / "run")
+    count = encoded_views(monkeypatch)
+    trainer.eval_dataset = None
+    cache = cached(trainer, tmp_path / "cache")
+    assert count() == 4
+    forbid_images(monkeypatch)
+    batch = cache_batch(made, cache, [trainer.train_dataset[index] for index in range(len(trainer.train_dataset))])
+    assert len(batch["vision_features"]) == 3 * 3 + 2
+
+
 def test_what_another_encoder_processor_or_precision_computed_is_not_read(compose, pictures, tmp_path):
     items, where = items_of(pictures(2)), tmp_path / "cache"
     caches = {}
-    for what in ("as it is", "weights", "layer", "normalisation", "mode", "bf16"):
+    for what in ("as it is", "weights", "layer", "normalisation", "mode", "bf16", "code"):
         model, processor = compose("layer -2" if what == "layer" else "vit-gpt2")
         if what == "weights":
             with torch.no_grad():
@@ -333,9 +365,14 @@ def test_what_another_encoder_processor_or_precision_computed_is_not_read(compos
             processor.image_processor.image_std = [0.3, 0.3, 0.3]
         if what == "mode":
             processor.image_mode = "pad"
+        if what == "code":
+            pixels = processor.process_images
+            processor.process_images = lambda images, pixels=pixels: {
+                "pixel_values": pixels(images)["pixel_values"] / 2
+            }
         changes = {"bf16": True} if what == "bf16" else {}
         caches[what] = cached(trainer_of((model, processor), items, tmp_path / what, **changes), where)
-    assert len({cache.folder for cache in caches.values()}) == 6
+    assert len({cache.folder for cache in caches.values()}) == 7
     assert caches["bf16"].dtype == torch.bfloat16 and caches["as it is"].dtype == torch.float32
 
 
@@ -462,7 +499,11 @@ def test_frozen_weights_held_smaller_change_no_result(compose, image, tmp_path, 
 def test_only_what_autocast_casts_anyway_is_held_smaller(compose, tmp_path):
     model, _ = compose("vit-gpt2")
     apply_tuning(model, "frozen", "last:1")
+    shared = model.model.language_model.h[0].mlp.c_fc
+    shared.also = torch.nn.Embedding(*shared.weight.shape)
+    shared.also.weight = shared.weight
     Originals(model, tmp_path).narrow(torch.bfloat16)
+    assert shared.weight.dtype == torch.float32 and shared.bias.dtype == torch.bfloat16
     held = {name for name, p in model.named_parameters() if p.dtype == torch.bfloat16}
     assert any("vision_tower" in name for name in held) and any("h.0.attn.c_attn" in name for name in held)
     assert not any(
