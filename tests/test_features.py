@@ -139,7 +139,7 @@ def trainer_of(made, items, folder, **changes):
         processing_class=processor,
         data_collator=VLMDataCollator(processor),
         train_dataset=items,
-        eval_dataset=[items[index] for index in range(3)],
+        eval_dataset=[items[index] for index in range(min(3, len(items)))],
     )
 
 
