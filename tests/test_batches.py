@@ -316,7 +316,9 @@ def test_a_run_leaves_out_what_it_can_and_says_so(backbones, captions, dialogues
 def test_a_model_that_does_not_keep_texts_apart_is_padded_as_before_and_says_why(
     backbones, captions, tmp_path, capsys, monkeypatch
 ):
-    monkeypatch.setattr("training_vlm.learning.savings.why_not_packed", lambda model: "it mixes all tokens")
+    monkeypatch.setattr(
+        "training_vlm.learning.savings.why_not_packed", lambda model, share_prefix: "it mixes all tokens"
+    )
     run = [*backbones, *captions, *QUICK, "--overwrite_output_dir", "--output_dir", str(tmp_path / "out")]
     assert said_of(capsys, train_pretrain.main, *run) == "batches are padded; it mixes all tokens"
     for option in ("padding_free", "share_prefix"):
@@ -324,6 +326,22 @@ def test_a_model_that_does_not_keep_texts_apart_is_padded_as_before_and_says_why
             train_pretrain.main([*run, f"--{option}", "on"])
         line = capsys.readouterr().err
         assert line.count("\n") == 1 and f"{option}=on cannot be: it mixes all tokens" in line
+
+
+def test_a_model_that_keeps_texts_apart_but_not_behind_a_prefix_is_packed_without_sharing(
+    backbones, captions, tmp_path, capsys, monkeypatch
+):
+    monkeypatch.setattr(
+        "training_vlm.learning.savings.why_not_packed",
+        lambda model, share_prefix: "it counts" if share_prefix else None,
+    )
+    run = [*backbones, *captions, *QUICK, "--overwrite_output_dir", "--output_dir", str(tmp_path / "out")]
+    assert said_of(capsys, train_pretrain.main, *run) == (
+        "no padding, each image of a batch encoded once; prefixes are not shared: it counts"
+    )
+    with pytest.raises(SystemExit):
+        train_pretrain.main([*run, "--share_prefix", "on"])
+    assert "share_prefix=on cannot be: it counts" in capsys.readouterr().err
 
 
 def test_on_and_off_are_read_from_a_yaml_too(tmp_path):

@@ -48,22 +48,28 @@ def choose_savings(asked: EfficiencyArguments, trainer: VLMTrainer) -> Savings:
     """
     if asked.padding_free == "off":
         return Savings(False, False)
-    reasons = gather_object([_why_padded(trainer)])
-    if reason := next(filter(None, reasons), None):
+    if reason := _why_padded(trainer, share_prefix=False):
         for name in ("padding_free", "share_prefix"):
             if getattr(asked, name) == "on":
                 raise DuetError(f"{name}=on cannot be: {reason}; leave it out, and batches are padded.")
         return Savings(False, False, reason)
-    if asked.share_prefix != "auto":
-        return Savings(True, asked.share_prefix == "on")
-    reason = _why_apart(asked, trainer)
+    if asked.share_prefix == "off":
+        return Savings(True, False)
+    reason = _why_padded(trainer, share_prefix=True)
+    if asked.share_prefix == "on":
+        if reason:
+            raise DuetError(f"share_prefix=on cannot be: {reason}; leave it out, and each text has its own.")
+        return Savings(True, True)
+    reason = reason or _why_apart(asked, trainer)
     return Savings(True, reason is None, "" if reason is None else f"prefixes are not shared: {reason}")
 
 
-def _why_padded(trainer) -> str | None:
-    if trainer.args.torch_compile:
-        return "torch_compile would compile anew for every row of texts"
-    return why_not_packed(trainer.accelerator.unwrap_model(trainer.model))
+def _why_padded(trainer, share_prefix) -> str | None:
+    """The reason of the first process that has one."""
+    reason = "torch_compile would compile anew for every row of texts"
+    if not trainer.args.torch_compile:
+        reason = why_not_packed(trainer.accelerator.unwrap_model(trainer.model), share_prefix)
+    return next(filter(None, gather_object([reason])), None)
 
 
 def _why_apart(asked, trainer) -> str | None:
