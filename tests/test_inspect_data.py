@@ -12,12 +12,12 @@ from PIL import Image, ImageColor
 
 from processing import VLMDataCollator
 from processing.batching.account import Record
-from processing.batching.encoding import IGNORE
+from processing.batching.encoding import IGNORE, Encoder
 from tests import tiny
 from training_vlm.data import encode_data, load_data
 from training_vlm.inspect_data.__main__ import main
 from training_vlm.inspect_data.page import write_page
-from training_vlm.inspect_data.samples import KINDS, Piece, Sample, pieces_of
+from training_vlm.inspect_data.samples import KINDS, Piece, Sample, pieces_of, read_samples
 from training_vlm.inspect_data.terminal import write_terminal
 from training_vlm.settings import parse_arguments
 from training_vlm.stages import SFT
@@ -330,3 +330,18 @@ def test_every_format_is_read_without_a_flag_and_shown(name, folders, tmp_path, 
     assert set(answers) <= {"a cat", "yes"} and answers
     assert ("{<image>}" in shown) == ("image" in FORMATS[name] or "images" in FORMATS[name])
     assert "dropped" not in shown
+
+
+@pytest.mark.parametrize("max_tiles", [1, 4])
+def test_an_image_that_several_samples_show_is_shown_with_each(max_tiles, image):
+    processor = tiny.processor_of("byte-level", "chatml", max_tiles=max_tiles)
+    one, wide = image(1), image(2, (200, 60))
+    asked = [tiny.dialogue("what?", "a cat", *shown) for shown in ([one], [wide, one], [], [one])]
+    together = read_samples(Encoder(processor), asked)
+    apart = [sample for item in asked for sample in read_samples(Encoder(processor), [item])]
+    for sample, alone in zip(together, apart, strict=True):
+        assert [name for name, _ in sample.images] == [name for name, _ in alone.images]
+        assert [view.tobytes() for _, view in sample.images] == [view.tobytes() for _, view in alone.images]
+        assert [piece for piece in sample.pieces if piece.kind != "padding"] == alone.pieces
+    tiles = [name for name, _ in together[1].images]
+    assert len(tiles) == 2 if max_tiles == 1 else len(tiles) > 3

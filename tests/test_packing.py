@@ -1,14 +1,22 @@
-"""Texts in one row are what they are alone, position for position, and what they begin with is run once."""
+"""Texts in one row are what they are alone, what they begin with is run once, and each image is opened once."""
 
+import base64
+
+import datasets
 import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from PIL import Image
 
 from processing import VLMDataCollator
+from processing.batching.dataset import ConversationDataset
 from processing.batching.encoding import IGNORE, encode_caption
+from processing.batching.images import BatchImages
 from processing.batching.packing import LEAST_SHARED, Text, pack, packed_length
+from processing.image_files_vlm import ImagePolicy, NamedImage, load_image
+from processing.reading.items import Reading
 from tests import tiny
 from tests.test_collator import conversation, unlearnable
 
@@ -312,3 +320,122 @@ def test_a_row_of_nothing_is_one_position_of_padding(processor):
 def test_a_prefix_is_shared_in_a_row_alone(processor):
     with pytest.raises(ValueError, match="share_prefix=True: .* add padding_free=True"):
         VLMDataCollator(processor, share_prefix=True)
+
+
+# -- each image once ---------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def opened(monkeypatch):
+    """What was opened, in that order."""
+    found = []
+
+    def load(reference, size=None):
+        found.append(reference)
+        return load_image(reference, size)
+
+    monkeypatch.setattr("processing.batching.images.load_image", load)
+    return found
+
+
+def _rows_of_five(kind, folder, picture):
+    """Ways in which five conversations of one image, and one of another, come to a collator."""
+    other, path = folder / "other.png", folder / "one.png"
+    picture(1).save(path), picture(2).save(other)
+    questions = [{"question": f"is it {n}?", "answer": "a cat"} for n in range(5)]
+    if kind == "parquet bytes":
+        images = [{"bytes": path.read_bytes(), "path": "one.png"}] * 5 + [{"bytes": other.read_bytes(), "path": None}]
+        rows = [{"image": image, **question} for image, question in zip(images, [*questions, questions[0]])]
+        datasets.Dataset.from_list(rows).to_parquet(folder / "rows.parquet")
+        rows = datasets.Dataset.from_parquet(str(folder / "rows.parquet"), cache_dir=str(folder / "cache"))
+        return [rows[n] for n in range(6)]
+    if kind == "a folder":
+        rows = [{"image": "one.png", **question} for question in questions] + [{"image": "other.png", **questions[0]}]
+        dataset = ConversationDataset(datasets.Dataset.from_list(rows), Reading("f", images=ImagePolicy(str(folder))))
+        return [dataset[n] for n in range(6)]
+    if kind == "COCO":
+        rows = [{"image": "one.png", "captions": [f"a cat {n}" for n in range(5)]}]
+        rows.append({"image": "other.png", "captions": ["a mat"]})
+        dataset = ConversationDataset(
+            datasets.Dataset.from_list(rows), Reading("c", "Describe it.", images=ImagePolicy(str(folder)))
+        )
+        return [dataset[n] for n in range(6)]
+    if kind == "PIL":
+        one = picture(1)
+        return [{"image": one, **question} for question in questions] + [{"image": picture(2), **questions[0]}]
+    if kind == "data URI":
+        uris = [
+            f"data:image/png;base64,{base64.b64encode(file.read_bytes()).decode()}" for file in [path] * 5 + [other]
+        ]
+        return [{"image": uri, **question} for uri, question in zip(uris, [*questions, questions[0]])]
+    return [{"image": str(path), **question} for question in questions] + [{"image": str(other), **questions[0]}]
+
+
+@pytest.mark.parametrize("kind", ["parquet bytes", "a folder", "COCO", "PIL", "data URI", "rows in hand"])
+@pytest.mark.parametrize("padding_free", [False, True])
+def test_an_image_is_opened_once_a_batch_however_many_show_it(processor, kind, padding_free, image, tmp_path, opened):
+    items = _rows_of_five(kind, tmp_path, image)
+    collate = VLMDataCollator(processor, padding_free=padding_free, account=True)
+    batch = collate(items)
+    assert len(opened) == 2
+    counts = [processor.image_tokens(28, 40)] * 2
+    assert batch["feature_index"].max() + 1 == sum(counts)
+    assert [record.images for record in batch["account"].records] == [1] * 6
+    if "image_grids" in batch:
+        assert len(batch["image_grids"]) == 2
+    _index.token = processor.image_token_id
+    texts = [
+        of_batch(part)[0] for part in (VLMDataCollator(processor)([item]) for item in items)
+    ]  # each alone, opened anew
+    assert of_batch(batch) == texts
+    assert len(opened) == 8
+    collate(items)  # and in the next batch anew
+    assert len(opened) == 10
+
+
+def test_where_each_image_is_shown_once_the_batch_says_no_more_than_before(processor, image):
+    batch = VLMDataCollator(processor)([conversation(["image"], "a", images=[image(n)]) for n in range(2)])
+    assert "feature_index" not in batch
+
+
+def test_one_name_under_two_policies_is_two_images(processor, image, tmp_path, opened):
+    """Where it may lead is part of what an image is called: what one source may not reach, another does not open."""
+    (tmp_path / "inside").mkdir()
+    image(1).save(tmp_path / "one.png")
+    link = tmp_path / "inside" / "link.png"
+    link.symlink_to(tmp_path / "one.png")
+    folder = str(tmp_path / "inside")
+    named = [NamedImage(str(link), ImagePolicy(folder, allow_links=allowed)) for allowed in (True, False)]
+    collate = VLMDataCollator(processor)
+    batch = collate([conversation(["image"], "a", images=[reference]) for reference in named])
+    assert len(opened) == 2 and len(batch["input_ids"]) == 1 and collate.dropped == {"unreadable image": 1}
+
+
+def test_a_bad_image_is_tried_once_and_drops_every_text_that_shows_it(processor, image, tmp_path, opened):
+    gone = str(tmp_path / "gone.png")
+    asked = [conversation(["image", f"is it {n}?"], "a cat", images=[gone], source="s", row=n) for n in range(3)]
+    good = image(1)
+    both = conversation(["image", " and ", "image"], "no", images=[good, gone], source="s", row=3)
+    collate = VLMDataCollator(processor, account=True)
+    batch = collate([*asked, both, conversation(["image"], "yes", images=[good], source="s", row=4)])
+    records = batch["account"].records
+    assert [record.dropped for record in records] == ["missing image file"] * 4 + [None]
+    assert all(f"s, row {n}: {gone}" in record.detail for n, record in enumerate(records[:4]))
+    assert collate.dropped == {"missing image file": 4}
+    assert opened.count(gone) == 1 and opened.count(good) == 1
+    assert len(batch["input_ids"]) == 1 and "feature_index" not in batch
+
+
+def test_an_image_that_only_a_dropped_text_shows_is_not_in_the_batch(processor, image, tmp_path):
+    lost, good = image(1), image(2)
+    pair = conversation(["image", " and ", "image"], "no", images=[lost, str(tmp_path / "gone.png")])
+    batch = VLMDataCollator(processor)([pair, conversation(["image"], "yes", images=[good])])
+    alone = VLMDataCollator(processor)([conversation(["image"], "yes", images=[good])])
+    assert torch.equal(batch["pixel_values"], alone["pixel_values"])
+
+
+def test_an_object_that_is_gone_lends_its_identity_to_no_other(processor):
+    """Objects that are made while a batch is may be given the id of one that is not needed any more."""
+    images = BatchImages(processor)
+    colours = {images[Image.new("RGB", (32, 32), (n, 0, 0))].tensors["pixel_values"].sum().item() for n in range(50)}
+    assert len(colours) == 50

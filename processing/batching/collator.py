@@ -58,11 +58,12 @@ class VLMDataCollator:
         `input_ids`, `attention_mask`, `labels`, each `(batch, tokens)`, padded on the right with labels -100;
         `shift_labels` of the same shape, what each position predicts, and `loss_weights`, what that prediction weighs,
         where a message has a weight; and `pixel_values` `(views, channels, height, width)` where the batch has images,
-        with `image_grids` `(images, 2)` where they may be tiled. With `padding_free` the batch is 1, each image is
-        there once, and `feature_index` `(1, tokens)` says which image feature stands at each position, -1 for a token;
-        `position_ids` `(1, tokens)` and `segments`, a list of `(start, end, parent, text)`, are in the place of
-        `attention_mask`: positions from `start` to `end` see themselves, the segment `parent` and what that sees;
-        `text` is the number of the conversation that ends there.
+        each once, with `image_grids` `(images, 2)` where they may be tiled. Where one is shown twice, `feature_index`
+        `(batch, tokens)` says which image feature stands at each position, -1 for a token.
+        With `padding_free` the batch is 1, `feature_index` is given for any image, and in the place of
+        `attention_mask` there are `position_ids` `(1, tokens)` and `segments`, a list of `(start, end, parent, text)`:
+        positions from `start` to `end` see themselves, the segment `parent` and what that sees; `text` is the number
+        of the conversation that ends there.
         Conversations that cannot be learned from are left out and counted in `dropped`, in worker processes too; a
         batch of nothing else is one pad token with label -100, of which the loss is 0.
 
@@ -192,17 +193,16 @@ class VLMDataCollator:
 
     def _batch(self, items: list[dict[str, Any]]) -> tuple[dict[str, Any], int]:
         """The tensors of items, and how many positions are padding."""
-        shown = [image for item in items for image in item["seen"]]
-        images, begins = once(shown)
+        images, begins = once(image for item in items for image in item["seen"])
         features = iter(begins)
         texts = [self._text(item, features) for item in items]
         batch, weights, index, padding = (self._packed if self.padding_free else self._padded)(texts)
         batch["shift_labels"] = _of_next(batch["labels"], IGNORE)
         if any(item.get("weights") for item in items):
             batch["loss_weights"] = _of_next(weights, 0)
-        if images and self.padding_free:
+        if images and (self.padding_free or len(images) < len(begins)):
             batch["feature_index"] = index
-        return {**batch, **joined(images if self.padding_free else shown)}, padding
+        return {**batch, **joined(images)}, padding
 
     def _text(self, item: dict[str, Any], begins: Iterator[int]) -> Text:
         """An item, expanded."""

@@ -115,24 +115,37 @@ def read_samples(
     weights = itertools.repeat(None)
     if "loss_weights" in batch:  # they lie where a token is predicted, and are shown at the token
         weights = iter(batch["loss_weights"].roll(1, dims=1).tolist())
+    grids = batch["image_grids"].tolist() if "image_grids" in batch else [(1, 1)] * len(batch.get("pixel_values", ()))
     pictures = iter(batch.get("pixel_values", ()))
-    grids = iter(batch["image_grids"].tolist() if "image_grids" in batch else itertools.repeat((1, 1)))
+    seen = [list(itertools.islice(pictures, len(_view_names(1, *grid)))) for grid in grids]
+    shown = _shown(batch, [processor.tile_tokens(*grid) for grid in grids])
     samples = []
     for item, record in zip(items, batch["account"].records):
         if record.dropped is not None:
             samples.append(Sample(record, [], []))
             continue
-        shapes = list(itertools.islice(grids, record.images))
+        numbers = list(itertools.islice(shown, record.images))
         if sees_images:
-            names = [name for place, shape in enumerate(shapes, start=1) for name in _view_names(place, *shape)]
-            images = [(name, _as_image(next(pictures), processor.image_processor)) for name in names]
+            images = [
+                (name, _as_image(view, processor.image_processor))
+                for place, number in enumerate(numbers, start=1)
+                for name, view in zip(_view_names(place, *grids[number]), seen[number])
+            ]
         else:
             opened = enumerate(map(load_image, item.get("images") or ()), start=1)
             images = [(f"image {place}", image) for place, image in opened]
-        counts = [processor.tile_tokens(*shape) for shape in shapes]
+        counts = [processor.tile_tokens(*grids[number]) for number in numbers]
         ids, labels, mask = next(encodings)
         samples.append(Sample(record, images, list(pieces_of(processor, counts, ids, labels, mask, next(weights)))))
     return samples
+
+
+def _shown(batch: dict[str, Any], counts: list[int]) -> Iterator[int]:
+    """Which of the batch's images stands at each of its places; an image that is shown twice is there once."""
+    if "feature_index" not in batch:
+        return iter(range(len(counts)))
+    begins = {sum(counts[:number]): number for number in range(len(counts))}
+    return (begins[feature] for feature in batch["feature_index"].flatten().tolist() if feature in begins)
 
 
 def _view_names(place: int, rows: int, columns: int) -> list[str]:
