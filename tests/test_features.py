@@ -321,7 +321,7 @@ def test_images_without_a_path_are_known_by_what_they_are(compose, image, pictur
     views = [len(made[1].process_images([Image.open(path)])["pixel_values"]) for path in (path, other)]
     assert sum(file.stat().st_size for file in cache.folder.glob("*.features")) == sum(views) * cache.view_bytes
     batch = cache_batch(made, cache, [tiny.dialogue("what?", "that", image(0)), *items])
-    expected = tiny.collate(made[1], [items[3], *items])
+    expected = tiny.collate(made[1], [tiny.dialogue("what?", "that", image(0)), *items])
     assert torch.equal(batch["image_grids"], expected["image_grids"])
     with torch.no_grad():
         features = made[0].model.encode_views(expected["pixel_values"])[1]

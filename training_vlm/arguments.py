@@ -272,7 +272,8 @@ class DataArguments:
         default="none",
         metadata={
             "help": "history makes each answer of a dialogue the last of a sample of its own, with the earlier ones as "
-            "context: for templates that write earlier answers otherwise (thoughts, system texts)."
+            "context: for templates that write earlier answers otherwise (thoughts, system texts). questions makes "
+            "each question with its answers a sample without the turns before it, for independent questions."
         },
     )
     supervise_prompt: bool = field(default=False, metadata={"help": "Learn what the user and the system say as well."})
@@ -376,7 +377,7 @@ class DataArguments:
         Raises:
             DuetError: something about prompts, where there are none.
         """
-        if asks and self.split_turns != "none" and (self.supervise != "all" or self.supervise_prompt):
+        if asks and self.split_turns == "history" and (self.supervise != "all" or self.supervise_prompt):
             raise DuetError(
                 "split_turns=history makes each answer a last one, which alone is learned; leave out --supervise and "
                 "--supervise_prompt."

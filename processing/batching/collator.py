@@ -17,7 +17,7 @@ from transformers.utils import logging
 from ..data_error_vlm import DuetError
 from ..image_files_vlm import BadImage, ImagePolicy
 from ..processing_vlm import VLMProcessor
-from ..reading.items import SPLIT_TURNS, Reading, each_answer_last, is_item
+from ..reading.items import SPLIT_TURNS, Reading, is_item, split_item
 from .account import BAD_SAMPLE_REASONS, DROP_REASONS, BatchAccount, Record
 from .encoding import IGNORE, Encode, Encoder, encode_dialogue, encode_item, place
 from .features import FeatureCache
@@ -49,7 +49,8 @@ class VLMDataCollator:
         on_bad_sample: what happens to a row or an image that cannot be read: `"skip"` leaves the conversation out and
             counts it, `"error"` raises.
         split_turns: `"history"` makes each answer of a row or conversation that is not encoded the last of a sample of
-            its own (see `each_answer_last`), so that a batch has more samples than it was given rows.
+            its own, `"questions"` each question with its answers a sample without the turns before it (see
+            `split_item`), so that a batch has more samples than it was given rows.
         padding_free: put all conversations into one row, each seeing only itself; the model has to be Duet's.
         share_prefix: in that row, run once what conversations begin with (see `packing.py`), such as an image.
         account: add the batch's `BatchAccount` under `"account"`, for `VLMTrainer`, which takes it out again.
@@ -142,8 +143,7 @@ class VLMDataCollator:
         """The items of the batch, each with the number of its row."""
         for index, row in enumerate(rows):
             for item in self._items_of(row, index):
-                parts = [item] if self.split_turns == "none" or "input_ids" in item else each_answer_last(item)
-                yield from ((index, part) for part in parts)
+                yield from ((index, part) for part in split_item(item, self.split_turns))
 
     def _items_of(self, row, index):
         """The items of a row; one that has no name of its own is called by its place in the batch."""

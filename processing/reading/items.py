@@ -5,6 +5,7 @@ given rows or items tells them apart with `is_item`, so that a row is read once,
 """
 
 import dataclasses
+import itertools
 from collections.abc import Collection, Mapping
 from typing import Any, cast
 
@@ -14,7 +15,7 @@ from .conversations import ROW, Conversation, Dropped, caption_column, caption_c
 from .messages import ROLES
 
 
-SPLIT_TURNS = ("none", "history")
+SPLIT_TURNS = ("none", "history", "questions")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -23,7 +24,7 @@ class Reading:
     How the rows of a source are read; the fields but the last are those of `conversations_from_row`.
 
     Args:
-        split_turns: `"history"` makes each answer the last of a conversation of its own, see `each_answer_last`.
+        split_turns: what of a dialogue becomes a conversation of its own, see `split_item`.
     """
 
     source: str = ""
@@ -38,7 +39,7 @@ class Reading:
         """The conversations of a row, named by the number that its source gave it; see `conversations_from_row`."""
         options = {name: value for name, value in vars(self).items() if name != "split_turns"}
         read = conversations_from_row(row, index=row.get(ROW, index), **options)
-        return read if self.split_turns == "none" else [part for item in read for part in each_answer_last(item)]
+        return [part for item in read for part in split_item(item, self.split_turns)]
 
     def draws(self, column_names: Collection[str]) -> bool:
         """Whether one conversation of a row is drawn for each epoch: one of its captions, never one of its turns."""
@@ -66,25 +67,79 @@ class Reading:
         return {"source": self.source, "row": index, "dropped": ("malformed row", line)}
 
 
-def each_answer_last(item: Conversation | Dropped) -> list[Conversation | Dropped]:
+def split_item(item: Conversation | Dropped, split_turns: str) -> list[Conversation | Dropped]:
     """
-    For each answer that is to be learned the conversation up to it, in which the earlier answers are only context.
+    A dialogue as conversations of which each is learned by itself.
 
-    Its prompt is then what generation would be given, whatever the chat template makes of earlier answers or of the
-    last question. A conversation without such an answer stays as it is.
+    Args:
+        item: one that is dropped, encoded or without an answer to learn stays as it is.
+        split_turns: `"none"` leaves it whole. `"history"` makes of each answer that is to be learned the conversation
+            up to it, in which the earlier answers are only context: its prompt is then what generation would be given,
+            whatever the chat template makes of earlier answers or of the last question. `"questions"` makes of each
+            question with its answers a conversation without the turns before it, with the system messages and the
+            images that were shown so far.
     """
-    if "dropped" in item:
+    if split_turns == "none" or "dropped" in item or "input_ids" in item:
         return [item]
-    split: list[Conversation | Dropped] = []
     conversation = cast(Conversation, item)
+    parts = list((_each_answer_last if split_turns == "history" else _each_question_alone)(conversation))
+    return [cast(Conversation, {**_known_of(conversation, part is parts[-1]), **part}) for part in parts] or [item]
+
+
+def _known_of(conversation: Conversation, is_last: bool) -> dict[str, Any]:
+    """What is known of a part: all right answers, and what is said of their question, are about the last question."""
+    of_question = () if is_last or "answers" not in conversation else ("answers", "kind", "id")
+    return {name: value for name, value in conversation.items() if name not in of_question}
+
+
+def _is_learned(message):
+    return message["role"] == "assistant" and message.get("train") is not False and message.get("weight") != 0
+
+
+def _each_answer_last(conversation):
     messages, images = conversation["messages"], conversation.get("images", [])
-    for index, message in enumerate(messages):
-        if message["role"] != "assistant" or message.get("train") is False or message.get("weight") == 0:
-            continue
-        earlier = [{**m, "train": False} if m["role"] == "assistant" else m for m in messages[:index]]
-        shown = sum(part["type"] == "image" for m in messages[: index + 1] for part in m["content"])
-        split.append({**conversation, "messages": [*earlier, message], "images": images[:shown]})
-    return split or [item]
+    earlier: list[dict[str, Any]] = []
+    shown = 0
+    for message in messages:
+        shown += _images_in(message)
+        if _is_learned(message):
+            yield {"messages": [*earlier, message], "images": images[:shown]}
+        earlier.append({**message, "train": False} if message["role"] == "assistant" else message)
+
+
+def _each_question_alone(conversation):
+    """A question is all that the user says in a row; what is said before the first is one without a question."""
+    messages, images = conversation["messages"], conversation.get("images", [])
+    ends = list(itertools.accumulate(map(_images_in, messages)))
+    if ends[-1:] != [len(images)]:  # which is told of the whole
+        return
+    shown = [(m, images[end - _images_in(m) : end]) for m, end in zip(messages, ends)]
+    systems, earlier, turn, before = [], [], [], None
+    for message, its_images in [*shown, ({"role": "user"}, [])]:
+        if message["role"] == "user" and before != "user":
+            if any(_is_learned(said) for said, _ in turn):
+                said_last = max(place for place, (said, _) in enumerate(turn) if said["role"] == "assistant")
+                part = [*systems, *_with_images(turn[: said_last + 1], earlier)]
+                yield {"messages": [said for said, _ in part], "images": [one for _, those in part for one in those]}
+            systems += [(said, those) for said, those in turn if said["role"] == "system"]
+            earlier += [one for said, those in turn if said["role"] != "system" for one in those]
+            turn = []
+        turn.append((message, its_images))
+        before = before if message["role"] == "system" else message["role"]
+
+
+def _with_images(turn, images):
+    """A turn whose question begins with images."""
+    asked = next((place for place, (message, _) in enumerate(turn) if message["role"] == "user"), None)
+    if asked is None or not images:
+        return turn
+    question, its_images = turn[asked]
+    question = {**question, "content": [*({"type": "image"} for _ in images), *question["content"]]}
+    return [*turn[:asked], (question, [*images, *its_images]), *turn[asked + 1 :]]
+
+
+def _images_in(message):
+    return sum(part["type"] == "image" for part in message["content"])
 
 
 def is_item(row: Any) -> bool:
@@ -126,4 +181,4 @@ def _is_plain(part: Any) -> bool:
     return len(part) == 2 and isinstance(part.get("text"), str)
 
 
-__all__ = ["SPLIT_TURNS", "Reading", "each_answer_last", "is_item"]
+__all__ = ["SPLIT_TURNS", "Reading", "is_item", "split_item"]

@@ -11,7 +11,7 @@ from transformers.utils import logging
 from ..data_error_vlm import DuetError, NotFound
 from ..image_files_vlm import ImagePolicy
 from .conversations import Conversation, MalformedRow
-from .items import Reading, is_item
+from .items import SPLIT_TURNS, Reading, is_item, split_item
 from .rows import undecoded
 
 
@@ -44,7 +44,8 @@ def read_rows(
         prompt: the question that a caption answers; none for stage 1, where a caption stands alone.
         caption_choice: `"all"` captions of an image, each a conversation, or only the `"first"`.
         choice_answer: what answers a multiple choice, the `"letter"` of the right option or its `"text"`.
-        split_turns: `"history"` makes each answer the last of a conversation of its own.
+        split_turns: `"history"` makes each answer the last of a conversation of its own, `"questions"` each question
+            with its answers a conversation without the turns before it, and with the images shown so far.
         allow_urls: whether images may be fetched; with `allow_local_urls` from networks of this machine, too.
         allow_links: whether links in `image_dir` may lead out of it.
         source: what to call the rows in messages and accounts.
@@ -58,6 +59,8 @@ def read_rows(
             f"read_rows was given a {type(rows).__name__}; expected rows: a list of dictionaries, or one split of a "
             'data set, such as datasets.load_dataset(...)["train"].'
         )
+    if split_turns not in SPLIT_TURNS:
+        raise DuetError(f"split_turns={split_turns!r}: expected one of {', '.join(SPLIT_TURNS)}.")
     folder = None if image_dir is None else Path(image_dir).expanduser().absolute()
     if folder is not None and not folder.is_dir():
         raise NotFound(f"{source}: no image folder {folder}; check image_dir.")
@@ -81,7 +84,11 @@ def read_rows(
     found: list[Any] = []
     dropped: list[Any] = []
     for index, row in enumerate(rows):
-        for item in [{"source": source, "row": index, **row}] if is_item(row) else reading.items(row, index):
+        is_read = is_item(row)
+        items = (
+            split_item({"source": source, "row": index, **row}, split_turns) if is_read else reading.items(row, index)
+        )
+        for item in items:
             (dropped if "dropped" in item else found).append(item)
         if dropped and on_bad_sample == "error":
             raise MalformedRow(dropped[0]["dropped"][1])
