@@ -4,6 +4,7 @@ import json
 import random
 import shutil
 
+import datasets
 import numpy as np
 import pytest
 import torch
@@ -14,7 +15,10 @@ import train_pretrain
 import train_sft
 from processing import DuetError
 from processing.batching.account import Account
+from processing.batching.dataset import StreamedDataset
 from processing.batching.groups import Grouped
+from processing.image_files_vlm import ImagePolicy
+from processing.reading.items import Reading
 from tests import tiny
 from tests.test_settings import refusal
 from tests.test_trainer import trainer_of
@@ -362,3 +366,29 @@ def test_a_batch_runs_the_positions_that_were_planned(backbones, captions, tmp_p
     assert sum(len(batch.records) for batch in ran) == 60
     assert max(batch.run for batch in ran) <= 200 and ran[0].run == max(batch.run for batch in ran)
     assert sum(batch.run for batch in ran) < 0.6 * sum(batch.tokens for batch in ran)
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("buffer", [1, 7, 1000])
+def test_texts_of_a_row_of_a_stream_come_one_after_the_other_where_they_are_shared(workers, buffer):
+    rows = [{"image": f"{n}.png", "caption": [f"{n} {word}" for word in "abc"[: 1 + n % 3]]} for n in range(30)]
+    sources = [
+        (
+            datasets.Dataset.from_list(rows).to_iterable_dataset(num_shards=2),
+            Reading(source=name, images=ImagePolicy(own_paths=True)),
+        )
+        for name in "xy"
+    ]
+    stream = StreamedDataset(sources, weights=[3, 1], shuffle_buffer=buffer)
+    stream.keeps_rows = True
+    loader = torch.utils.data.DataLoader(stream, batch_size=None, num_workers=workers)
+    items = [item for _, item in zip(range(4000), loader)]
+    share = sum(item["source"] == "x" for item in items) / len(items)
+    assert 0.7 < share < 0.8
+    if not workers:  # the loader takes turns between workers
+        said = [(item["source"], item["messages"][-1]["content"][0]["text"]) for item in items]
+        for place, (source, text) in enumerate(said[:-2]):
+            if text.endswith("a"):
+                number = int(text[:-2])
+                expected = [(source, f"{number} {word}") for word in "abc"[: 1 + number % 3]]
+                assert said[place : place + len(expected)] == expected

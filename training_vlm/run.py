@@ -19,6 +19,7 @@ from transformers.utils import logging
 from modeling_vlm import VLMForConditionalGeneration
 from modeling_vlm.generation_vlm import savable
 from processing import VLMDataCollator
+from processing.batching.dataset import StreamedDataset
 from processing.batching.encoding import Encoder
 from processing.data_error_vlm import DuetError, in_a_line
 
@@ -127,6 +128,8 @@ def build_trainer(arguments: Arguments, model, encoder: Encoder, train, evaluati
     trainer.add_callback(originals)
     trainer.savings = choose_savings(arguments.efficiency, trainer)
     collator.padding_free, collator.share_prefix = trainer.savings.padding_free, trainer.savings.share_prefix
+    if isinstance(train, StreamedDataset):
+        train.keeps_rows = collator.share_prefix
     trainer.planned = plan_batches(arguments.efficiency, trainer)
     return trainer
 

@@ -317,6 +317,9 @@ class StreamedDataset(torch.utils.data.IterableDataset):
     distributed run each read all and take their part of every batch, as accelerate does with any such data set. The
     items of a source are shuffled within a buffer, and none comes again before all have come.
 
+    Attributes:
+        keeps_rows (`bool`): whether the items of a row come one after the other, which are then shuffled as one.
+
     Args:
         sources: rows and how they are read, for each source.
         weights: each source's share of the items; equal shares if not given.
@@ -334,6 +337,7 @@ class StreamedDataset(torch.utils.data.IterableDataset):
         self.sources = sources
         self.weights = [1.0] * len(sources) if weights is None else list(weights)
         self.seed, self.shuffle_buffer = seed, shuffle_buffer
+        self.keeps_rows = False
 
     @property
     def num_shards(self) -> int:
@@ -345,27 +349,35 @@ class StreamedDataset(torch.utils.data.IterableDataset):
         number = worker.id if worker is not None and worker.num_workers > 1 else None
         rng = random.Random(f"{self.seed} {number}")
         streams, weights = [self._endless(*source, number, rng) for source in self.sources], list(self.weights)
+        ahead = [0] * len(streams)  # items that a source has given with others of their row, before its turn
         while streams:
             chosen = rng.choices(range(len(streams)), weights)[0]
-            item = next(streams[chosen], None)
-            if item is None:  # this worker has no file of this source
-                del streams[chosen], weights[chosen]
+            if ahead[chosen]:
+                ahead[chosen] -= 1
+                continue
+            items = next(streams[chosen], None)
+            if items is None:  # this worker has no file of this source
+                del streams[chosen], weights[chosen], ahead[chosen]
             else:
-                yield item
+                ahead[chosen] = len(items) - 1
+                yield from items
 
     def _endless(self, rows, reading, worker, rng):
         found = True
         while found:
             found = False
-            for item in _shuffled(self._once(rows, reading, worker, rng), self.shuffle_buffer, rng):
+            for items in _shuffled(self._once(rows, reading, worker, rng), self.shuffle_buffer, rng):
                 found = True
-                yield item
+                yield items
 
     def _once(self, rows, reading, worker, rng):
         for index, row in enumerate(rows):
             index = row.pop(ROW, index)
             items = reading.items(row, index if worker is None else f"{index} of worker {worker}")
-            yield from [rng.choice(items)] if reading.draws(row) else items
+            if reading.draws(row):
+                yield [rng.choice(items)]
+            else:
+                yield from [items] if self.keeps_rows else ([item] for item in items)
 
 
 def _shuffled(items: Iterator[Any], size: int, rng: random.Random) -> Iterator[Any]:

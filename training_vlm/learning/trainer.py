@@ -95,13 +95,16 @@ class VLMTrainer(Trainer):
         elif targets is not None:
             inputs = dict(inputs)
             if model.training or self._only_loss:
-                inputs["logits_to_keep"] = targets != IGNORE
+                inputs["skip_logits"] = True
             if model.training:
                 inputs["smoothing"] = self.args.label_smoothing_factor
         loss, outputs = super().compute_loss(model, inputs, True, num_items_in_batch)
         if targets is not None and not model.training and self._evaluated is not None:
             texts = _rows_of_texts(targets, inputs.get("segments"), account)
-            self._add_evaluated(texts, targets, weights, outputs["logits"])
+            costs = outputs.get("token_costs")
+            if costs is None:  # with metrics that read the logits
+                costs = token_costs(outputs["logits"], targets, weights).view(targets.shape)
+            self._add_evaluated(texts.to(costs.device), targets.to(costs.device) != IGNORE, costs)
         return (loss, outputs) if return_outputs else loss
 
     def training_step(self, *args, **kwargs) -> torch.Tensor:
@@ -296,15 +299,11 @@ class VLMTrainer(Trainer):
         elif self.is_world_process_zero():
             self.card()
 
-    def _add_evaluated(self, texts, targets, weights, logits):
-        keep = targets != IGNORE
-        if logits.ndim == 3:
-            logits = logits[keep]
-        costs = token_costs(logits, targets[keep], None if weights is None else weights[keep])
+    def _add_evaluated(self, texts, keep, costs):
         # A sum and a count for each row that was asked for, whether it came into the batch or was dropped: so those
         # repeated to fill the last batch are not counted twice, and all processes have as many.
-        sums = torch.zeros(self.args.eval_batch_size, 2, device=logits.device)
-        rows = texts.to(logits.device)[keep.to(logits.device)].clamp(max=len(sums) - 1)
+        sums = torch.zeros(self.args.eval_batch_size, 2, device=costs.device)
+        rows, costs = texts[keep].clamp(max=len(sums) - 1), costs[keep].float()
         sums.index_add_(0, rows, torch.stack([costs, torch.ones_like(costs)], dim=1))
         if self.args.world_size > 1:
             sums = self.accelerator.gather_for_metrics(sums)
