@@ -21,6 +21,7 @@ from modeling_vlm import VLMForConditionalGeneration
 from modeling_vlm.configuration_vlm import kind_of
 from tests import tiny
 from tests.isolated import run_without_package
+from training_vlm.learning.probe import why_not_packed
 from training_vlm.learning.tuning import apply_tuning
 
 
@@ -381,7 +382,15 @@ def language_model_row(name: str, model) -> str:
     width, embedded = config.hidden_size, model.get_input_embeddings().embedding_dim
     facts += [f"embeddings {embedded} of {width} wide"] * (embedded != width)
     positions = "as many as were learned" if model.model.max_positions else "any number"
-    return row([name, f"`{config.model_type}`", ", ".join(facts), positions])
+    return row([name, f"`{config.model_type}`", ", ".join(facts), positions, packed(model)])
+
+
+def packed(model) -> str:
+    """What the page says of texts in one row."""
+    for share_prefix, kept in ((False, "no, they"), (True, "yes, but with no shared prefix: they")):
+        if reason := why_not_packed(model, share_prefix):
+            return f"{kept} {reason.partition(' in the language model')[0].removeprefix('texts in one row ')}"
+    return "yes"
 
 
 def encoder_row(name: str, models: list) -> str:
@@ -420,8 +429,8 @@ def tables(failed: dict[tuple[str, str], str]) -> str:
         row(["---"] * 6),
         *[encoder_row(name, towers[name]) for name in ENCODERS],
         "",
-        row(["language model", "`model_type`", "head", "positions"]),
-        row(["---"] * 4),
+        row(["language model", "`model_type`", "head", "positions", "texts in one row"]),
+        row(["---"] * 5),
         *[language_model_row(name, models[name]) for name in LANGUAGE_MODELS],
     ]  # fmt: skip
     return "\n".join(lines)

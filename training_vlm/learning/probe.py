@@ -70,7 +70,7 @@ def why_not_packed(model: nn.Module, share_prefix: bool = True) -> str | None:
         except Differs as difference:
             return f"{difference} in the language model ({core.language_model.config.model_type})"
         except Exception as error:  # whatever code of a model's own makes of a row that it does not understand
-            return f"the language model cannot run texts in one row ({in_a_line(error, 160)})"
+            return f"texts in one row cannot be run in the language model ({in_a_line(error, 160)})"
     return None
 
 
