@@ -1,8 +1,12 @@
 """Batches of equal cost: budgets are kept, nothing is lost, and what is planned is what runs, whoever asks and when."""
 
 import json
+import os
 import random
 import shutil
+import subprocess
+import sys
+from pathlib import Path
 
 import datasets
 import numpy as np
@@ -26,6 +30,9 @@ from training_vlm.learning.batches import Budget, PlannedBatches
 from training_vlm.learning.sampling import GroupedOrder, whole_groups
 from training_vlm.settings import parse_arguments
 from training_vlm.stages import SFT
+
+
+ROOT = Path(__file__).parents[1]
 
 
 class Sizes(torch.utils.data.Dataset):
@@ -392,3 +399,21 @@ def test_texts_of_a_row_of_a_stream_come_one_after_the_other_where_they_are_shar
                 number = int(text[:-2])
                 expected = [(source, f"{number} {word}") for word in "abc"[: 1 + number % 3]]
                 assert said[place : place + len(expected)] == expected
+
+
+def test_two_processes_take_the_same_number_of_steps_and_see_every_conversation_once(backbones, dialogues, tmp_path):
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "HF_HOME": str(tmp_path / "home")}
+    done = subprocess.run(
+        [
+            sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2",
+            str(ROOT / "train_sft.py"), *backbones, *dialogues, *QUICK, "--ddp_backend", "gloo", "--max_steps", "-1",
+            "--num_train_epochs", "2", "--max_tokens_per_batch", "300", "--share_prefix", "on", "--output_dir", "out",
+        ],
+        cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=300,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert "positions x 1 x 2 processes)" in done.stdout
+    report = json.loads((tmp_path / "out" / "data_report.json").read_text())
+    assert report["total"]["samples"] == report["total"]["learned from"] == 48
+    state = json.loads((tmp_path / "out" / "trainer_state.json").read_text())
+    assert state["epoch"] == 2 and state["global_step"] % 2 == 0
