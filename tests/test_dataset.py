@@ -1,6 +1,7 @@
 """Data sets of conversations: encoded ahead or later they are the same, mixed and streamed they lose nothing."""
 
 import base64
+import itertools
 import json
 import re
 import weakref
@@ -219,6 +220,40 @@ def test_a_stream_mixes_by_weight(folder):
     found = first_words(StreamedDataset(parts, weights=[3, 1], seed=2), 2000)
     share = sum(int(text.split()[1]) < 1000 for text in found) / len(found)
     assert 0.7 < share < 0.8
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("buffer", [1, 6, 1000])
+def test_a_stream_can_keep_the_items_of_a_row_together(folder, workers, buffer):
+    rows = [{"image": "0.png", "caption": [f"{row} {n}" for n in range(1 + row % 3)]} for row in range(30)]
+    rows = datasets.Dataset.from_list(rows).to_iterable_dataset(num_shards=2)
+    number = sum(1 + row % 3 for row in range(30))
+
+    def read(whole_rows):
+        stream = StreamedDataset([(rows, reading_of(folder))], shuffle_buffer=buffer)
+        stream.keeps_rows = whole_rows
+        loader = DataLoader(stream, batch_size=None, num_workers=workers)
+        return [item["messages"][-1]["content"][-1]["text"] for _, item in zip(range(2 * number), loader)]
+
+    found = read(True)
+    assert all(count == 2 for count in Counter(found).values())
+    if not workers:
+        runs = [row for row, _ in itertools.groupby(text.split()[0] for text in found[:number])]
+        assert len(runs) == len(set(runs)) == 30 and (runs != sorted(runs, key=int)) == (buffer > 1)
+        apart = [row for row, _ in itertools.groupby(text.split()[0] for text in read(False)[:number])]
+        assert (len(apart) > 30) == (buffer > 1)
+
+
+def test_a_stream_of_whole_rows_mixes_items_by_weight(folder):
+    """A source with more texts an image has no more items for it."""
+    many = [{"image": "0.png", "caption": [f"{row} {n}" for n in range(5)]} for row in range(1000, 1030)]
+    few = [{"image": "0.png", "caption": f"{row} 0"} for row in range(30)]
+    parts = [(datasets.Dataset.from_list(r).to_iterable_dataset(), reading_of(folder)) for r in (many, few)]
+    stream = StreamedDataset(parts, weights=[1, 3], seed=2)
+    stream.keeps_rows = True
+    found = [item["messages"][-1]["content"][-1]["text"] for _, item in zip(range(3000), stream)]
+    share = sum(int(text.split()[0]) >= 1000 for text in found) / len(found)
+    assert 0.21 < share < 0.29
 
 
 def test_a_resumed_stream_goes_on_with_the_next_sample_and_makes_no_batch_in_vain(processor, folder):

@@ -350,7 +350,7 @@ def test_the_images_of_every_source_are_computed_once_a_row(compose, pictures, t
     assert count() == 4
     forbid_images(monkeypatch)
     batch = cache_batch(made, cache, [trainer.train_dataset[index] for index in range(len(trainer.train_dataset))])
-    assert len(batch["vision_features"]) == 3 * 3 + 2
+    assert len(batch["vision_features"]) == 3 + 2  # by name, by content: a file and its bytes are two in a batch
 
 
 def test_what_another_encoder_processor_or_precision_computed_is_not_read(compose, pictures, tmp_path):
