@@ -160,6 +160,9 @@ class _InParts(torch.autograd.Function):
         gradients += [None] * len(parameters)
         costs = [torch.zeros(0, device=states.device)]
         weight = _cast_once(head)
+        # Gradients of a mean over the step are too small for float16, which a scaler would make larger only afterwards.
+        late = torch.float16 in (states.dtype, _autocast_type(states.device))
+        unit, ctx.late = (torch.ones_like(share), share) if late else (share, None)
         for part in _parts(len(states), columns, states.device, any(wanted[1:])):
             if weight is None:  # quantised, with an adapter, offloaded
                 rows = states[part].detach().requires_grad_(wanted[0])
@@ -174,7 +177,7 @@ class _InParts(torch.autograd.Function):
             if not learns:
                 continue
             leaves = [leaf for leaf in leaves if leaf.requires_grad]
-            found = torch.autograd.grad(made, leaves, share.expand_as(made), allow_unused=True)
+            found = torch.autograd.grad(made, leaves, unit.expand_as(made), allow_unused=True)
             if weight is None:
                 rest = iter(found)
                 products = [(next(rest), None) if want else None for want in wanted]
@@ -200,6 +203,8 @@ class _InParts(torch.autograd.Function):
     @staticmethod
     def backward(ctx, of_loss, _):
         gradients, ctx.gradients = ctx.gradients, None
+        if ctx.late is not None:
+            of_loss = of_loss * ctx.late
         if of_loss.device.type != "cpu" or of_loss != 1:  # a pass over a large matrix, mostly for nothing
             gradients = [None if one is None else one.mul_(of_loss) for one in gradients]
         of_states, *others = gradients
@@ -218,8 +223,11 @@ def _cast_once(head):
     """The weight as autocast has it, of the library's own layer called as such; `None` for another."""
     if type(head) is not nn.Linear or type(head.weight) is not nn.Parameter or "forward" in vars(head):
         return None
-    device = head.weight.device.type
-    return head.weight.to(torch.get_autocast_dtype(device)) if torch.is_autocast_enabled(device) else head.weight
+    return head.weight.to(_autocast_type(head.weight.device) or head.weight.dtype)
+
+
+def _autocast_type(device):
+    return torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type) else None
 
 
 def _product(left, right):

@@ -72,6 +72,28 @@ def test_under_autocast_it_is_within_the_rounding_of_its_type():
         assert_the_same(model, batch, most=1e-2)
 
 
+def test_gradients_too_small_for_float16_are_not_lost():
+    """A large vocabulary and a long step, as a scaler meets them: it multiplies the loss, not the parts."""
+    model, batch = setting()
+    with torch.autocast("cpu", torch.float16):
+        _, gradients = step(model, batch)
+        model.zero_grad()
+        (model(**batch, num_items_in_batch=10**9, skip_logits=True).loss * 1e9).backward()
+    share = (batch["shift_labels"] != IGNORE).sum()
+    assert off(model.lm_head.weight.grad.flatten() / share, gradients["lm_head.weight"].flatten()) <= 1e-2
+
+
+@pytest.mark.slow
+def test_a_compiled_model_learns_the_same():
+    model, batch = setting()
+    expected, gradients = step(model, batch)
+    torch._dynamo.reset()
+    found, again = step(torch.compile(model, backend="eager"), batch, skip_logits=True)
+    assert found.loss.item() == pytest.approx(expected.loss.item(), rel=1e-5)
+    again = {name.removeprefix("_orig_mod."): gradient for name, gradient in again.items()}
+    assert off(*(torch.cat([one[name].flatten() for name in gradients]) for one in (again, gradients))) <= 1e-5
+
+
 def test_the_loss_may_be_multiplied_before_its_gradients():
     model, batch = setting()
     _, expected = step(model, batch)
