@@ -642,6 +642,7 @@ import torch
 from tests import tiny
 from tests.test_features import cached, compose_two, items_of, trainer_of
 from tests.test_trainer import weights
+from training_vlm.learning.originals import hold_frozen
 
 root = Path(sys.argv[1])
 items = items_of(sorted((root / "pictures").glob("*.png")))
@@ -656,6 +657,13 @@ torch.save((len(cache), weights(trainer)), root / f"of-{trainer.args.process_ind
 again = trainer_of(tiny.compose(root / "vision", root / "text", "cls"), items, root / "run", ddp_backend="gloo")
 cached(again, root / "cache")
 again.train(resume_from_checkpoint=str(root / "run" / "checkpoint-4"))
+model = tiny.compose(root / "vision", root / "text", "cls")
+held = trainer_of(model, items, root / "held", ddp_backend="gloo", bf16=True, max_steps=2)
+originals = hold_frozen(held.model, "auto", held.args)
+held.add_callback(originals)
+assert originals.is_holding and not list((root / "held").glob("_originals*"))
+held.train()
+held.save_model()
 made[0].model.vision_tower.requires_grad_(True)
 try:
     cached(trainer, root / "cache")
@@ -684,7 +692,8 @@ def test_two_processes_build_one_cache_and_train_on_it(pictures, tmp_path):
     assert len(shards) == 2 and sum(shards) in (20 * 32 * 4, 21 * 32 * 4)  # a copy may be the other process's
     (count, first), (other, second) = (torch.load(tmp_path / f"of-{process}.pt") for process in (0, 1))
     assert count == other == 21 + sum(shards) // (32 * 4) and same(first, second)
-    saved = tiny.VLMForConditionalGeneration.from_pretrained(tmp_path / "run")
     encoder = tiny.compose(vision, tmp_path / "text", "cls")[0].model.vision_tower
-    assert same(dict(saved.model.vision_tower.named_parameters()), dict(encoder.named_parameters()))
+    for run in ("run", "held"):
+        saved = tiny.VLMForConditionalGeneration.from_pretrained(tmp_path / run)
+        assert same(dict(saved.model.vision_tower.named_parameters()), dict(encoder.named_parameters()))
     assert all("parameters of the vision encoder train" in (tmp_path / f"refused-{n}.txt").read_text() for n in (0, 1))

@@ -333,11 +333,9 @@ def _check_room(trainer, cache, missing):
         )
     if trainer.is_world_process_zero():
         there = sum(file.stat().st_size for file in cache.folder.glob("*.features"))
-        print(
-            f"vision features: {shown_size(there)} are in {cache.folder}; {images:,} images are to be computed, which "
-            f"takes {shown_size(needed)} of the {shown_size(free)} that are free there",
-            flush=True,
-        )
+        room = f"{shown_size(needed)} of the {shown_size(free)} that are free there"
+        lacking = f"{images:,} images are to be computed, {room}" if images else "no image is lacking"
+        print(f"vision features: {shown_size(there)} are in {cache.folder}; {lacking}", flush=True)
 
 
 # --- what is computed
