@@ -291,14 +291,15 @@ def attend_by_segment(model: PreTrainedModel) -> None:
     if name not in AttentionMaskInterface():
         AttentionInterface.register(name, _attention_around(inner))
         AttentionMaskInterface.register(name, _mask_around(inner))
-    model.set_attn_implementation(name)
+    # Not by the model's own method, which checks names that it knows, and puts its own flash attention in place of one.
+    model.config._attn_implementation = name
 
 
 def attend_as_chosen(model: PreTrainedModel) -> None:
     """Give a language model back the attention that was chosen for it."""
     name = model.config._attn_implementation or ""
     if name.startswith(BY_SEGMENT):
-        model.set_attn_implementation(name.removeprefix(BY_SEGMENT))
+        model.config._attn_implementation = name.removeprefix(BY_SEGMENT)
 
 
 def _mask_around(inner):

@@ -1,6 +1,8 @@
 """A row of many texts is trained on as if each were a row of its own, in any language model and any attention."""
 
 import json
+import sys
+import types
 
 import pytest
 import torch
@@ -232,3 +234,64 @@ def test_a_mask_of_the_models_own_is_refused(monkeypatch):
     monkeypatch.setattr(modeling_llama, "create_causal_mask", with_more)
     with pytest.raises(DuetError, match="adds a mask of its own"):
         step(model, batches_of(model).packed)
+
+
+# -- attention that this machine does not have ------------------------------------------------------------------------
+
+
+def flash_attn_varlen_func(
+    q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k,
+    dropout_p=0.0, softmax_scale=None, causal=False, window_size=(-1, -1), softcap=0.0, deterministic=False,
+):  # fmt: skip
+    """What flash attention computes, as its documentation has it: masks are aligned at the last query and key."""
+    assert causal and max_seqlen_q == cu_seqlens_q.diff().max() and max_seqlen_k == cu_seqlens_k.diff().max()
+    outputs = []
+    for start, stop, first, last in zip(cu_seqlens_q, cu_seqlens_q[1:], cu_seqlens_k, cu_seqlens_k[1:]):
+        keys, values = (one[first:last].repeat_interleave(q.shape[1] // k.shape[1], 1) for one in (k, v))
+        scores = torch.einsum("qhd,khd->hqk", q[start:stop], keys) * softmax_scale
+        if softcap:
+            scores = softcap * torch.tanh(scores / softcap)
+        at = torch.arange(last - first - (stop - start), last - first)[:, None]
+        to = torch.arange(last - first)
+        seen = to <= at
+        if window_size[0] >= 0:
+            seen &= to >= at - window_size[0]
+        outputs.append(torch.einsum("hqk,khd->qhd", scores.masked_fill(~seen, -torch.inf).softmax(-1), values))
+    return torch.cat(outputs)
+
+
+@pytest.fixture
+def flash(monkeypatch):
+    """A package `flash_attn`."""
+    from transformers import modeling_flash_attention_utils as library
+
+    package, padding = types.ModuleType("flash_attn"), types.ModuleType("flash_attn.bert_padding")
+    package.flash_attn_varlen_func = flash_attn_varlen_func
+    package.flash_attn_func = package.flash_attn_with_kvcache = padding.pad_input = padding.unpad_input = lambda: None
+    monkeypatch.setitem(sys.modules, "flash_attn", package)
+    monkeypatch.setitem(sys.modules, "flash_attn.bert_padding", padding)
+    monkeypatch.setattr(library, "is_flash_attn_2_available", lambda: True)
+    monkeypatch.setattr(library, "_loaded_implementation", None)
+
+
+@pytest.mark.parametrize("name", ["OPT", "Llama", "Mistral", "Gemma 2", "Gemma 3 text", "StableLM"])
+def test_flash_attention_takes_the_row_in_one_call_of_variable_lengths(name, flash):
+    model = model_of(name, "eager")
+    batches = batches_of(model)
+    loss, gradients = step(model, batches.padded)
+    model.model.language_model.config._attn_implementation = "flash_attention_2"
+    found, again = step(model, batches.packed)
+    assert abs(found - loss) <= 1e-5 * loss
+    assert off(again, gradients) <= 1e-5
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["Llama", "Mistral"])
+def test_flex_attention_is_given_a_block_mask(name):
+    model = model_of(name).eval()
+    batch = batches_of(model).packed
+    with torch.no_grad():
+        expected = model(**batch).logits
+        model.model.language_model.set_attn_implementation("flex_attention")
+        found = model(**batch).logits
+    assert off(found, expected) <= 1e-5
