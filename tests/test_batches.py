@@ -17,9 +17,10 @@ from safetensors.torch import load_file
 
 import train_pretrain
 import train_sft
-from processing import DuetError
+from processing import DuetError, VLMDataCollator
 from processing.batching.account import Account
-from processing.batching.dataset import StreamedDataset
+from processing.batching.dataset import ConversationDataset, MixedDataset, StreamedDataset
+from processing.batching.encoding import Encoder
 from processing.batching.groups import Grouped
 from processing.image_files_vlm import ImagePolicy
 from processing.reading.items import Reading
@@ -134,6 +135,35 @@ def test_what_has_no_room_is_named_before_training():
         PlannedBatches(data, Budget(310, pad_to_multiple_of=64))
     with pytest.raises(DuetError, match=f"numbers, row {most}: .* 3 images and max_images_per_batch is 2;"):
         PlannedBatches(data, Budget(2048, images=2))
+
+
+def rows_of(folder, source, number, captions=1):
+    rng = random.Random(source)
+    Image.new("RGB", (20, 20)).save(folder / f"{source}.png")
+    told = [["a cat " * rng.randrange(1, 9) + source for _ in range(captions)] for _ in range(number)]
+    rows = datasets.Dataset.from_list([{"image": f"{source}.png", "caption": texts} for texts in told])
+    choice = "random" if captions > 1 else "all"
+    return rows, Reading(source=source, prompt="what?", caption_choice=choice, images=ImagePolicy(str(folder)))
+
+
+@pytest.mark.parametrize("weights", [None, [3.0, 1.0]])
+@pytest.mark.parametrize("captions", [1, 4])
+def test_a_mix_and_captions_that_are_drawn_keep_the_budget_in_every_epoch(weights, captions, tmp_path):
+    encoder = Encoder(tiny.processor_of("byte-level", "default"))
+    sizes = {"x": 40, "y": 25}
+    parts = [ConversationDataset(*rows_of(tmp_path, source, sizes[source], captions)) for source in sizes]
+    for part in parts:
+        part.encode_ahead(encoder)
+    data = MixedDataset(parts, weights)
+    planned = PlannedBatches(data, Budget(500), processes=2, epochs=lambda batches: 6)
+    collate = VLMDataCollator(encoder, padding_free=True)
+    for epoch in range(6):
+        planned.set_epoch(epoch)
+        batches = [planned[index] for index in range(len(planned))]
+        expected = sorted(str((item["source"], item["input_ids"])) for item in map(data.__getitem__, range(len(data))))
+        assert sorted(str((item["source"], item["input_ids"])) for batch in batches for item in batch) == expected
+        run = [collate([batch])["input_ids"].numel() for batch in batches]
+        assert max(run) <= 500 and all(ran <= planned.run(index) for index, ran in enumerate(run) if batches[index])
 
 
 # Runs.
@@ -401,19 +431,35 @@ def test_texts_of_a_row_of_a_stream_come_one_after_the_other_where_they_are_shar
                 assert said[place : place + len(expected)] == expected
 
 
-def test_two_processes_take_the_same_number_of_steps_and_see_every_conversation_once(backbones, dialogues, tmp_path):
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "HF_HOME": str(tmp_path / "home")}
+def run_in_two_processes(folder, *argv):
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "HF_HOME": str(folder / "home")}
     done = subprocess.run(
         [
             sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2",
-            str(ROOT / "train_sft.py"), *backbones, *dialogues, *QUICK, "--ddp_backend", "gloo", "--max_steps", "-1",
-            "--num_train_epochs", "2", "--max_tokens_per_batch", "300", "--share_prefix", "on", "--output_dir", "out",
+            str(ROOT / "train_sft.py"), *QUICK, "--ddp_backend", "gloo", "--max_tokens_per_batch", "300",
+            "--share_prefix", "on", *argv,
         ],
-        cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=300,
+        cwd=folder, env=environment, capture_output=True, text=True, timeout=300,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-3000:]
-    assert "positions x 1 x 2 processes)" in done.stdout
+    return done.stdout
+
+
+def test_two_processes_take_the_same_number_of_steps_and_see_every_conversation_once(backbones, dialogues, tmp_path):
+    epochs = ["--max_steps", "-1", "--num_train_epochs", "2", "--output_dir", "out"]
+    assert "positions x 1 x 2 processes)" in run_in_two_processes(tmp_path, *backbones, *dialogues, *epochs)
     report = json.loads((tmp_path / "out" / "data_report.json").read_text())
     assert report["total"]["samples"] == report["total"]["learned from"] == 48
     state = json.loads((tmp_path / "out" / "trainer_state.json").read_text())
     assert state["epoch"] == 2 and state["global_step"] % 2 == 0
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("data", [[], ["--streaming", "--shuffle_buffer", "10"]], ids=["ahead", "stream"])
+def test_two_processes_go_on_with_the_batches_that_they_had(backbones, dialogues, tmp_path, data):
+    run_in_two_processes(tmp_path, *backbones, *dialogues, *data, "--output_dir", "whole")
+    shutil.copytree(tmp_path / "whole" / "checkpoint-4", tmp_path / "stopped" / "checkpoint-4")
+    resumed = ["--output_dir", "stopped", "--resume_from_checkpoint", "last"]
+    run_in_two_processes(tmp_path, *backbones, *dialogues, *data, *resumed)
+    expected, found = (load_file(tmp_path / name / "model.safetensors") for name in ("whole", "stopped"))
+    assert all(torch.equal(expected[name], found[name]) for name in expected)
