@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from PIL import Image
 from speed_pairs import Task
 from torch import nn
 from transformers import AutoConfig, AutoImageProcessor, Trainer, TrainerCallback, TrainingArguments, set_seed
@@ -98,20 +99,18 @@ class PaddingCollator:
     The ordinary collator: every text's image opened and encoded, as many image tokens as it takes, padded.
 
     Args:
-        folder: with the image processor.
+        images: the image processor.
         image_id, pad_id: of the vocabulary.
         positions: of an image.
         length: of every row; that of the longest if not given.
     """
 
-    def __init__(self, folder: Path, image_id: int, pad_id: int, positions: int, length: int | None = None):
-        from PIL import Image
-
-        self.open, self.images = Image.open, AutoImageProcessor.from_pretrained(folder, backend="pil")
-        self.image_id, self.pad_id, self.positions, self.length = image_id, pad_id, positions, length
+    def __init__(self, images: Any, image_id: int, pad_id: int, positions: int, length: int | None = None):
+        self.images, self.image_id, self.pad_id = images, image_id, pad_id
+        self.positions, self.length = positions, length
 
     def __call__(self, rows: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
-        images = [self.open(row["image"]).convert("RGB") for row in rows]
+        images = [Image.open(row["image"]).convert("RGB") for row in rows]
         pixels = self.images(images=images, return_tensors="pt")["pixel_values"]
         expanded = []
         for row in rows:
@@ -133,8 +132,10 @@ class PaddingCollator:
 
 def collator_of(config, folder: Path, length: int | None = None) -> PaddingCollator:
     """The ordinary collator of a composed model's folder."""
-    images = config.image_seq_length
-    return PaddingCollator(folder / "model", config.image_token_id, config.text_config.pad_token_id, images, length)
+    images = AutoImageProcessor.from_pretrained(folder / "model", backend="pil")
+    return PaddingCollator(
+        images, config.image_token_id, config.text_config.pad_token_id, config.image_seq_length, length
+    )
 
 
 def settings(task: Task, folder: Path, precision: str) -> dict[str, Any]:
