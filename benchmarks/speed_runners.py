@@ -165,7 +165,6 @@ def run_duet(
     pace: Pace,
     arguments: tuple[str, ...] = (),
     rows: str = "together",
-    collator: tuple[str, ...] = (),
 ) -> None:
     """Duet, as its training scripts tell the story, on a file of rows."""
     from training_vlm.data import encode_data, load_data
@@ -190,7 +189,6 @@ def run_duet(
     encoder = stage.encoder(processor, found.data, choose_max_length(model, found.data.max_length))
     train, evaluation = encode_data(data, encoder, found.data, found.training)
     trainer = build_trainer(found, model, encoder, train, evaluation)
-    vars(trainer.data_collator).update(dict.fromkeys(collator, True))
     trainer.add_callback(pace)
     trainer.train()
 
@@ -305,18 +303,16 @@ def _blocks(folder):
     return config.get("num_hidden_layers") or config["n_layer"]
 
 
-SHARED = ("padding_free", "share_prefix")
+ROW = ("--padding_free", "on", "--share_prefix")
+FROZEN, CACHE = ("--frozen_dtype", "auto"), ("--cache_vision_features", "CACHE")
 LADDER: dict[str, dict[str, Any]] = {
-    "duet, nothing saved": {"rows": "apart"},
-    "duet, images once": {},
-    "duet, no padding": {"collator": SHARED[:1]},
-    "duet, shared prefix": {"collator": SHARED},
-    "duet, frozen in bf16": {"collator": SHARED, "arguments": ("--frozen_dtype", "auto")},
-    "duet, cache": {"collator": SHARED, "arguments": ("--cache_vision_features", "CACHE")},
-    "duet, frozen in bf16, cache": {
-        "collator": SHARED, "arguments": ("--frozen_dtype", "auto", "--cache_vision_features", "CACHE")
-    },
-}  # fmt: skip
+    "duet, nothing saved": {"rows": "apart", "arguments": ("--padding_free", "off")},
+    "duet, no padding": {"rows": "apart", "arguments": (*ROW, "off")},
+    "duet, images once": {"arguments": (*ROW, "off")},
+    "duet, shared prefix": {"arguments": (*ROW, "on")},
+    "duet, frozen in bf16": {"arguments": (*ROW, "on", *FROZEN)},
+    "duet, cache": {"arguments": (*ROW, "on", *FROZEN, *CACHE)},
+}
 """Duet with one saving more in each; `CACHE` stands for a folder."""
 
 RUNNERS: dict[str, tuple[Callable[..., None], dict[str, Any]]] = {

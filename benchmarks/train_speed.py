@@ -191,8 +191,8 @@ def chosen(args: argparse.Namespace) -> list[tuple[Case, str]]:
 
 def without_effect(name: str, case: Case, precision: str) -> bool:
     """Whether a rung of the ladder is the one before it."""
-    if "bf16" in name and precision == "fp32" or name == "duet, cache" and precision == "bf16":
-        return True
+    if name == "duet, frozen in bf16":
+        return precision == "fp32"
     return case.captions == 1 and name in ("duet, images once", "duet, shared prefix")
 
 
