@@ -18,6 +18,7 @@ import torch
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 
 from .model_error_vlm import DuetError
+from .products_vlm import by_products_where_faster
 
 
 Segment = tuple[int, int, int, int]
@@ -340,6 +341,8 @@ def _attention_around(inner):
             return function(module, query, key, value, attention_mask, **kwargs)
         if key.shape[2] != attention_mask.tokens or kwargs.get("position_bias") is not None:
             raise DuetError("texts in one row take neither a cache nor a bias by position; give one text a row.")
+        if inner == "sdpa":
+            function = by_products_where_faster(function)
         return attention_mask.attend(function, module, query, key, value, **kwargs)
 
     return attention

@@ -1,0 +1,94 @@
+"""Attention by matrix products is the attention that it stands for, in outputs and in gradients, where it is taken."""
+
+import pytest
+import torch
+from torch import nn
+from transformers import AttentionInterface
+
+from modeling_vlm import products_vlm
+from modeling_vlm.products_vlm import attend_by_products, by_products_where_faster
+from tests.segments import forest, model_of, off, step
+
+
+MODULE = nn.Module()  # which the library asks for its number of key groups
+MODULE.num_key_value_groups, MODULE.is_causal = 3, True
+
+
+def drawn(queries, keys, width=8, dtype=torch.float64, batch=2):
+    torch.manual_seed(0)
+    sizes = ((6, queries, width), (2, keys, width), (2, keys, width))
+    return [torch.randn(batch, *size, dtype=dtype).requires_grad_() for size in sizes]
+
+
+def outcome(attend, inputs, mask, **options):
+    output = attend(MODULE, *inputs, mask, dropout=0.0, scaling=0.3, **options)[0]
+    torch.manual_seed(1)
+    return output, *torch.autograd.grad(output, inputs, torch.randn_like(output))
+
+
+def mask_of(queries, keys):
+    return (torch.arange(keys) <= torch.arange(queries)[:, None] + keys - queries)[None, None]
+
+
+@pytest.mark.parametrize(
+    "queries, keys, masked, causal",
+    [(7, 7, False, True), (7, 7, False, False), (5, 9, True, False), (1, 4, True, False), (6, 6, False, True)],
+)
+@pytest.mark.parametrize("block", [3, 128])
+def test_products_give_what_the_fused_attention_gives(queries, keys, masked, causal, block, monkeypatch):
+    monkeypatch.setattr(products_vlm, "BLOCK", block)
+    inputs, mask = drawn(queries, keys), mask_of(queries, keys) if masked else None
+    found = outcome(attend_by_products, inputs, mask, is_causal=causal)
+    expected = outcome(AttentionInterface()["sdpa"], inputs, mask, is_causal=causal)
+    for one, other in zip(found, expected):
+        assert one.shape == other.shape and torch.allclose(one, other, rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize("name", ["GPT-2", "Llama", "Gemma 3 text", "Mistral", "OPT"])
+def test_a_row_by_products_has_the_loss_and_gradients_of_the_padded_batch(name, monkeypatch):
+    monkeypatch.setattr(products_vlm, "fused_is_slow", lambda query: True)
+    monkeypatch.setattr(products_vlm, "BLOCK", 5)
+    calls = []
+    monkeypatch.setattr(
+        products_vlm, "attend_by_products", lambda *args, **kw: calls.append(1) or attend_by_products(*args, **kw)
+    )
+    model = model_of(name, "sdpa")
+    batches = forest(model, torch.Generator().manual_seed(0))
+    loss, gradients = step(model, batches.padded)
+    assert not calls
+    found, again = step(model, batches.packed)
+    assert calls and abs(found - loss) <= 1e-5 * loss
+    assert off(again, gradients) <= 1e-5
+
+
+@pytest.mark.parametrize(
+    "dtype, keys, dropout, autocast, learns, products",
+    [
+        (torch.bfloat16, 9, 0.0, True, True, True),
+        (torch.bfloat16, 9, 0.0, False, True, False),
+        (torch.float32, 9, 0.0, True, True, False),
+        (torch.bfloat16, 12, 0.0, True, True, False),
+        (torch.bfloat16, 9, 0.1, True, True, False),
+        (torch.bfloat16, 9, 0.0, True, False, False),
+    ],
+)
+def test_products_are_taken_where_texts_of_a_moderate_length_are_learned_under_autocast(
+    dtype, keys, dropout, autocast, learns, products, monkeypatch
+):
+    monkeypatch.setattr(products_vlm, "LONGEST", 10)
+    taken = []
+    attend = by_products_where_faster(lambda *args, **kwargs: taken.append("fused") or (None, None))
+    module = nn.Module().train(False)
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast), torch.set_grad_enabled(learns):
+        attend(module, *drawn(3, keys, dtype=dtype), mask_of(3, keys), dropout=dropout)
+    assert (taken == []) == products
+
+
+def test_in_bfloat16_the_gradients_are_as_near_as_those_of_the_fused_attention():
+    inputs, mask = drawn(20, 60, dtype=torch.float32), mask_of(20, 60)
+    exact = outcome(AttentionInterface()["sdpa"], inputs, mask)
+    small = [whole.detach().bfloat16().requires_grad_() for whole in inputs]
+    for fused, own, true in zip(
+        outcome(AttentionInterface()["sdpa"], small, mask), outcome(attend_by_products, small, mask), exact
+    ):
+        assert (own.float() - true).norm() <= 2 * (fused.float() - true).norm()
