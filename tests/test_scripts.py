@@ -74,6 +74,32 @@ COMPLETE = {
 }  # fmt: skip
 
 
+def test_a_stage_on_cached_features_saves_and_says_what_it_does_without(backbones, source, tmp_path, capsys):
+    """In full precision: weights, losses and answers to the test questions, and the second run computes nothing."""
+    aligned, found = str(tmp_path / "aligned"), {}
+    train_pretrain.main([*backbones, *source("captions"), *QUICK, "--output_dir", aligned])
+    for name, options in {
+        "plain": [],
+        "cached": ["--cache_vision_features", str(tmp_path / "cache")],
+        "again": ["--cache_vision_features", str(tmp_path / "cache")],
+    }.items():
+        capsys.readouterr()
+        train_sft.main([
+            "--model", aligned, *source("dialogues"), *QUICK, "--eval_split", "train[:4]", "--test_split", "train[:3]",
+            *options, "--output_dir", str(tmp_path / name),
+        ])  # fmt: skip
+        results = json.loads((tmp_path / name / "all_results.json").read_text())
+        losses = [results[key] for key in ("train_loss", "eval_loss")]
+        found[name] = capsys.readouterr().out, losses, weights(tmp_path / name)
+    assert "12 images are to be computed" in found["cached"][0] and "no image is lacking" in found["again"][0]
+    for name in ("cached", "again"):
+        assert found[name][1] == pytest.approx(found["plain"][1], rel=1e-5)
+        assert "exactly right" in found[name][0] and found[name][2].keys() == found["plain"][2].keys()
+        for key, tensor in found["plain"][2].items():
+            torch.testing.assert_close(found[name][2][key], tensor, rtol=1e-3, atol=1e-5)
+            assert "vision_tower" not in key or torch.equal(found[name][2][key], tensor)
+
+
 def test_two_backbones_become_an_assistant_in_two_stages(backbones, source, tmp_path, capsys, image):
     aligned, assistant = str(tmp_path / "aligned"), str(tmp_path / "assistant")
     train_pretrain.main([*backbones, *source("captions"), *QUICK, "--output_dir", aligned])
