@@ -226,7 +226,7 @@ def _written(tensors: list[torch.Tensor], folder: Path) -> list[torch.Tensor]:
             folder.mkdir(parents=True, exist_ok=True)
             with open(file, "wb") as stream:
                 for tensor, size in zip(tensors, sizes):
-                    stream.write(memoryview(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy()))
+                    stream.write(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
                     stream.write(bytes(size - tensor.nbytes))
         state.wait_for_everyone()
         content = mapped(file)
