@@ -119,8 +119,8 @@ def readers_of(segments: Sequence[Segment], device: torch.device) -> torch.Tenso
     for number in reversed(range(len(segments))):
         if (parent := segments[number][2]) >= 0:
             readers[parent] += readers[number]
-    lengths = torch.tensor([end - start for start, end, *_ in segments], device=device)
-    return torch.tensor(readers, device=device).repeat_interleave(lengths).unsqueeze(0)
+    counts = [count for count, (start, end, *_) in zip(readers, segments) for _ in range(end - start)]
+    return torch.tensor([counts], device=device)
 
 
 def row_of(segments: Sequence[Segment], inputs_embeds: torch.Tensor, beside: dict[str, object]) -> Row:

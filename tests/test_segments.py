@@ -11,7 +11,7 @@ from modeling_vlm import DuetError, attention_vlm
 from modeling_vlm.attention_vlm import BY_SEGMENT
 from modeling_vlm.backbones_vlm import CACHE
 from tests import matrix
-from tests.segments import as_one_text, forest, model_of, off, step
+from tests.segments import IMAGE, Batches, Node, as_one_text, forest, model_of, off, step
 from training_vlm.learning.probe import why_not_packed
 
 
@@ -125,6 +125,33 @@ def test_an_image_changes_logits_of_its_texts_alone():
     first = int((index >= size).nonzero()[0])
     words = int(batch["segments"][-1][0])
     assert same[:first].all() and not same[first:words].any() and same[words:].all()
+
+
+@pytest.mark.parametrize("worth", [0, 4096, 10**9])
+def test_prefixes_may_be_shared_at_any_depth(worth, monkeypatch):
+    monkeypatch.setitem(attention_vlm.CALL, "cpu", worth)
+    model = model_of("Gemma 3 text")
+    generator = torch.Generator().manual_seed(0)
+
+    def grown(depth):
+        ids = torch.randint(1, 300, (4 + depth,), generator=generator).tolist()
+        return Node(ids, [grown(depth - 1), grown(depth - 1)] if depth else [])
+
+    root = grown(3)
+    root.ids.insert(2, IMAGE)
+    root.images = [0]
+    batches = Batches([root], model, torch.randn(1, 3, *model.config.image_size, generator=generator))
+    assert (
+        max(
+            len(above)
+            for above in attention_vlm.Row(batches.segments, batches.segments[-1][1], torch.device("cpu")).ancestors
+        )
+        == 3
+    )
+    loss, gradients = step(model, batches.padded)
+    found, again = step(model, batches.packed)
+    assert abs(found - loss) <= 1e-5 * loss
+    assert off(again, gradients) <= 1e-5
 
 
 def test_positions_are_those_of_the_segments_where_none_are_given():
