@@ -1,14 +1,15 @@
 """The Trainer, with what it cannot express for this model: nothing computed in vain, and a loss that weighs tokens.
 
-Eleven things differ from the stock Trainer. The head is computed at supervised positions only: the same loss and
-gradients, without the logits of a thousand image positions. The evaluation loss is the mean over tokens, where the
-stock loop averages the means of batches, which makes it depend on the batch size. Label smoothing is the model's, with
-all that its loss has. The accounts of the batches that were trained on are added up, and go on with a resumed run. A
-run on a stream resumes at its next sample without decoding those before it. Grouping by length reads no item, and its
-order depends on seed and epoch alone. A checkpoint is written beside and counts when it is whole. A run stops when its
-loss is no longer finite or nothing reaches what learns. What was learned before another error is kept as a checkpoint.
-Each line of the log says how fast the run is, and how much of it is waiting. A run that is resumed at its end takes no
-further step.
+Twelve things differ from the stock Trainer. The head is computed at supervised positions only, a part of them at a
+time: the same loss and gradients, without the logits of a thousand image positions. The evaluation loss is the mean
+over tokens, summed for each text of a row, where the stock loop averages the means of batches, which makes it depend on
+the batch size. Label smoothing is the model's, with all that its loss has. Batches may be planned ahead in place of a
+number of conversations, and texts of an image learned in one. The accounts of the batches that were trained on are
+added up, and go on with a resumed run. A run on a stream resumes at its next sample without decoding those before it.
+Grouping by length reads no item, and its order depends on seed and epoch alone. A checkpoint is written beside and
+counts when it is whole. A run stops when its loss is no longer finite or nothing reaches what learns. What was learned
+before another error is kept as a checkpoint. Each line of the log says how fast the run is, and how much of it is
+waiting. A run that is resumed at its end takes no further step.
 
 Six of the Trainer's private methods are overridden, each with its reason beside it; they are the last of the class.
 """
