@@ -235,10 +235,11 @@ from tests import tiny
 from tests.broken_media import bomb
 
 folder = Path(sys.argv[1])
-(folder / "bomb.png").write_bytes(bomb(9400, 9400))
+for name in ("bomb.png", "other.png"):
+    (folder / name).write_bytes(bomb(9400, 9400))
 Image.new("RGB", (1, 60_000)).save(folder / "line.png")
 found = []
-for kind, names in (("vit", ["bomb.png", "bomb.png"]), ("clip", ["line.png"])):
+for kind, names in (("vit", ["bomb.png", "other.png"]), ("clip", ["line.png"])):
     (folder / kind).mkdir()
     processor = tiny.processor_seeing(kind, folder / kind, (224, 224))
     samples = [tiny.dialogue("what?", "a", str(folder / name)) for name in names]
