@@ -18,7 +18,6 @@ import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from modeling_vlm.projector_vlm import select_features
 from modeling_vlm.vision_vlm import blank_image
 
 from .weightless import blank, blank_like, weightless
@@ -163,15 +162,9 @@ def costs_of(model: nn.Module) -> Costs:
 
 def _vision(base) -> tuple[int, int, bool]:
     """Operations of a view in the encoder and in the projector, and whether gradients flow out of them."""
-    config = base.config
-    image = blank_like(blank_image(base.vision_tower, config.image_size))
-
-    def encoder(image):
-        return base.vision_hidden_states(image)[1]
-
-    encoding, states = _count(encoder, image, False)
-    features = select_features(states.detach(), config.vision_feature_select_strategy, config.num_prefix_tokens)
-    projecting, projected = _count(base.multi_modal_projector, features, states.requires_grad)
+    image = blank_like(blank_image(base.vision_tower, base.config.image_size))
+    encoding, features = _count(lambda image: base.encode_views(image)[1], image, False)
+    projecting, projected = _count(base.multi_modal_projector, features.detach(), features.requires_grad)
     return encoding, projecting, projected.requires_grad or base.image_newline is not None
 
 

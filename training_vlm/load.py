@@ -39,11 +39,8 @@ def load_model(
         raise DuetError(f"dtype={model_args.dtype!r}: expected float32, bfloat16 or float16.")
     if model_args.model is not None:
         model, processor = _load_composed(model_args, dtype)
-        starts = {"vision": "frozen", "text": "frozen"}
     elif model_args.vision_model is not None and model_args.text_model is not None:
         model, processor = _compose(stage, model_args, data_args, data, dtype)
-        scratch = {side: isinstance(getattr(model_args, f"{side}_model"), dict) for side in ("vision", "text")}
-        starts = {side: "full" if scratch[side] else "frozen" for side in scratch}
     else:
         raise DuetError(
             "no model is named; add --model FOLDER (a composed model) or --vision_model NAME and --text_model NAME."
@@ -56,6 +53,19 @@ def load_model(
             setattr(model.config.text_config, name, value)
             if name == "bos_token_id":
                 model.generation_config.bos_token_id = value
+    choose_what_learns(model, model_args)
+    return model, processor
+
+
+def choose_what_learns(model: VLMForConditionalGeneration, model_args: ModelArguments) -> None:
+    """
+    Apply what is said of tuning; a backbone of which nothing is said learns where it starts from scratch.
+
+    Raises:
+        DuetError: nothing would learn, or something is said that cannot be.
+    """
+    scratch = {side: isinstance(getattr(model_args, f"{side}_model"), dict) for side in ("vision", "text")}
+    starts = {side: "full" if scratch[side] else "frozen" for side in scratch}
     apply_tuning(
         model,
         model_args.tune_vision or starts["vision"],
@@ -67,7 +77,6 @@ def load_model(
             f"nothing would learn: both backbones are frozen, and the projector {model.config.projector_type} has "
             "no parameters; add --tune_text or --tune_vision, or choose another projector_type."
         )
-    return model, processor
 
 
 def check_model(model_args: ModelArguments) -> None:
@@ -286,6 +295,6 @@ def choose_max_length(model: VLMForConditionalGeneration, asked: int | None) -> 
 
 
 __all__ = [
-    "check_composed", "check_fit", "check_model", "choose_max_length", "load_model", "new_processor",
-    "saved_processor", "tokenizer_from_scratch",
+    "check_composed", "check_fit", "check_model", "choose_max_length", "choose_what_learns", "load_model",
+    "new_processor", "saved_processor", "tokenizer_from_scratch",
 ]  # fmt: skip

@@ -27,7 +27,8 @@ from .arguments import GenerationArguments, VLMTrainingArguments, precision_of
 from .cache_features import train_on_features
 from .learning.checkpoints import discard_unfinished, find_checkpoint, numbered
 from .learning.originals import hold_frozen
-from .learning.savings import choose_savings, plan_batches
+from .learning.probe import why_not_packed
+from .learning.savings import Probe, choose_savings, plan_batches
 from .learning.trainer import VLMTrainer
 from .learning.tuning import describe_components
 from .settings import Arguments
@@ -94,7 +95,9 @@ def prepare(training_args: VLMTrainingArguments) -> None:
     set_seed(training_args.seed)
 
 
-def build_trainer(arguments: Arguments, model, encoder: Encoder, train, evaluation) -> VLMTrainer:
+def build_trainer(
+    arguments: Arguments, model, encoder: Encoder, train, evaluation, probe: Probe = why_not_packed
+) -> VLMTrainer:
     """The Trainer of a stage; its collator and its data agree on how a conversation is encoded."""
     data_args, training_args = arguments.data, arguments.training
     settle_generation(model, arguments.generation)
@@ -126,7 +129,7 @@ def build_trainer(arguments: Arguments, model, encoder: Encoder, train, evaluati
     if (folder := arguments.efficiency.cache_vision_features) is not None:
         train_on_features(trainer, [train, evaluation], folder, originals)
     trainer.add_callback(originals)
-    trainer.savings = choose_savings(arguments.efficiency, trainer)
+    trainer.savings = choose_savings(arguments.efficiency, trainer, probe)
     collator.padding_free, collator.share_prefix = trainer.savings.padding_free, trainer.savings.share_prefix
     if isinstance(train, StreamedDataset):
         train.keeps_rows = collator.share_prefix

@@ -133,6 +133,24 @@ def read_config(file: Path, stage: Stage, known: list[str]) -> dict[str, Any]:
         stage: whose section is read.
         known: names of all settings.
     """
+    file, settings = _read_yaml(file)
+    sections = {name: settings.pop(name, None) or {} for name in STAGES}
+    for place, values in (("", settings), *((f" under {name}:", values) for name, values in sections.items())):
+        if not isinstance(values, dict):
+            raise DuetError(f"config {file} has a {type(values).__name__}{place}; expected `setting: value` lines.")
+        for key in values:
+            if key not in known:
+                raise DuetError(f"config {file} has an unknown setting {key!r}{place}{suggest(key, known)}.")
+    return {**settings, **sections[stage.section]}
+
+
+def stages_of(file: Path) -> list[Stage]:
+    """The stages that a yaml file has a section for."""
+    _, settings = _read_yaml(file)
+    return [stage for name, stage in STAGES.items() if name in settings]
+
+
+def _read_yaml(file: Path) -> tuple[Path, dict[str, Any]]:
     recipe = RECIPES / f"{file.name.removesuffix('.yaml')}.yaml"
     if not file.is_file() and recipe.is_file():
         file = recipe
@@ -145,11 +163,4 @@ def read_config(file: Path, stage: Stage, known: list[str]) -> dict[str, Any]:
         raise DuetError(f"config {file} is no yaml: {' '.join(str(error).split())}") from error
     if not isinstance(settings, dict):
         raise DuetError(f"config {file} holds a {type(settings).__name__}; expected `setting: value` lines.")
-    sections = {name: settings.pop(name, None) or {} for name in STAGES}
-    for place, values in (("", settings), *((f" under {name}:", values) for name, values in sections.items())):
-        if not isinstance(values, dict):
-            raise DuetError(f"config {file} has a {type(values).__name__}{place}; expected `setting: value` lines.")
-        for key in values:
-            if key not in known:
-                raise DuetError(f"config {file} has an unknown setting {key!r}{place}{suggest(key, known)}.")
-    return {**settings, **sections[stage.section]}
+    return file, settings

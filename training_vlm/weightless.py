@@ -91,21 +91,22 @@ class Watch(TorchDispatchMode):
     Counts the bytes of every tensor that is alive, fake or real, by what it is for.
 
     Args:
-        model: whose weights are alive from the beginning.
-        vocabulary: entries; what is as wide as this is logits.
+        model: a composed model, whose head gives logits.
+        weights: its tensors that are alive from the beginning.
 
     Attributes:
         alive (`Counter`): bytes by kind, now.
         peak (`Counter`): those at the moment at which most were alive, since `begin`.
     """
 
-    def __init__(self, model: nn.Module, vocabulary: int):
+    def __init__(self, model: nn.Module, weights: Iterable[torch.Tensor]):
         super().__init__()
-        self.vocabulary = vocabulary
+        head = model.get_output_embeddings()
+        self._vocabulary, self._heads = head.out_features, {id(head.weight.untyped_storage())}
         self.alive: Counter[str] = Counter()
         self.peak: Counter[str] = Counter()
         self._seen: dict[int, list] = {}  # kind, bytes and what tells the end of each storage
-        self.mark([*model.parameters(), *model.buffers()], WEIGHTS)
+        self.mark(weights, WEIGHTS)
         for parameter in model.parameters():
             if parameter.requires_grad:
                 parameter.register_post_accumulate_grad_hook(lambda p: self.mark([p.grad], GRADIENTS))
@@ -134,6 +135,7 @@ class Watch(TorchDispatchMode):
     def _gone(self, place):
         kind, size, _ = self._seen.pop(place)
         self.alive[kind] -= size
+        self._heads.discard(place)
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         out = func(*args, **(kwargs or {}))
@@ -143,11 +145,14 @@ class Watch(TorchDispatchMode):
         return out
 
     def _kind_of(self, func, args, tensor):
-        if tensor.ndim and tensor.shape[-1] == self.vocabulary:
-            return LOGITS
-        if func is aten._to_copy.default and self._seen.get(id(args[0].untyped_storage()), ("",))[0] == WEIGHTS:
+        places = [id(part.untyped_storage()) for part in tree_leaves(args) if isinstance(part, torch.Tensor)]
+        kinds = [self._seen[place][0] for place in places if place in self._seen]
+        if func is aten._to_copy.default and kinds == [WEIGHTS]:
+            if self._heads.issuperset(places):
+                self._heads.add(id(tensor.untyped_storage()))
             return CASTS
-        return ACTIVATIONS
+        is_wide = tensor.ndim and tensor.shape[-1] == self._vocabulary
+        return LOGITS if is_wide and (LOGITS in kinds or not self._heads.isdisjoint(places)) else ACTIVATIONS
 
 
 __all__ = ["KINDS", "Unknown", "Watch", "blank", "blank_like", "weightless"]

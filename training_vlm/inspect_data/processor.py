@@ -29,8 +29,20 @@ def load_processor(
     """
     The processor of the model that would train, and how many positions a sequence of it may have.
 
-    The model itself is laid out without memory, on the meta device, which tells how many tokens an image takes. Without
-    a vision encoder an image is one token.
+    Raises:
+        DuetError: no model is named, or what is named cannot be loaded.
+    """
+    model, processor = lay_out(stage, model_args, data_args, data)
+    return processor, choose_max_length(model, data_args.max_length)
+
+
+def lay_out(
+    stage: Stage, model_args: ModelArguments, data_args: DataArguments, data: Data
+) -> tuple[VLMForConditionalGeneration, VLMProcessor]:
+    """
+    The model that would train, without memory, on the meta device, and its processor.
+
+    The model tells how many tokens an image takes. Without a vision encoder an image is one token.
 
     Raises:
         DuetError: no model is named, or what is named cannot be loaded.
@@ -49,7 +61,7 @@ def load_processor(
             "no model is named; add --model FOLDER (a composed model), or --text_model NAME, and --vision_model NAME "
             "where images are to be shown as the model sees them."
         )
-    return processor, choose_max_length(model, data_args.max_length)
+    return model, processor
 
 
 def _compose(stage, model_args, data_args, data):

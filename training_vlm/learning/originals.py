@@ -137,7 +137,7 @@ class Originals(TrainerCallback):
         """
         name = str(dtype).removeprefix("torch.")
         before = _results(self.model, dtype)
-        self._narrow, self._dtype = list(_cast_anyway(self.model)), dtype
+        self._narrow, self._dtype = list(cast_anyway(self.model)), dtype
         held = sum(parameter.nbytes for parameter in self._narrow)
         self._hold()
         try:
@@ -245,7 +245,7 @@ def _written(tensors: list[torch.Tensor], folder: Path) -> list[torch.Tensor]:
     return [part.view(tensor.dtype).view(tensor.shape) for part, tensor in zip(parts, tensors)]
 
 
-def _cast_anyway(model: PreTrainedModel) -> Iterator[nn.Parameter]:
+def cast_anyway(model: PreTrainedModel) -> Iterator[nn.Parameter]:
     """
     Frozen weights that nothing but modules of `CAST` hold.
 
@@ -293,4 +293,4 @@ def shown_size(count: int) -> str:
     return f"{count / 1e3:.1f} kB"
 
 
-__all__ = ["Originals", "autocast_dtype", "frozen_dtype_of", "hold_frozen", "shown_size"]
+__all__ = ["Originals", "autocast_dtype", "cast_anyway", "frozen_dtype_of", "hold_frozen", "shown_size"]

@@ -5,10 +5,12 @@ data say whether their texts share a prefix, and whether a step of such texts st
 """
 
 import math
+from collections.abc import Callable
 from typing import NamedTuple
 
 import numpy as np
 from accelerate.utils import gather_object
+from torch import nn
 
 from processing.batching.account import Account
 from processing.batching.dataset import StreamedDataset
@@ -21,6 +23,10 @@ from .batches import Budget, PlannedBatches, PlannedStream
 from .probe import why_not_packed
 from .sampling import order_seed
 from .trainer import VLMTrainer
+
+
+Probe = Callable[[nn.Module, bool], str | None]
+"""Why texts of a row of a model would not be what each is alone, behind a shared prefix or not; see `probe.py`."""
 
 
 class Savings(NamedTuple):
@@ -39,23 +45,26 @@ class Savings(NamedTuple):
         return f"{made}; {self.why_not}" if self.why_not else made
 
 
-def choose_savings(asked: EfficiencyArguments, trainer: VLMTrainer) -> Savings:
+def choose_savings(asked: EfficiencyArguments, trainer: VLMTrainer, probe: Probe = why_not_packed) -> Savings:
     """
     What the model and the data of a run let it leave out; every process has to ask, and is told the same.
+
+    Args:
+        probe: what the model proves itself by.
 
     Raises:
         DuetError: something was asked for by name, and cannot be.
     """
     if asked.padding_free == "off":
         return Savings(False, False)
-    if reason := _why_padded(trainer, share_prefix=False):
+    if reason := _why_padded(trainer, probe, share_prefix=False):
         for name in ("padding_free", "share_prefix"):
             if getattr(asked, name) == "on":
                 raise DuetError(f"{name}=on cannot be: {reason}; leave it out, and batches are padded.")
         return Savings(False, False, reason)
     if asked.share_prefix == "off":
         return Savings(True, False)
-    reason = _why_padded(trainer, share_prefix=True)
+    reason = _why_padded(trainer, probe, share_prefix=True)
     if asked.share_prefix == "on":
         if reason:
             raise DuetError(f"share_prefix=on cannot be: {reason}; leave it out, and each text has its own.")
@@ -64,11 +73,11 @@ def choose_savings(asked: EfficiencyArguments, trainer: VLMTrainer) -> Savings:
     return Savings(True, reason is None, "" if reason is None else f"prefixes are not shared: {reason}")
 
 
-def _why_padded(trainer, share_prefix) -> str | None:
+def _why_padded(trainer, probe, share_prefix) -> str | None:
     """The reason of the first process that has one."""
     reason = "torch_compile would compile anew for every row of texts"
     if not trainer.args.torch_compile:
-        reason = why_not_packed(trainer.accelerator.unwrap_model(trainer.model), share_prefix)
+        reason = probe(trainer.accelerator.unwrap_model(trainer.model), share_prefix)
     return next(filter(None, gather_object([reason])), None)
 
 

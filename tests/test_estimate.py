@@ -1,0 +1,249 @@
+"""What a recipe takes, known without weights: its peak is the one measured, and it says what was assumed."""
+
+import json
+
+import pytest
+import torch
+from PIL import Image
+from transformers import TrainerCallback
+
+from tests import tiny
+from training_vlm import rehearsal
+from training_vlm.estimate import bytes_of, largest_batch, main, settled
+from training_vlm.learning.trainer import VLMTrainer
+from training_vlm.load import load_model
+from training_vlm.run import build_trainer
+from training_vlm.sketch import Sketch, StandIn
+from training_vlm.stages import PRETRAIN, SFT
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory):
+    """A composed model, rows with two captions and dialogues, beside their images."""
+    folder = tmp_path_factory.mktemp("made")
+    tiny.save_siglip(folder / "vision")
+    tiny.save_llama(folder / "text")
+    model, processor = tiny.compose(folder / "vision", folder / "text")
+    model.save_pretrained(folder / "model")
+    processor.save_pretrained(folder / "model")
+    captions, dialogues = [], []
+    for row in range(24):
+        Image.new("RGB", (40, 30), (row * 9, 80, 40)).save(folder / f"{row}.png")
+        long = " ".join(["a red circle"] * (1 + row % 5))
+        captions.append({"image": f"{row}.png", "captions": [long, "a cat"]})
+        dialogues.append({"image": f"{row}.png", "question": "what is it?", "answer": long})
+    for name, rows in (("captions", captions), ("dialogues", dialogues)):
+        (folder / f"{name}.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    return folder
+
+
+def options(made, stage=SFT, *others):
+    data = made / ("dialogues.jsonl" if stage is SFT else "captions.jsonl")
+    return [
+        "--model", str(made / "model"), "--dataset", str(data), "--output_dir", str(made / "out"), "--tune_text",
+        "full", "--eval_share", "0", "--per_device_train_batch_size", "4", *others,
+    ]  # fmt: skip
+
+
+class Memory(TrainerCallback):
+    """The most bytes that torch's allocator had given out in the second step, by its own account."""
+
+    def __init__(self, batch, folder):
+        self.batch, self.folder = batch, folder
+
+    def on_step_end(self, args, state, control, model=None, optimizer=None, **kwargs):
+        if state.global_step == 1:
+            parts = [*model.parameters(), *model.buffers(), *self.batch.values()]
+            parts += [part for states in optimizer.state.values() for part in states.values()]
+            storages = {
+                part.untyped_storage().data_ptr(): part.untyped_storage().nbytes()
+                for part in parts if isinstance(part, torch.Tensor)
+            }  # fmt: skip
+            self.held = sum(storages.values())
+            self.profiler = torch.profiler.profile(
+                activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True
+            )
+            self.profiler.start()
+            return
+        self.profiler.stop()
+        self.profiler.export_chrome_trace(str(self.folder / "trace.json"))
+        events = json.loads((self.folder / "trace.json").read_text())["traceEvents"]
+        events = sorted((event for event in events if event.get("name") == "[memory]"), key=lambda event: event["ts"])
+        alive = most = 0
+        for event in events:
+            alive += event["args"]["Bytes"]
+            most = max(most, alive)
+        self.peak = self.held + most
+
+
+def measured(stage, arguments, sketch, folder):
+    """The peak of the same step with weights and images."""
+    data = sketch.data
+    model, _ = load_model(stage, arguments.model, arguments.data, data)
+    two = rehearsal.rehearsing(arguments, str(folder))
+    trainer = build_trainer(
+        two._replace(efficiency=arguments.efficiency), model, sketch.encoder, sketch.sample(512), None
+    )
+    batches = list(trainer.get_train_dataloader())
+    batch = max(batches, key=lambda found: (found["account"].run, len(found["pixel_values"])))
+    assert batch["account"].run == sketch.rehearsed.account.run
+    trainer.get_train_dataloader = lambda: [batch] * (2 * trainer.args.gradient_accumulation_steps)
+    memory = Memory(batch, folder)
+    trainer.add_callback(memory)
+    trainer.train()
+    return memory.peak
+
+
+SETTINGS = {
+    "fp32": (SFT, ["--bf16", "false"]),
+    "bf16, stage 1": (PRETRAIN, ["--bf16", "true", "--tune_text", "last:1"]),
+    "checkpointed, encoder learns": (
+        SFT, ["--bf16", "true", "--gradient_checkpointing", "true", "--tune_vision", "full"]
+    ),
+    "padded, accumulated, sgd": (
+        SFT, ["--bf16", "false", "--padding_free", "off", "--gradient_accumulation_steps", "2", "--optim", "sgd"]
+    ),
+    "frozen weights in bf16": (SFT, ["--bf16", "true", "--frozen_dtype", "auto", "--tune_text", "last:1"]),
+    "adafactor": (SFT, ["--bf16", "false", "--optim", "adafactor"]),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", SETTINGS)
+def test_the_peak_is_the_one_that_is_measured(made, tmp_path, name):
+    """Of the same batch, by the allocator's own account; what a kernel needs for itself is not foreseen."""
+    stage, settings = SETTINGS[name]
+    arguments = settled(stage, options(made, stage, *settings))
+    sketch = Sketch(stage, arguments)
+    found = sketch.rehearsed
+    assert found.peak.total() == pytest.approx(measured(stage, arguments, sketch, tmp_path), rel=0.1)
+
+
+def test_the_kinds_of_memory_are_what_they_say(made):
+    sketch = Sketch(SFT, settled(SFT, options(made, SFT, "--bf16", "false", "--gradient_accumulation_steps", "2")))
+    found = sketch.rehearsed
+    learned = 4 * sum(p.numel() for p in sketch.model.parameters() if p.requires_grad)
+    assert found.held["weights"] >= 4 * sum(p.numel() for p in sketch.model.parameters())
+    assert found.held["optimizer"] == pytest.approx(2 * learned, rel=0.01)
+    assert found.peak["gradients"] == pytest.approx(learned, rel=0.01)
+    assert found.peak["logits"] and not found.held["logits"] and not found.held["gradients"]
+
+
+def test_what_is_frozen_has_no_gradients_and_no_optimizer(made):
+    sketch = Sketch(SFT, settled(SFT, [*options(made), "--tune_text", "frozen"]))
+    projector = sum(p.numel() for p in sketch.model.model.multi_modal_projector.parameters())
+    assert sketch.rehearsed.held["optimizer"] == pytest.approx(8 * projector, rel=0.05)
+
+
+def test_no_weight_is_read_and_no_image_opened(made, tmp_path, monkeypatch):
+    monkeypatch.setattr("safetensors.torch.load_file", None)
+    monkeypatch.setattr("processing.image_files_vlm.load_image", None)
+    monkeypatch.setattr("processing.batching.images.load_image", None)
+    monkeypatch.setattr("transformers.modeling_utils.PreTrainedModel.from_pretrained", None)
+    for path in (made / "model").glob("*.safetensors"):
+        path.rename(tmp_path / path.name)
+    try:
+        assert Sketch(SFT, settled(SFT, options(made))).rehearsed.peak.total() > 0
+    finally:
+        for path in tmp_path.glob("*.safetensors"):
+            path.rename(made / "model" / path.name)
+
+
+@pytest.mark.parametrize(
+    "settings, unit, size",
+    [
+        ([], "conversations", 3),
+        pytest.param(["--max_tokens_per_batch", "200"], "positions", 150, marks=pytest.mark.slow),
+    ],
+)
+def test_the_largest_batch_fits_and_the_next_does_not(made, settings, unit, size):
+    sketch = Sketch(SFT, settled(SFT, options(made, SFT, *settings)))
+    assert sketch.unit == unit
+    memory = sketch.with_batch(size).peak.total()
+    number = largest_batch(sketch, memory)
+    assert sketch.with_batch(number).peak.total() <= memory < sketch.with_batch(number * 2).peak.total()
+
+
+def test_a_memory_too_small_for_anything_is_told_in_a_line(made, capsys):
+    with pytest.raises(SystemExit):
+        main([*options(made), "--memory", "1kB"])
+    assert "a batch of 1 conversations has" in capsys.readouterr().err
+
+
+def test_the_work_of_a_run_is_that_of_its_conversations(made):
+    """Twice the epochs twice the work; with a cache the encoder's only once."""
+    one, two, cached = (
+        Sketch(SFT, settled(SFT, options(made, SFT, *settings)))
+        for settings in (
+            ["--num_train_epochs", "1"], ["--num_train_epochs", "2"],
+            ["--num_train_epochs", "2", "--cache_vision_features", str(made / "cache")],
+        )
+    )  # fmt: skip
+    assert one.conversations == 24 and two.flops == pytest.approx(2 * one.flops, rel=1e-3)
+    assert two.flops - cached.flops == pytest.approx(24 * two.costs.encoding, rel=1e-3)
+    assert cached.cache_bytes == 24 * 16 * 32 * (2 if cached.arguments.training.bf16 else 4)
+
+
+def test_a_cache_has_the_encoder_out_of_memory(made):
+    plain, cached = (
+        Sketch(SFT, settled(SFT, options(made, SFT, *settings)))
+        for settings in ([], ["--cache_vision_features", str(made / "cache")])
+    )
+    tower = 4 * sum(p.numel() for p in plain.model.model.vision_tower.parameters())
+    saved = plain.rehearsed.held["weights"] - cached.rehearsed.held["weights"]
+    assert saved == pytest.approx(tower, rel=0.05)
+
+
+@pytest.mark.parametrize("stage, wanted", [(SFT, (60, 25)), (PRETRAIN, (30, 30))])
+def test_what_stands_for_the_data_is_as_long_as_said(made, stage, wanted):
+    sketch = Sketch(stage, settled(stage, options(made, stage, "--dataset", "/nowhere")), stand_in=StandIn(*wanted))
+    found = sketch.rehearsed
+    record = found.account.records[0]
+    assert (record.tokens - record.image_tokens, record.supervised) == pytest.approx(wanted, abs=2)
+    assert found.views == len(found.account.records) == 4
+    assert "No data were read" in sketch.described and sketch.flops is None
+
+
+def test_the_estimate_is_told_in_full(made, capsys):
+    main([*options(made), "--peak", "1", "--utilisation", "0.5", "--max_steps", "1000", "--devices", "2"])
+    shown = capsys.readouterr().out
+    for part in ("Stage 2", "projector", "optimizer", "activations", "logits", "at the peak", "Not in it", "cached",
+                 "TFLOP for 4,000 conversations", "hours at 50% of 1 TFLOP/s on each of 2 devices"):  # fmt: skip
+        assert part in shown
+
+
+def test_stage_2_is_estimated_before_stage_1_has_run(made, tmp_path, capsys):
+    """Its model is the one that the same recipe makes."""
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(
+        f"""
+eval_share: 0
+pretrain:
+  dataset: {made / "captions.jsonl"}
+  vision_model: {made / "vision"}
+  text_model: {made / "text"}
+  output_dir: {tmp_path / "one"}
+sft:
+  dataset: {made / "dialogues.jsonl"}
+  model: {tmp_path / "one"}
+  tune_text: last:2
+  output_dir: {tmp_path / "two"}
+"""
+    )
+    main([str(recipe)])
+    shown = capsys.readouterr().out
+    assert "Stage 1" in shown and "Stage 2" in shown and not (tmp_path / "one").exists()
+
+
+@pytest.mark.parametrize(
+    "text, size", [("24GB", 24e9), ("1.5GiB", 1.5 * 2**30), ("512mb", 512e6), ("1000", 1000), ("2K", 2000)]
+)
+def test_sizes_are_read(text, size):
+    assert bytes_of(text) == size
+
+
+def test_the_steps_are_those_of_the_run_s_own_trainer(made, monkeypatch):
+    seen = []
+    step = VLMTrainer.training_step
+    monkeypatch.setattr(VLMTrainer, "training_step", lambda self, *a, **k: seen.append(1) or step(self, *a, **k))
+    found = Sketch(SFT, settled(SFT, options(made, SFT, "--gradient_accumulation_steps", "4"))).rehearsed
+    assert found.peak.total() and len(seen) == 4  # two steps of two micro-batches

@@ -1,0 +1,239 @@
+"""What a recipe will take, before any hardware is rented: memory by kind, operations, hours, the size of a cache.
+
+    python -m training_vlm.estimate shapes
+    python -m training_vlm.estimate recipe.yaml --memory 24GB --peak 312 --utilisation 0.4
+    python -m training_vlm.estimate recipe.yaml --stage sft --tokens_per_sample 180/82 --samples 665000
+
+What is special: no weight is read and no image is opened. Configs give the model's shape, and the run's own Trainer
+takes two steps on it (`rehearsal.py`); of the data some rows are read for their lengths, or none where
+--tokens_per_sample says them.
+"""
+
+import argparse
+import re
+import sys
+from collections.abc import Iterator
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+import datasets
+from transformers.utils import logging
+
+from processing.data_error_vlm import DuetError
+
+from .arguments import precision_of
+from .learning.originals import shown_size
+from .learning.tuning import describe_components
+from .run import one_line_errors
+from .settings import Arguments, parse_arguments, read_config, stages_of
+from .sketch import Sketch, StandIn
+from .stages import PRETRAIN, SFT, STAGES, Stage
+from .weightless import KINDS
+
+
+UNKNOWN = (
+    "Not in it: the device's own context, workspaces of its kernels and gaps between tensors (1 to 2 GB on a GPU), "
+    "buckets of gradients where processes share a step, and batches larger than those of the sample."
+)
+
+
+def largest_batch(sketch: Sketch, memory: int) -> int:
+    """
+    The most conversations of a batch, or positions where a batch is a number of these, whose step fits into a memory.
+
+    Args:
+        memory: bytes.
+
+    Raises:
+        DuetError: not even the smallest batch does.
+    """
+    least, most = sketch.least_batch(), sketch.most_batch()
+
+    def peak(number: int) -> int:
+        return sketch.with_batch(number).peak.total()
+
+    low, high = 0, min(max(sketch.batch, least), most)
+    while peak(high) <= memory and high < most:
+        low, high = high, min(2 * high, most)
+    if peak(high) <= memory:
+        return high
+    if low == 0:
+        if peak(least) > memory:
+            raise DuetError(
+                f"a batch of {least:,} {sketch.unit} has {shown_size(peak(least))} alive, and --memory is "
+                f"{shown_size(memory)}; let less learn, or add --gradient_checkpointing true or --frozen_dtype auto."
+            )
+        low = least
+    near = False
+    while high - low > (step := max(1, low // 50)):
+        # It grows by nearly as much with each, so that a guess is right or close to it.
+        share = (memory - peak(low)) / (peak(high) - peak(low))
+        middle = low + step if near else min(max(low + int((high - low) * share), low + 1), high - 1)
+        low, high = (middle, high) if peak(middle) <= memory else (low, middle)
+        near = not near
+    return low
+
+
+def lines_of(sketch: Sketch, options: argparse.Namespace) -> Iterator[str]:
+    """An estimate in lines for a terminal."""
+    found = sketch.rehearsed
+    args, account = sketch.arguments.training, found.account
+    yield f"Stage {sketch.stage.number}, {sketch.stage.name}\n"
+    yield f"{'part':<18}{'parameters':>16}{'learn':>16}"
+    for part in describe_components(sketch.model):
+        yield f"{part.name:<18}{part.parameters:>16,}{part.trained:>16,}"
+    supervised = sum(record.supervised for record in account.records)
+    yield f"\n{sketch.described}"
+    yield f"Batches, if the model proves itself (--padding_free off if it does not): {found.savings}."
+    yield (
+        f"The largest of {found.batches} batches: {len(account.records):,} conversations, {found.views:,} views of "
+        f"images, {account.run:,} positions run ({account.padding / max(1, account.run):.0%} padding), {supervised:,} "
+        f"supervised; {precision_of(args)}, {args.optim.value}"
+        + (", checkpointed" if args.gradient_checkpointing else "")
+    )
+    yield f"\n{'memory':<26}{'at the peak':>14}{'between steps':>16}"
+    for kind in KINDS:
+        if found.peak[kind] or found.held[kind]:
+            yield f"{kind:<26}{shown_size(found.peak[kind]):>14}{shown_size(found.held[kind]):>16}"
+    yield f"{'together':<26}{shown_size(found.peak.total()):>14}{shown_size(found.held.total()):>16}"
+    yield UNKNOWN
+    yield from _work_lines(sketch, options)
+    if options.memory is not None:
+        number = largest_batch(sketch, options.memory)
+        more = "" if number < sketch.most_batch() else ", which is all that there is"
+        yield f"\nThe largest batch in {shown_size(options.memory)}: --{sketch.option} {number}{more}"
+
+
+def _work_lines(sketch: Sketch, options: argparse.Namespace) -> Iterator[str]:
+    size = sketch.cache_bytes
+    if size is not None:
+        yield f"\nThe features of all images, cached: up to {shown_size(size)}"
+    if sketch.flops is None:
+        yield "\nHow far the run goes is not known: name --samples, or --max_steps."
+        return
+    yield (
+        f"\n{sketch.flops / 1e12:,.4g} TFLOP for {sketch.conversations:,} conversations, "
+        f"{sketch.flops / max(1, sketch.conversations) / 1e9:,.4g} GFLOP each"
+    )
+    if options.peak is not None:
+        hours = sketch.flops / (options.peak * 1e12 * options.utilisation * options.devices) / 3600
+        yield (
+            f"{hours:,.3g} hours at {options.utilisation:.0%} of {options.peak:g} TFLOP/s"
+            + (f" on each of {options.devices} devices" if options.devices > 1 else "")
+        )
+
+
+def bytes_of(text: str) -> int:
+    """`24GB`, `80GiB` or `512MB` in bytes."""
+    match = re.fullmatch(r"([\d.]+)\s*([kMGT]?)(i?)B?", text.strip(), re.IGNORECASE)
+    if match is None or not re.fullmatch(r"\d+(\.\d+)?", match[1]):
+        raise argparse.ArgumentTypeError(f"{text!r}: expected a size such as 24GB")
+    power = "kmgt".index(match[2].lower()) + 1 if match[2] else 0
+    return int(float(match[1]) * (1024 if match[3] else 1000) ** power)
+
+
+def tokens_of(text: str) -> StandIn:
+    """`180`, or `180/82` where fewer are supervised."""
+    match = re.fullmatch(r"(\d+)(?:/(\d+))?", text)
+    if match is None or not 0 < int(match[2] or match[1]) <= int(match[1]):
+        raise argparse.ArgumentTypeError(f"{text!r}: expected tokens of text, and how many are supervised, as 180/82")
+    return StandIn(int(match[1]), int(match[2] or match[1]))
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str):
+        raise DuetError(f"{message}; --help lists all options.")
+
+
+def _parser() -> _Parser:
+    parser = _Parser(
+        prog="python -m training_vlm.estimate",
+        usage="%(prog)s [RECIPE] [--stage STAGE] [--memory SIZE] [--tokens_per_sample N[/M]] [--samples N] [--peak "
+        "TFLOPS] [--utilisation SHARE] [--devices N] [any option of the training scripts]",
+        description=(__doc__ or "").splitlines()[0],
+        epilog="RECIPE, which comes first, is the same as --config.",
+        allow_abbrev=False,
+    )
+    parser.add_argument("--stage", choices=STAGES, help="the stage; those that the recipe has a section for, else sft")
+    parser.add_argument("--memory", type=bytes_of, metavar="SIZE", help="find the largest batch in it, as 24GB")
+    parser.add_argument(
+        "--tokens_per_sample", type=tokens_of, metavar="N[/M]",
+        help="tokens of text beside one image, and how many of them are supervised, in place of the data",
+    )  # fmt: skip
+    parser.add_argument("--samples", type=int, help="conversations of an epoch, where the data do not say it")
+    parser.add_argument("--peak", type=float, metavar="TFLOPS", help="of a device, for the hours: 10^12 FLOP a second")
+    parser.add_argument("--utilisation", type=float, default=0.4, help="share of the peak that is reached; 0.4")
+    parser.add_argument("--devices", type=int, default=1, help="devices that share the work")
+    return parser
+
+
+def settled(stage: Stage, argv: list[str]) -> Arguments:
+    """The settings of a stage, whatever machine this is: 16 bits where an accelerator would have them."""
+    told = _told(stage, argv)
+    on_cpu = told("use_cpu") and not told("bf16")
+    half = told("fp16") or (told("bf16") is not False and not on_cpu)
+    machine = ["--use_cpu", "--fp16", "False", "--tf32", "False", "--report_to", "none"]
+    if not on_cpu:
+        machine += ["--bf16", str(bool(half))]
+    return parse_arguments(stage, [*argv, *machine])
+
+
+def _told(stage, argv):
+    known = [f.name for kind in Arguments.__annotations__.values() for f in fields(kind) if f.init]
+    config = next((value for name, value in zip(argv, argv[1:]) if name == "--config"), None)
+    settings: dict[str, Any] = {} if config is None else read_config(Path(config), stage, known)
+
+    def told(name: str) -> bool | None:
+        value = settings.get(name)
+        for place, argument in enumerate(argv):
+            option, _, given = argument.partition("=")
+            if option == f"--{name}":
+                follows = argv[place + 1] if place + 1 < len(argv) else "--"
+                value = given or ("true" if follows.startswith("--") else follows)
+        return None if value is None else str(value).lower() in ("true", "1", "yes", "y", "t")
+
+    return told
+
+
+def _maker(stage: Stage, arguments: Arguments, argv: list[str]) -> Arguments | None:
+    """The settings of stage 1, where its model is not there yet and the same recipe makes it."""
+    name = arguments.model.model
+    if stage is not SFT or name is None or Path(name).exists():
+        return None
+    if "--config" not in argv or PRETRAIN not in stages_of(Path(argv[argv.index("--config") + 1])):
+        return None
+    made = settled(PRETRAIN, argv[: argv.index("--config") + 2])
+    return made if made.training.output_dir == name else None
+
+
+@one_line_errors
+def main(argv: list[str] | None = None) -> None:
+    """The command line; without arguments its usage."""
+    parser = _parser()
+    argv = list(sys.argv[1:] if argv is None else argv)
+    if not argv:
+        parser.print_help()
+        return
+    if not argv[0].startswith("-"):
+        argv.insert(0, "--config")
+    options, others = parser.parse_known_args(argv)
+    for name in ("samples", "peak", "utilisation", "devices"):
+        if (value := getattr(options, name)) is not None and value <= 0:
+            raise DuetError(f"--{name} {value}: expected more than 0.")
+    datasets.disable_progress_bars()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    if options.stage is not None:
+        stages = [STAGES[options.stage]]
+    else:
+        named = "--config" in others and stages_of(Path(others[others.index("--config") + 1]))
+        stages = named or [SFT]
+    for number, stage in enumerate(stages):
+        arguments = settled(stage, others)
+        sketch = Sketch(stage, arguments, _maker(stage, arguments, others), options.tokens_per_sample, options.samples)
+        print("\n" * (number > 0) + "\n".join(lines_of(sketch, options)), flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,210 @@
+"""A step of a run, rehearsed without weights and without reading an image: what it has alive and what it computes.
+
+What is special: it is the run's own Trainer that takes the steps, with the run's own batches, optimizer, autocast and
+checkpointing, on a model of which only shapes are there. So no formula is made of what a layer keeps for its backward
+pass.
+"""
+
+import copy
+import tempfile
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from transformers import TrainerCallback
+from transformers.trainer_callback import PrinterCallback, ProgressCallback
+from transformers.trainer_utils import IntervalStrategy, SaveStrategy, SchedulerType
+
+from modeling_vlm import VLMForConditionalGeneration
+from processing.batching.account import BatchAccount
+from processing.batching.encoding import Encoder
+from processing.data_error_vlm import DuetError, in_a_line
+from processing.image_files_vlm import ImageReference, image_size
+from processing.processing_vlm import VLMProcessor
+
+from .data import TrainDataset
+from .flops import Work, windows_of, work_of
+from .learning.originals import autocast_dtype, cast_anyway, frozen_dtype_of
+from .learning.trainer import VLMTrainer
+from .run import build_trainer
+from .settings import Arguments
+from .weightless import ACTIVATIONS, OPTIMIZER, Watch, blank, weightless
+
+
+BATCHES = 32  # of which the largest is rehearsed
+
+
+@dataclass
+class Rehearsed:
+    """
+    What was found of a run's steps.
+
+    Attributes:
+        peak: bytes alive at the moment at which most are, by kind.
+        held: bytes that are alive between steps, by kind.
+        account, views: of the batch that was rehearsed, the largest.
+        batches, conversations, work: how many were looked at, and what all of them hold.
+        views_an_image: more than one where images are tiled.
+        features: tokens and width of what the projector reads of a view.
+        savings: what the run leaves out, for a reader.
+    """
+
+    peak: Counter[str]
+    held: Counter[str]
+    account: BatchAccount
+    views: int
+    batches: int
+    conversations: int
+    work: Work
+    views_an_image: float
+    features: tuple[int, int]
+    savings: str
+
+
+class Unread:
+    """In the place of a cache of features: how many views an image has, from its header at most."""
+
+    def __init__(self, processor: VLMProcessor):
+        self.processor = processor
+        self.images = self.views = 0
+
+    def seen(self, reference: ImageReference) -> tuple[torch.Tensor, tuple[int, int]]:
+        """See `FeatureCache.seen`."""
+        tiled = self.processor.max_tiles > 1
+        rows, columns = self.processor.tile_grid(*image_size(reference)) if tiled else (1, 1)
+        views = 1 + (rows * columns if rows * columns > 1 else 0)
+        self.images, self.views = self.images + 1, self.views + views
+        return torch.empty(views, 0), (rows, columns)
+
+
+def rehearse(
+    arguments: Arguments, model: VLMForConditionalGeneration, encoder: Encoder, dataset: TrainDataset
+) -> Rehearsed:
+    """
+    Take two steps of a run with the largest of its first batches.
+
+    Args:
+        model: on the meta device, with what learns of it; it is as before afterwards.
+        dataset: encoded conversations of the run, or a sample of them.
+
+    Raises:
+        DuetError: a conversation has no room, or the model cannot be run on shapes alone.
+    """
+    cached = arguments.efficiency.cache_vision_features is not None
+    model = copy.deepcopy(model)  # it costs nothing
+    model.to = lambda *args, **kwargs: model  # there is no memory to be moved
+    for parameter in _narrowed(arguments, model):
+        parameter.data = parameter.data.to(autocast_dtype(arguments.training))
+    with tempfile.TemporaryDirectory() as folder, weightless(model):
+        trainer = build_trainer(rehearsing(arguments, folder), model, encoder, dataset, None, lambda *_: None)
+        unread = trainer.data_collator.features = Unread(encoder.processor)
+        batches = list(_batches(trainer, cached))
+        work = Work()
+        windows = windows_of(model.config.text_config)
+        for batch, lengths, predicted in batches:
+            work.add(work_of(batch, lengths, predicted, windows))
+        largest, _, _ = max(batches, key=lambda found: (found[0]["account"].run, _views(found[0])))
+        peak, held = _steps(trainer, largest, cached)
+        return Rehearsed(
+            peak, held, largest["account"], _views(largest), len(batches),
+            sum(len(lengths) for _, lengths, _ in batches), work, unread.views / max(1, unread.images),
+            _features(model), str(trainer.savings),
+        )  # fmt: skip
+
+
+def _narrowed(arguments, model):
+    return cast_anyway(model) if frozen_dtype_of(arguments.efficiency.frozen_dtype, arguments.training) else ()
+
+
+def rehearsing(arguments: Arguments, folder: str) -> Arguments:
+    """The settings of two steps of which nothing is written."""
+    training = copy.copy(arguments.training)
+    training.output_dir, training.max_steps = folder, 2
+    training.gradient_accumulation_steps = min(2, training.gradient_accumulation_steps)
+    training.save_strategy, training.eval_strategy = SaveStrategy.NO, IntervalStrategy.NO
+    training.logging_strategy, training.report_to = IntervalStrategy.NO, []
+    training.lr_scheduler_type, training.lr_scheduler_kwargs = SchedulerType.CONSTANT, {}
+    training.warmup_steps, training.dataloader_num_workers, training.disable_tqdm = 0, 0, True
+    training.load_best_model_at_end = training.push_to_hub = False
+    # What is cached or held in fewer bits is neither written nor tried.
+    efficiency = replace(arguments.efficiency, cache_vision_features=None, frozen_dtype=None)
+    return arguments._replace(training=training, efficiency=efficiency)
+
+
+def _batches(trainer: VLMTrainer, cached: bool) -> Iterator[tuple[dict[str, Any], list[int], int]]:
+    """The first batches, of an epoch at most: images without pixels, lengths of the conversations, predictions."""
+    config = trainer.model.config
+    for number, batch in enumerate(trainer.get_train_dataloader()):
+        learned = [record for record in batch["account"].records if record.dropped is None]
+        if "vision_features" in batch:
+            views = len(batch.pop("vision_features"))
+            if cached:
+                dtype = autocast_dtype(trainer.args) or torch.float32
+                batch["vision_features"] = blank(views, *_features(trainer.model), dtype=dtype)
+            else:
+                channels = getattr(config.vision_config, "num_channels", 3)
+                batch["pixel_values"] = blank(views, channels, *config.image_size)
+        yield batch, [record.tokens for record in learned], sum(record.supervised for record in learned)
+        if number + 1 == BATCHES:
+            return
+
+
+def _features(model) -> tuple[int, int]:
+    """Tokens and width of what the projector reads of a view."""
+    with torch.no_grad():
+        return tuple(model.model.encode_views(blank(1, 3, *model.config.image_size))[1].shape[1:])
+
+
+def _views(batch) -> int:
+    images = batch.get("pixel_values", batch.get("vision_features"))
+    return 0 if images is None else len(images)
+
+
+def _steps(trainer: VLMTrainer, batch: dict[str, Any], cached: bool) -> tuple[Counter, Counter]:
+    """The peak of the second step, and what is alive before it."""
+    for printer in (PrinterCallback, ProgressCallback):
+        trainer.remove_callback(printer)
+    accumulated = trainer.args.gradient_accumulation_steps
+    trainer.get_train_dataloader = lambda: [batch] * (2 * accumulated)
+    model = trainer.model
+    unread = {id(tensor) for tensor in _tensors(model.model.vision_tower)} if cached else set()
+    watch = Watch(model, [tensor for tensor in _tensors(model) if id(tensor) not in unread])
+    between = _Between(watch)
+    trainer.add_callback(between)
+    try:
+        with watch:
+            watch.mark([part for part in batch.values() if isinstance(part, torch.Tensor)], ACTIVATIONS)
+            trainer.train()
+    except DuetError:
+        raise
+    except Exception as error:
+        kinds = f"{model.config.vision_config.model_type} and {model.config.text_config.model_type}"
+        raise DuetError(
+            f"a step of this model ({kinds}) cannot be run on shapes alone, so its memory is not known "
+            f"({in_a_line(error, 300)}); where it is one that needs padding, add --padding_free off."
+        ) from error
+    return watch.peak, between.held
+
+
+class _Between(TrainerCallback):
+    """Has the peak of the second step looked for, which finds the optimizer's state as all later ones do."""
+
+    def __init__(self, watch: Watch):
+        self.watch = watch
+        self.held: Counter[str] = Counter()
+
+    def on_step_end(self, args, state, control, optimizer=None, **kwargs):
+        if state.global_step == 1:
+            states = [part for states in optimizer.state.values() for part in states.values()]
+            self.watch.mark([part for part in states if isinstance(part, torch.Tensor)], OPTIMIZER)
+            self.held = Counter(self.watch.alive)
+            self.watch.begin()
+
+
+def _tensors(module):
+    return [*module.parameters(), *module.buffers()]
+
+
+__all__ = ["BATCHES", "Rehearsed", "Unread", "rehearse", "rehearsing"]
