@@ -32,6 +32,8 @@ CONTEXT_ONLY = "an answer is context only"
 # assistant, of nothing at all or of blanks; the same of everyone.
 _HIDES = (None, ("nothing", False), ("blank", False), ("nothing", True), ("blank", True))
 
+_PLAIN = {"role", "content", "train", "weight"}
+
 _LONG = 64  # messages above which an answer's prompt is compared with its neighbours alone
 
 
@@ -101,6 +103,22 @@ def _mark(messages, reading, before="", after="", shows=None, swaps=None) -> _Ma
             content.append(part)
         marked.messages.append({**message, "content": content})
     return marked
+
+
+def _shape(messages, reading):
+    """What of messages decides how a template writes them, where every word has a mark in its place."""
+    if reading.cut is None and reading.hides is None and all(message.keys() <= _PLAIN for message in messages):
+        parts = [(message["role"], *map(_kind, message["content"])) for message in messages]
+        if not any(None in of_message for of_message in parts):
+            return tuple(parts)
+    messages = [{**message, "train": None, "weight": None} for message in messages]
+    return json.dumps(_mark(messages, reading).messages, default=repr, sort_keys=True)
+
+
+def _kind(part):
+    """Whether a part is a text or an image and holds nothing else; `None` where it does."""
+    kind = part["type"]
+    return kind if len(part) == 1 + (kind == "text") and kind in ("text", "image") else None
 
 
 def _is_hidden(message, text, hides):
@@ -328,13 +346,12 @@ class MessageEncoder:
 
     def _layout(self, messages, reading, prompt):
         """The rendered conversation; it depends on roles and parts, so it is found once for each shape of these."""
-        messages = [{**message, "train": None, "weight": None} for message in messages]
-        marked = _mark(messages, reading)
-        key = (json.dumps(marked.messages, default=repr, sort_keys=True), repr(reading), prompt)
+        key = (_shape(messages, reading), repr(reading), prompt)
         if key not in self._layouts:
             if len(self._layouts) > 4096:
                 self._layouts.clear()
-            self._layouts[key] = self._make_layout(messages, reading, prompt, marked)
+            messages = [{**message, "train": None, "weight": None} for message in messages]
+            self._layouts[key] = self._make_layout(messages, reading, prompt, _mark(messages, reading))
         return self._layouts[key]
 
     def _make_layout(self, messages, reading, prompt, marked):

@@ -17,6 +17,9 @@ MARK = "\ue000{}\ue001"
 
 _MARGIN = 64  # ids
 
+_KNOWN_LENGTH, _MOST_KNOWN = 2_000, 4_096
+"""Characters of a text whose ids are kept, and how many such texts."""
+
 
 class TextEncoder:
     """
@@ -54,6 +57,9 @@ class TextEncoder:
         unknown = tokenizer.unk_token_id
         ends = {tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id}
         self._forbidden = set(control) - ({unknown} - ends)
+
+        # What a template writes comes again and again, and a dialogue that is read up to each of its answers.
+        self._known: dict[tuple[str | None, str], list[int]] = {}
 
         # What the tokenizer puts before every text (bos, where it adds one).
         with_special, plain = tokenizer("a")["input_ids"], tokenizer("a", add_special_tokens=False)["input_ids"]
@@ -107,6 +113,15 @@ class TextEncoder:
                 size *= 4
         if not text:
             return []
+        if len(text) > _KNOWN_LENGTH:
+            return self._encode(text, after)
+        if (after, text) not in self._known:
+            if len(self._known) >= _MOST_KNOWN:
+                self._known.clear()
+            self._known[after, text] = self._encode(text, after)
+        return list(self._known[after, text])
+
+    def _encode(self, text, after):
         backend = {None: self._first, "control": self._after_control, "text": self._inner}[after]
         encoding = backend.encode(text, add_special_tokens=False)
         ids = encoding.ids

@@ -823,7 +823,7 @@ def test_stage_1_is_image_caption_end_without_roles(kind, image, caption):
 
 def check_every_length(processor, encode, messages, picture, template=None):
     """From 1 to full: an intact sample, or a drop with the reason that is true."""
-    conversation = {"messages": messages, "images": [picture] * count_images(messages)}
+    conversation = {"messages": messages, "images": [picture.copy() for _ in range(count_images(messages))]}
     whole = encode(processor, conversation)
     all_ids, all_labels = processor.expand_images(whole["input_ids"], whole["labels"])
     image_id, size = processor.image_token_id, processor.image_seq_length
