@@ -25,6 +25,7 @@ from transformers import (
     SiglipVisionConfig,
     ViTConfig,
 )
+from transformers.utils import logging
 
 from modeling_vlm import VLMForConditionalGeneration
 from processing import VLMDataCollator, VLMProcessor
@@ -267,6 +268,8 @@ def necessary(
 
 
 def make_and_tell(connection: Connection, task: Task, folder: Path) -> None:
-    """`make`, in a process of its own."""
+    """`make`, in a process of its own; what it prints is of no interest but where it fails."""
     torch.set_num_threads(1)
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
     connection.send(make(task, folder))
