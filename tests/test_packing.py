@@ -96,7 +96,6 @@ def batches(draw):
                 learned.append(place >= first_answer and draw(st.booleans()))
         labels = [id if is_learned else IGNORE for id, is_learned in zip(ids, learned)]
         weight = draw(st.sampled_from([1.0, 0.5]))
-        labels[0] = IGNORE
         texts.append(text_of(ids, labels, [weight * (label != IGNORE) for label in labels], features))
     return texts
 
