@@ -216,7 +216,13 @@ OPTIONS = {
 }
 
 
-@pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
+WIDER = {"padding", "budget", "budget and accumulation", "budget of a stream"}
+
+
+@pytest.mark.parametrize(
+    "options",
+    [pytest.param(OPTIONS[name], id=name, marks=[pytest.mark.slow] * (name in WIDER)) for name in OPTIONS],
+)
 def test_a_resumed_run_is_the_run_with_each_option(backbones, dialogues, tmp_path, options):
     common = [*backbones, *dialogues, *QUICK, *options]
     whole, stopped = tmp_path / "whole", tmp_path / "stopped"
