@@ -20,8 +20,10 @@ BLOCK = 128  # queries
 
 
 def fused_is_slow(query: torch.Tensor) -> bool:
-    """Whether the fused attention gains nothing from its type; a model that is in bfloat16 as a whole keeps it."""
-    return query.device.type == "cpu" and query.dtype == torch.bfloat16 and torch.is_autocast_enabled("cpu")
+    """Whether autocast has it compute in bfloat16, whatever it is given; a model that is in bfloat16 keeps it."""
+    if query.device.type != "cpu" or query.dtype not in (torch.float32, torch.bfloat16):
+        return False
+    return torch.is_autocast_enabled("cpu") and torch.get_autocast_dtype("cpu") == torch.bfloat16
 
 
 def by_products_where_faster(fused: Callable) -> Callable:
@@ -30,6 +32,8 @@ def by_products_where_faster(fused: Callable) -> Callable:
     def attention(module, query, key, value, attention_mask, dropout=0.0, **kwargs):
         learns = torch.is_grad_enabled() or module.training  # blocks are run without gradients, and then again
         if learns and fused_is_slow(query) and key.shape[2] <= LONGEST and not dropout:
+            if torch.is_autocast_enabled("cpu"):  # which casts what the library's functions are given, and not ours
+                query, key, value = (whole.to(torch.get_autocast_dtype("cpu")) for whole in (query, key, value))
             return attend_by_products(module, query, key, value, attention_mask, **kwargs)
         return fused(module, query, key, value, attention_mask, dropout=dropout, **kwargs)
 

@@ -66,7 +66,9 @@ def test_a_row_by_products_has_the_loss_and_gradients_of_the_padded_batch(name, 
     [
         (torch.bfloat16, 9, 0.0, True, True, True),
         (torch.bfloat16, 9, 0.0, False, True, False),
-        (torch.float32, 9, 0.0, True, True, False),
+        (torch.float32, 9, 0.0, True, True, True),
+        (torch.float32, 9, 0.0, False, True, False),
+        (torch.float64, 9, 0.0, True, True, False),
         (torch.bfloat16, 12, 0.0, True, True, False),
         (torch.bfloat16, 9, 0.1, True, True, False),
         (torch.bfloat16, 9, 0.0, True, False, False),
@@ -82,6 +84,23 @@ def test_products_are_taken_where_texts_of_a_moderate_length_are_learned_under_a
     with torch.autocast("cpu", torch.bfloat16, enabled=autocast), torch.set_grad_enabled(learns):
         attend(module, *drawn(3, keys, dtype=dtype), mask_of(3, keys), dropout=dropout)
     assert (taken == []) == products
+
+
+@pytest.mark.parametrize("name", ["GPT-2", "Llama"])
+def test_a_row_that_is_learned_under_autocast_goes_by_products(name, monkeypatch):
+    types = []
+
+    def seen(module, query, key, value, mask, **kwargs):
+        types.append({query.dtype, key.dtype, value.dtype})
+        return attend_by_products(module, query, key, value, mask, **kwargs)
+
+    monkeypatch.setattr(products_vlm, "attend_by_products", seen)
+    model = model_of(name, "sdpa")
+    batches = forest(model, torch.Generator().manual_seed(0))
+    with torch.autocast("cpu", torch.bfloat16):
+        loss, found = (step(model, batch)[0] for batch in (batches.padded, batches.packed))
+    assert types and all(found == {torch.bfloat16} for found in types)
+    assert found == pytest.approx(loss, rel=1e-2)
 
 
 def test_in_bfloat16_the_gradients_are_as_near_as_those_of_the_fused_attention():
