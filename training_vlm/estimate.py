@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import datasets
+from transformers.training_args import OptimizerNames
 from transformers.utils import logging
 
 from processing.data_error_vlm import DuetError
@@ -89,7 +90,7 @@ def lines_of(sketch: Sketch, options: argparse.Namespace) -> Iterator[str]:
     yield (
         f"The largest of {found.batches} batches: {len(account.records):,} conversations, {found.views:,} views of "
         f"images, {account.run:,} positions run ({account.padding / max(1, account.run):.0%} padding), {supervised:,} "
-        f"supervised; {precision_of(args)}, {args.optim.value}"
+        f"supervised; {precision_of(args)}, {OptimizerNames(args.optim).value}"
         + (", checkpointed" if args.gradient_checkpointing else "")
     )
     yield f"\n{'memory':<26}{'at the peak':>14}{'between steps':>16}"
@@ -109,15 +110,16 @@ def _work_lines(sketch: Sketch, options: argparse.Namespace) -> Iterator[str]:
     size = sketch.cache_bytes
     if size is not None:
         yield f"\nThe features of all images, cached: up to {shown_size(size)}"
-    if sketch.flops is None:
+    flops, conversations = sketch.flops, sketch.conversations
+    if flops is None or conversations is None:
         yield "\nHow far the run goes is not known: name --samples, or --max_steps."
         return
     yield (
-        f"\n{sketch.flops / 1e12:,.4g} TFLOP for {sketch.conversations:,} conversations, "
-        f"{sketch.flops / max(1, sketch.conversations) / 1e9:,.4g} GFLOP each"
+        f"\n{flops / 1e12:,.4g} TFLOP for {conversations:,} conversations, "
+        f"{flops / max(1, conversations) / 1e9:,.4g} GFLOP each"
     )
     if options.peak is not None:
-        hours = sketch.flops / (options.peak * 1e12 * options.utilisation * options.devices) / 3600
+        hours = flops / (options.peak * 1e12 * options.utilisation * options.devices) / 3600
         yield (
             f"{hours:,.3g} hours at {options.utilisation:.0%} of {options.peak:g} TFLOP/s"
             + (f" on each of {options.devices} devices" if options.devices > 1 else "")

@@ -15,9 +15,9 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
+from modeling_vlm import VLMForConditionalGeneration
 from modeling_vlm.vision_vlm import blank_image
 
 from .weightless import blank, blank_like, weightless
@@ -55,7 +55,7 @@ class Work:
         """So often that."""
         pairs = Counter({window: int(count * number) for window, count in self.pairs.items()})
         names = ("encoded", "projected", "positions", "predicted")
-        return Work(*(int(getattr(self, name) * number) for name in names), pairs)
+        return Work(**{name: int(getattr(self, name) * number) for name in names}, pairs=pairs)
 
 
 @dataclass(frozen=True)
@@ -132,12 +132,12 @@ def _pairs(before: int, length: int, window: int | None) -> int:
     return growing * before + growing * (growing + 1) // 2 + (length - growing) * window
 
 
-def costs_of(model: nn.Module) -> Costs:
+def costs_of(model: VLMForConditionalGeneration) -> Costs:
     """
     What a training step of a composed model costs, as its parameters learn now.
 
     Args:
-        model: a `VLMForConditionalGeneration`, real or on the meta device; it is as before afterwards.
+        model: real or on the meta device; it is as before afterwards.
     """
     base, was_training = model.model, model.training
     model.eval()

@@ -10,9 +10,10 @@ import tempfile
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, cast
 
 import torch
+from torch.utils.data import DataLoader
 from transformers import TrainerCallback
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 from transformers.trainer_utils import IntervalStrategy, SaveStrategy, SchedulerType
@@ -94,12 +95,13 @@ def rehearse(
     """
     cached = arguments.efficiency.cache_vision_features is not None
     model = copy.deepcopy(model)  # it costs nothing
-    model.to = lambda *args, **kwargs: model  # there is no memory to be moved
+    # There is no memory to be moved.
+    model.to = lambda *args, **kwargs: model  # type: ignore[assignment]  # this one model's own
     for parameter in _narrowed(arguments, model):
         parameter.data = parameter.data.to(autocast_dtype(arguments.training))
     with tempfile.TemporaryDirectory() as folder, weightless(model):
         trainer = build_trainer(rehearsing(arguments, folder), model, encoder, dataset, None, lambda *_: None)
-        unread = trainer.data_collator.features = Unread(encoder.processor)
+        unread = cast(Any, trainer.data_collator).features = Unread(encoder.processor)
         batches = list(_batches(trainer, cached))
         work = Work()
         windows = windows_of(model.config.text_config)
@@ -135,7 +137,7 @@ def rehearsing(arguments: Arguments, folder: str) -> Arguments:
 
 def _batches(trainer: VLMTrainer, cached: bool) -> Iterator[tuple[dict[str, Any], list[int], int]]:
     """The first batches, of an epoch at most: images without pixels, lengths of the conversations, predictions."""
-    config = trainer.model.config
+    config = cast(VLMForConditionalGeneration, trainer.model).config
     for number, batch in enumerate(trainer.get_train_dataloader()):
         learned = [record for record in batch["account"].records if record.dropped is None]
         if "vision_features" in batch:
@@ -167,8 +169,9 @@ def _steps(trainer: VLMTrainer, batch: dict[str, Any], cached: bool) -> tuple[Co
     for printer in (PrinterCallback, ProgressCallback):
         trainer.remove_callback(printer)
     accumulated = trainer.args.gradient_accumulation_steps
-    trainer.get_train_dataloader = lambda: [batch] * (2 * accumulated)
-    model = trainer.model
+    batches = cast(DataLoader, [batch] * (2 * accumulated))
+    trainer.get_train_dataloader = lambda: batches  # type: ignore[method-assign]  # this one trainer's own
+    model = cast(VLMForConditionalGeneration, trainer.model)
     unread = {id(tensor) for tensor in _tensors(model.model.vision_tower)} if cached else set()
     watch = Watch(model, [tensor for tensor in _tensors(model) if id(tensor) not in unread])
     between = _Between(watch)

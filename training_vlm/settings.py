@@ -76,9 +76,9 @@ def parse_arguments(stage: Stage, argv: list[str] | None = None) -> Arguments:
     if unknown:
         options = [option for action in parser._actions for option in action.option_strings]
         raise DuetError(f"unknown argument {unknown[0]!r}{suggest(unknown[0], options)}; --help lists all.")
-    settings = Arguments(*arguments)
-    settings.efficiency.settle(settings.data, settings.training)
-    return settings
+    parsed = Arguments(*arguments)
+    parsed.efficiency.settle(parsed.data, parsed.training)
+    return parsed
 
 
 # Settings that a yaml file may give as a mapping or a list.

@@ -8,13 +8,13 @@ import os
 import random
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, cast
 
 import datasets
 import torch
 from PIL import Image
 
-from processing.batching.dataset import StreamedDataset
+from processing.batching.dataset import ConversationDataset, MixedDataset, StreamedDataset
 from processing.batching.encoding import Encoder, encode_item
 from processing.reading.items import Reading
 
@@ -56,12 +56,13 @@ class StandIn:
         question, answer = (self.text - self.supervised if asks else 0), self.supervised
         wanted = (self.text - self.supervised, self.supervised)
         words = [max(1, question), max(1, answer)]
-        for _ in range(4 if encoder is not None else 0):
-            item = self._reading.items(self._row(words, asks, encoder, 0), 0)[0]
-            _, record = encode_item(item, encoder)
-            found = record.tokens - record.image_tokens - record.supervised, record.supervised
-            for part, (now, then) in enumerate(zip(found, wanted)):
-                words[part] = max(1, words[part] + round((then - now) / max(1, now / words[part])))
+        if encoder is not None:
+            for _ in range(4):
+                item = self._reading.items(self._row(words, asks, encoder, 0), 0)[0]
+                _, record = encode_item(item, encoder)
+                found = record.tokens - record.image_tokens - record.supervised, record.supervised
+                for part, (now, then) in enumerate(zip(found, wanted)):
+                    words[part] = max(1, words[part] + round((then - now) / max(1, now / words[part])))
         made = [self._row(words, asks, encoder, number) for number in range(rows)]
         return Data([Opened(datasets.Dataset.from_list(made), self._reading)], [], None, None)
 
@@ -158,7 +159,7 @@ class Sketch:
         if self.unit == "conversations":
             return 1
         multiple = self.arguments.data.pad_to_multiple_of or 1
-        return -(-max(self.sample(4 * ROWS).lengths) // multiple) * multiple
+        return -(-max(self._lengths(4 * ROWS)) // multiple) * multiple
 
     def most_batch(self) -> int:
         """The largest that the data have conversations for."""
@@ -167,8 +168,8 @@ class Sketch:
         whole = self.samples or self._length()
         if self.unit == "conversations":
             return whole
-        sample = self.sample(ROWS)
-        return sum(sample.lengths) * whole // len(sample)
+        lengths = self._lengths(ROWS)
+        return sum(lengths) * whole // len(lengths)
 
     def with_batch(self, number: int) -> Rehearsed:
         """What was found of steps with batches of that size."""
@@ -177,7 +178,7 @@ class Sketch:
             if self.unit == "positions":
                 efficiency = replace(arguments.efficiency, max_tokens_per_batch=number)
                 arguments = arguments._replace(efficiency=efficiency)
-                rows = max(4 * ROWS, 4 * number // max(1, min(self.sample(ROWS).lengths)))
+                rows = max(4 * ROWS, 4 * number // max(1, min(self._lengths(ROWS))))
             else:
                 training = copy.copy(arguments.training)
                 training.per_device_train_batch_size = number
@@ -207,11 +208,15 @@ class Sketch:
         settings = {"encoder": self.encoder, "on_bad_sample": data_args.on_bad_sample}
         return joined(parts, self.data.weights, seed, settings, data_args.shuffle_buffer)
 
+    def _lengths(self, rows: int) -> list[int]:
+        return cast(ConversationDataset | MixedDataset, self.sample(rows)).lengths
+
     # --- the run
 
     @functools.cache  # noqa: B019
     def _length(self) -> int:
-        return len(joined(self.data.train, self.data.weights, order_seed(self.arguments.training)))
+        whole = joined(self.data.train, self.data.weights, order_seed(self.arguments.training))
+        return len(cast(ConversationDataset | MixedDataset, whole))  # a stream's length is asked of nobody
 
     @functools.cached_property
     def costs(self) -> Costs:

@@ -8,15 +8,18 @@ spreads tokens evenly over its experts.
 """
 
 import contextlib
+import functools
 import weakref
 from collections import Counter
 from collections.abc import Iterable, Iterator
+from typing import Any, cast
 
 import torch
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
+from transformers import PreTrainedModel
 
 
 aten = torch.ops.aten
@@ -41,9 +44,10 @@ def blank_like(tensor: torch.Tensor) -> torch.Tensor:
 @contextlib.contextmanager
 def weightless(model: nn.Module) -> Iterator[None]:
     """Within it a model, real or on the meta device, has weights without memory; shared ones stay shared."""
-    kept, made = [], {}
+    kept: list[tuple[dict[str, Any], dict[str, Any]]] = []
+    made: dict[int, torch.Tensor] = {}
     for module in model.modules():
-        for tensors in (module._parameters, module._buffers):
+        for tensors in cast(tuple[dict[str, Any], ...], (module._parameters, module._buffers)):
             kept.append((tensors, dict(tensors)))
             for name, tensor in tensors.items():
                 if tensor is not None:
@@ -99,9 +103,9 @@ class Watch(TorchDispatchMode):
         peak (`Counter`): those at the moment at which most were alive, since `begin`.
     """
 
-    def __init__(self, model: nn.Module, weights: Iterable[torch.Tensor]):
+    def __init__(self, model: PreTrainedModel, weights: Iterable[torch.Tensor]):
         super().__init__()
-        head = model.get_output_embeddings()
+        head = cast(nn.Linear, model.get_output_embeddings())
         self._vocabulary, self._heads = head.out_features, {id(head.weight.untyped_storage())}
         self.alive: Counter[str] = Counter()
         self.peak: Counter[str] = Counter()
@@ -122,7 +126,7 @@ class Watch(TorchDispatchMode):
             place = id(storage)
             entry = self._seen.get(place)
             if entry is None:
-                end = weakref.ref(storage, lambda _, place=place: self._gone(place))
+                end = weakref.ref(storage, functools.partial(self._gone, place))
                 entry = self._seen[place] = [kind, storage.nbytes(), end]
                 self.alive[kind] += entry[1]
             elif entry[0] != kind:
@@ -132,7 +136,7 @@ class Watch(TorchDispatchMode):
         if self.alive.total() > self.peak.total():
             self.peak = Counter(self.alive)
 
-    def _gone(self, place):
+    def _gone(self, place, _):
         kind, size, _ = self._seen.pop(place)
         self.alive[kind] -= size
         self._heads.discard(place)

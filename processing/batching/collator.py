@@ -7,7 +7,7 @@ pad token that is also the end token is still learned as the end.
 """
 
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -119,7 +119,7 @@ class VLMDataCollator:
         counts = self._dropped.sum(0).tolist()
         return {reason: count for reason, count in zip(DROP_REASONS, counts) if count}
 
-    def __call__(self, rows: list[dict[str, Any] | list[dict[str, Any]]]) -> dict[str, Any]:
+    def __call__(self, rows: Sequence[dict[str, Any] | list[dict[str, Any]]]) -> dict[str, Any]:
         if self._is_skipped():
             return {}
         items, records, rows_of, images = [], [], [], BatchImages(self.processor, self.features)
@@ -209,15 +209,15 @@ class VLMDataCollator:
         seen, rows = item["seen"], [item["labels"]]
         if item.get("weights"):
             rows.append(item["weights"])
-        ids, labels, *weights = self.processor.expand_images(
-            item["input_ids"], *rows, counts=[image.tokens for image in seen]
+        ids, labels, *weights = map(
+            np.array,
+            self.processor.expand_images(item["input_ids"], *rows, counts=[image.tokens for image in seen]),
         )
-        ids, labels = np.array(ids), np.array(labels)
         features = np.full(len(ids), -1)
         features[ids == self.processor.image_token_id] = [
             next_one + place for image, next_one in zip(seen, begins) for place in range(image.tokens)
         ]
-        return Text(ids, labels, np.array(*weights or [labels != IGNORE], dtype=np.float32), features)
+        return Text(ids, labels, np.array(weights[0] if weights else labels != IGNORE, dtype=np.float32), features)
 
     def _packed(self, texts: list[Text]):
         row = pack(texts, self.share_prefix, self.processor.tokenizer.pad_token_id, self.pad_to_multiple_of or 1)

@@ -269,7 +269,7 @@ def place(conversation: Mapping[str, Any]) -> str:
     return f"{conversation['source']}, row {conversation.get('row')}: "
 
 
-def image_counts(processor: VLMProcessor, conversation: dict) -> list[int] | None:
+def image_counts(processor: VLMProcessor, conversation: Mapping[str, Any]) -> list[int] | None:
     """
     Positions that each image of a conversation takes, `None` where all take as many.
 

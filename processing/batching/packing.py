@@ -84,7 +84,8 @@ def pack(texts: Sequence[Text], share_prefix: bool, pad_id: int, multiple: int =
         ids, labels, features = (np.full(padding, value) for value in (pad_id, IGNORE, -1))
         columns.append((ids, labels, np.zeros(padding, np.float32), features, np.arange(padding)))
         segments.append((length, length + padding, -1, -1))
-    return Row(*map(np.concatenate, zip(*columns)), segments, padding)
+    ids, labels, weights, features, positions = map(np.concatenate, zip(*columns))
+    return Row(ids, labels, weights, features, positions, segments, padding)
 
 
 def packed_length(texts: Sequence[Text], share_prefix: bool) -> int:

@@ -3,7 +3,7 @@
 import os
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import datasets
 from transformers.utils import logging
@@ -86,7 +86,9 @@ def read_rows(
     for index, row in enumerate(rows):
         is_read = is_item(row)
         items = (
-            split_item({"source": source, "row": index, **row}, split_turns) if is_read else reading.items(row, index)
+            split_item(cast(Conversation, {"source": source, "row": index, **row}), split_turns)
+            if is_read
+            else reading.items(row, index)
         )
         for item in items:
             (dropped if "dropped" in item else found).append(item)

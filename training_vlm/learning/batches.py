@@ -238,7 +238,8 @@ class PlannedBatches(torch.utils.data.Dataset):
         """The items of the epoch: each by itself, or with those that share a prefix as far as there is room."""
         found = self.dataset.in_groups()
         items = zip(*(column.tolist() for column in found[:-1]))
-        units, group_before = [], None
+        units: list[Unit] = []
+        group_before = None
         for item, group, length, shared, images, new_images in items:
             if self.share_prefix and group == group_before:
                 before = units[-1]

@@ -73,7 +73,7 @@ class Meter(TrainerCallback):
         """Go on with something else; gives what was done before."""
         now, before = time.perf_counter(), self._state
         if before is not None:
-            self.seconds[before] += now - self._since
+            self.seconds[before] += now - self._since  # type: ignore[assignment]  # typeshed counts whole ones alone
         self._state, self._since = state, now
         return before
 

@@ -2,7 +2,7 @@
 
 import random
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING
 
 import torch
@@ -63,7 +63,7 @@ class GroupedOrder(LengthGroupedOrder):
         return iter(whole_groups(self.dataset.groups, self.batch_size, random.Random(f"{self.seed} {self.epoch}")))
 
 
-def whole_groups(groups: Sequence[int], batch_size: int, rng: random.Random) -> list[int]:
+def whole_groups(groups: Iterable[int], batch_size: int, rng: random.Random) -> list[int]:
     """
     An order of items, of which each `batch_size` from the first are a batch.
 

@@ -6,17 +6,19 @@ data say whether their texts share a prefix, and whether a step of such texts st
 
 import math
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import numpy as np
 from accelerate.utils import gather_object
 from torch import nn
 
 from processing.batching.account import Account
+from processing.batching.collator import VLMDataCollator
 from processing.batching.dataset import StreamedDataset
 from processing.batching.encoding import encode_item
 from processing.data_error_vlm import DuetError
 
+from ..data import TrainDataset
 from ..efficiency import LEAST_IMAGES, EfficiencyArguments
 from ..survey import SURVEYED, some_items
 from .batches import Budget, PlannedBatches, PlannedStream
@@ -122,7 +124,8 @@ def plan_batches(asked: EfficiencyArguments, trainer: VLMTrainer) -> PlannedBatc
     """
     if asked.max_tokens_per_batch is None:
         return None
-    dataset, collator, args = trainer.train_dataset, trainer.data_collator, trainer.args
+    dataset, collator = cast(TrainDataset, trainer.train_dataset), cast(VLMDataCollator, trainer.data_collator)
+    args = trainer.args
     budget = Budget(
         asked.max_tokens_per_batch, asked.max_images_per_batch, collator.padding_free, collator.pad_to_multiple_of
     )
