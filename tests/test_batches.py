@@ -6,6 +6,7 @@ import random
 import shutil
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import datasets
@@ -29,6 +30,7 @@ from tests.test_settings import refusal
 from tests.test_trainer import trainer_of
 from training_vlm.learning.batches import Budget, PlannedBatches
 from training_vlm.learning.sampling import GroupedOrder, whole_groups
+from training_vlm.run import build_trainer
 from training_vlm.settings import parse_arguments
 from training_vlm.stages import SFT
 
@@ -364,7 +366,7 @@ def test_a_model_that_does_not_keep_texts_apart_is_padded_as_before_and_says_why
     backbones, captions, tmp_path, capsys, monkeypatch
 ):
     monkeypatch.setattr(
-        "training_vlm.learning.savings.why_not_packed", lambda model, share_prefix: "it mixes all tokens"
+        train_pretrain, "build_trainer", partial(build_trainer, probe=lambda model, share_prefix: "it mixes all tokens")
     )
     run = [*backbones, *captions, *QUICK, "--overwrite_output_dir", "--output_dir", str(tmp_path / "out")]
     assert said_of(capsys, train_pretrain.main, *run) == "batches are padded; it mixes all tokens"
@@ -378,10 +380,8 @@ def test_a_model_that_does_not_keep_texts_apart_is_padded_as_before_and_says_why
 def test_a_model_that_keeps_texts_apart_but_not_behind_a_prefix_is_packed_without_sharing(
     backbones, captions, tmp_path, capsys, monkeypatch
 ):
-    monkeypatch.setattr(
-        "training_vlm.learning.savings.why_not_packed",
-        lambda model, share_prefix: "it counts" if share_prefix else None,
-    )
+    counts = partial(build_trainer, probe=lambda model, share_prefix: "it counts" if share_prefix else None)
+    monkeypatch.setattr(train_pretrain, "build_trainer", counts)
     run = [*backbones, *captions, *QUICK, "--overwrite_output_dir", "--output_dir", str(tmp_path / "out")]
     assert said_of(capsys, train_pretrain.main, *run) == (
         "no padding, each image of a batch encoded once; prefixes are not shared: it counts"
