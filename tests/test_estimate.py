@@ -37,6 +37,9 @@ def made(tmp_path_factory):
     return folder
 
 
+STREAMED = ["--streaming", "true", "--max_steps", "3"]
+
+
 def options(made, stage=SFT, *others):
     data = made / ("dialogues.jsonl" if stage is SFT else "captions.jsonl")
     return [
@@ -148,11 +151,18 @@ def test_no_weight_is_read_and_no_image_opened(made, tmp_path, monkeypatch):
             path.rename(made / "model" / path.name)
 
 
+def test_batches_of_positions_are_known_of_a_stream_too(made):
+    sketch = Sketch(SFT, settled(SFT, options(made, SFT, *STREAMED, "--max_tokens_per_batch", "200")))
+    assert 0 < sketch.rehearsed.account.run <= 200
+    assert sketch.least_batch() <= 200 < sketch.most_batch()
+
+
 @pytest.mark.parametrize(
     "settings, unit, size",
     [
         ([], "conversations", 3),
         pytest.param(["--max_tokens_per_batch", "200"], "positions", 150, marks=pytest.mark.slow),
+        pytest.param([*STREAMED, "--max_tokens_per_batch", "200"], "positions", 150, marks=pytest.mark.slow),
     ],
 )
 def test_the_largest_batch_fits_and_the_next_does_not(made, settings, unit, size):

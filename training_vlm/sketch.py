@@ -4,6 +4,7 @@ import contextlib
 import copy
 import functools
 import io
+import itertools
 import os
 import random
 from collections.abc import Iterator
@@ -163,9 +164,8 @@ class Sketch:
 
     def most_batch(self) -> int:
         """The largest that the data have conversations for."""
-        if self.samples is None and any(isinstance(rows, datasets.IterableDataset) for rows, _ in self.data.train):
-            return ROWS
-        whole = self.samples or self._length()
+        is_stream = any(isinstance(rows, datasets.IterableDataset) for rows, _ in self.data.train)
+        whole = self.samples or (ROWS if is_stream else self._length())
         if self.unit == "conversations":
             return whole
         lengths = self._lengths(ROWS)
@@ -208,8 +208,14 @@ class Sketch:
         settings = {"encoder": self.encoder, "on_bad_sample": data_args.on_bad_sample}
         return joined(parts, self.data.weights, seed, settings, data_args.shuffle_buffer)
 
+    @functools.lru_cache(maxsize=4)  # noqa: B019
     def _lengths(self, rows: int) -> list[int]:
-        return cast(ConversationDataset | MixedDataset, self.sample(rows)).lengths
+        """Positions of conversations of so many rows; of a stream, which has no end, of its first that are learned."""
+        sample = self.sample(rows)
+        if not isinstance(sample, StreamedDataset):
+            return sample.lengths
+        records = (encode_item(item, self.encoder)[1] for item in itertools.islice(sample, rows))
+        return [record.tokens for record in records if record.dropped is None]
 
     # --- the run
 
