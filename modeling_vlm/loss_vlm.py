@@ -256,6 +256,8 @@ def balance_loss(
 
     experts = getattr(config, "num_experts", None) or config.num_local_experts
     counted = counted if counted is not None and counted.ndim == 2 else None
+    if counted is not None:  # in a batch of which nothing is learned no position counts, and 0 / 0 would be no number
+        counted = torch.where(counted.any(), counted, torch.ones_like(counted))
     return load_balancing_loss_func(router_logits, experts, config.num_experts_per_tok, counted)
 
 

@@ -305,6 +305,20 @@ def test_smoothing_leaves_a_mixture_of_experts_its_balance_loss(folders, image, 
     assert 0.5 * plain.aux_loss > 0.5  # what would be lost
 
 
+@pytest.mark.parametrize("padding_free", [False, True])
+def test_a_batch_of_nothing_teaches_a_mixture_of_experts_nothing(padding_free):
+    config = matrix.config_of(*matrix.LANGUAGE_MODELS["Mixtral"])
+    config.output_router_logits, config.router_aux_loss_coef = True, 0.5
+    tokenizer = tiny.byte_level_tokenizer(375)
+    model = matrix.compose("ViT", config, None, tokenizer=tokenizer).train()
+    processor = VLMProcessor.from_backbones(matrix.encoder_of("ViT"), config, model.config, tokenizer=tokenizer)
+    batch = VLMDataCollator(processor, padding_free=padding_free)([tiny.dialogue("a?", "b", "no such image.png")])
+    loss = model(**batch).loss
+    loss.backward()
+    gradients = [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
+    assert loss == 0 and gradients and not any(gradient.any() for gradient in gradients)
+
+
 def test_the_smoothing_of_the_stock_trainer_which_does_not_shift_is_refused(composed, image, tmp_path):
     model, processor = composed
     settings = {"use_cpu": True, "report_to": "none", "max_steps": 1, "save_strategy": "no"}

@@ -108,8 +108,9 @@ def test_frozen_weights_of_another_type_and_adapters_change_nothing():
         for layer in model.model.language_model.layers:
             getattr(layer, name).float()
     assert why_not_packed(model) is None
-    adapted = peft.get_peft_model(model_of("GPT-2"), peft.LoraConfig(target_modules=["c_attn"]))
-    assert why_not_packed(adapted) is None
+    for name, modules in (("GPT-2", ["c_attn"]), ("Llama", ["embed_tokens", "q_proj"])):
+        adapted = peft.get_peft_model(model_of(name), peft.LoraConfig(target_modules=modules))
+        assert why_not_packed(adapted) is None
 
 
 def test_learned_positions_that_are_few_are_enough():

@@ -94,7 +94,7 @@ def _draw(core) -> Texts:
     longest = min(LONGEST, core.max_positions or LONGEST)
     embeddings, image = core.get_input_embeddings(), core.config.image_token_id
     drawn = torch.Generator().manual_seed(0)
-    ids = torch.randint(embeddings.num_embeddings - 1, (3, longest), generator=drawn)
+    ids = torch.randint(len(embeddings.weight) - 1, (3, longest), generator=drawn)
     ids = (ids + (ids >= image)).to(embeddings.weight.device)
     shared = longest // 2
     ids[:, :shared] = ids[0, :shared]
