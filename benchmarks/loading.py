@@ -8,7 +8,6 @@ are reported, with the CPU time of the worker; the figures that were measured st
 """
 
 import argparse
-import io
 import json
 import os
 import random
@@ -20,7 +19,7 @@ from pathlib import Path
 import datasets
 import psutil
 import torch
-from PIL import Image, ImageFilter
+from speed_pairs import photograph
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 from torch.utils.data import DataLoader
 from transformers import PreTrainedTokenizerFast, ViTConfig
@@ -32,16 +31,6 @@ from processing.batching.encoding import Encoder, encode_caption
 
 
 WORDS = "a small red cat sits on the mat beside two large green birds under an old tree near some water".split()
-
-
-def photograph(rng: random.Random, size: tuple[int, int]) -> bytes:
-    """A JPEG with the grain and the size in bytes of a photograph."""
-    colour = tuple(rng.randrange(256) for _ in range(3))
-    image = Image.effect_noise(size, 60).filter(ImageFilter.GaussianBlur(1.2)).convert("RGB")
-    image = Image.blend(image, Image.new("RGB", size, colour), 0.4)
-    content = io.BytesIO()
-    image.save(content, "JPEG", quality=85)
-    return content.getvalue()
 
 
 def make_rows(folder: Path, number: int, size: tuple[int, int], images: int) -> Path:

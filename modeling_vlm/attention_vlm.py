@@ -57,7 +57,7 @@ class Row:
             if start != end or stop <= start or not -1 <= parent < number:
                 raise DuetError(
                     f"segment {number} of the row is {(start, stop, parent)}; segments cover the row one behind the "
-                    "other, (start, end, parent), and a parent is an earlier segment's number or -1."
+                    "other, each (start, end, parent, text), and a parent is an earlier one's number or -1."
                 )
             end = stop
             above = [] if parent < 0 else [*self.ancestors[parent], parent]
