@@ -54,7 +54,7 @@ class Sizes(torch.utils.data.Dataset):
 
     def in_groups(self):
         (lengths, images), items = self.sizes, np.arange(len(self))
-        return Grouped(items, items, lengths, 0 * items, images, images, 0 * items)
+        return Grouped(items, items, lengths, 0 * items, images, images)
 
     def set_epoch(self, epoch):
         self.epoch = epoch
@@ -359,7 +359,10 @@ def test_a_run_leaves_out_what_it_can_and_says_so(backbones, captions, dialogues
     assert "not shared: train_sampling_strategy=group_by_length" in said_of(
         capsys, train_pretrain.main, *run, *captions, *large, "--train_sampling_strategy", "group_by_length"
     )
-    assert said_of(capsys, train_pretrain.main, *run, *captions, "--padding_free", "off") == "batches are padded"
+    assert (
+        said_of(capsys, train_pretrain.main, *run, *captions, "--padding_free", "off")
+        == "batches are padded, each image of a batch encoded once"
+    )
 
 
 def test_a_model_that_does_not_keep_texts_apart_is_padded_as_before_and_says_why(
@@ -369,7 +372,10 @@ def test_a_model_that_does_not_keep_texts_apart_is_padded_as_before_and_says_why
         train_pretrain, "build_trainer", partial(build_trainer, probe=lambda model, share_prefix: "it mixes all tokens")
     )
     run = [*backbones, *captions, *QUICK, "--overwrite_output_dir", "--output_dir", str(tmp_path / "out")]
-    assert said_of(capsys, train_pretrain.main, *run) == "batches are padded; it mixes all tokens"
+    assert (
+        said_of(capsys, train_pretrain.main, *run)
+        == "batches are padded, each image of a batch encoded once; it mixes all tokens"
+    )
     for option in ("padding_free", "share_prefix"):
         with pytest.raises(SystemExit):
             train_pretrain.main([*run, f"--{option}", "on"])

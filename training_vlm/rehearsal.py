@@ -112,7 +112,7 @@ def rehearse(
         return Rehearsed(
             peak, held, largest["account"], _views(largest), len(batches),
             sum(len(lengths) for _, lengths, _ in batches), work, unread.views / max(1, unread.images),
-            _features(model), str(trainer.savings),
+            _features(model), str(trainer.savings._replace(is_cached=cached)),
         )  # fmt: skip
 
 

@@ -129,7 +129,8 @@ def build_trainer(
     if (folder := arguments.efficiency.cache_vision_features) is not None:
         train_on_features(trainer, [train, evaluation], folder, originals)
     trainer.add_callback(originals)
-    trainer.savings = choose_savings(arguments.efficiency, trainer, probe)
+    savings = choose_savings(arguments.efficiency, trainer, probe)
+    trainer.savings = savings._replace(is_cached=collator.features is not None)
     collator.padding_free, collator.share_prefix = trainer.savings.padding_free, trainer.savings.share_prefix
     if isinstance(train, StreamedDataset):
         train.keeps_rows = collator.share_prefix

@@ -69,31 +69,36 @@ def _survey(dataset, encoder: Encoder) -> Survey:
     """The account of what is encoded already, else of some items."""
     if getattr(dataset, "is_encoded", False):
         return Survey(dataset.account, sampled=False)
-    account, items = Account(), some_items(dataset, SURVEYED)
-    if encoder.processor.max_tiles > 1:
-        # How long a sample is whose images have to be fetched is known when it is learned from.
-        items = (item for item in items if not any(map(is_url, item.get("images") or ())))
-    account.add(encode_item(item, encoder)[1] for item in items)
-    return Survey(account, sampled=True)
+    account, sampled, sources = Account(), False, sources_of(dataset)
+    each = -(-SURVEYED // len(sources))
+    for source in sources:
+        for number, item in enumerate(some_items(source, each + 1)):
+            # How long a sample is whose images have to be fetched is known when it is learned from.
+            is_fetched = encoder.processor.max_tiles > 1 and any(map(is_url, item.get("images") or ()))
+            if number == each or is_fetched:
+                sampled = True
+            else:
+                account.add([encode_item(item, encoder)[1]])
+    return Survey(account, sampled)
 
 
 def some_items(dataset, number: int) -> Iterator[dict[str, Any]]:
-    """Items from all over a data set, as many of each of its sources; of a stream the first."""
-    sources = getattr(dataset, "sources", None)
-    if sources is not None and len(sources) > 1:
-        if _is_stream(dataset):
-            sources = [StreamedDataset([source], None, dataset.seed) for source in sources]
+    """Items from all over a data set, none twice, as many of each of its sources; of a stream the first."""
+    sources = sources_of(dataset)
+    if len(sources) > 1:
         each = -(-number // len(sources))
         return itertools.islice(itertools.chain.from_iterable(some_items(source, each) for source in sources), number)
-    if _is_stream(dataset):
-        first = StreamedDataset(dataset.sources, dataset.weights, dataset.seed, shuffle_buffer=1)
-        return itertools.islice(first, number)
+    if isinstance(dataset, StreamedDataset):
+        return itertools.islice(cast(Iterator[dict[str, Any]], dataset.once()), number)
     number = min(number, len(dataset))
     return (dataset[index * len(dataset) // number] for index in range(number))
 
 
-def _is_stream(dataset):
-    return isinstance(dataset, StreamedDataset)
+def sources_of(dataset) -> list[Any]:
+    """The data sets that a mix is made of, or the one that is none."""
+    if isinstance(dataset, StreamedDataset):
+        return [StreamedDataset([source], None, dataset.seed) for source in dataset.sources]
+    return getattr(dataset, "sources", [dataset])
 
 
 def _without_bad_images(test: ConversationDataset, encoder: Encoder) -> Account:
@@ -183,4 +188,4 @@ def write_data_report(folder: Path, consumed: Account, train: TrainDataset) -> A
     return consumed
 
 
-__all__ = ["Survey", "report_data", "some_items", "survey_data", "write_data_report"]
+__all__ = ["Survey", "report_data", "some_items", "sources_of", "survey_data", "write_data_report"]

@@ -244,14 +244,17 @@ class MixedDataset(torch.utils.data.Dataset):
 
     def _numbers(self, source: int, first: int = 0, end: int | None = None) -> np.ndarray:
         """Which items of a source this epoch shows, in the order of the mix, or some of them."""
+        return np.concatenate(self._rounds(source, first, end))
+
+    def _rounds(self, source: int, first: int = 0, end: int | None = None) -> list[np.ndarray]:
+        """The same, divided where the source begins anew."""
         start, size = self._start(source), len(self.sources[source])
         numbers = np.arange(first, self._ends[source] - start if end is None else end)
         if self.weights is None or not size:
-            return numbers
-        cycles, positions = np.divmod(numbers + int(self._epoch) * int(self._ends[source] - start), size)
-        for cycle in np.unique(cycles):
-            numbers[cycles == cycle] = self._order(source, int(cycle))[positions[cycles == cycle]]
-        return numbers
+            return [numbers]
+        rounds, places = np.divmod(numbers + int(self._epoch) * int(self._ends[source] - start), size)
+        found = [self._order(source, int(number))[places[rounds == number]] for number in np.unique(rounds)]
+        return found or [numbers]
 
     def _start(self, source):
         return int(self._ends[source - 1]) if source else 0
@@ -276,23 +279,25 @@ class MixedDataset(torch.utils.data.Dataset):
 
     @property
     def groups(self) -> np.ndarray:
-        """For every item of this epoch a number; see `ConversationDataset`."""
-        groups = [source.groups[self._numbers(n)] for n, source in enumerate(self.sources)]
-        return np.concatenate([of + first for of, first in zip(groups, self._first_groups)])
+        """For every item of this epoch a number; see `ConversationDataset`. An item that comes again is of another."""
+        groups = [source.groups for source in self.sources]
+        return np.concatenate([groups[source][numbers] + first for source, numbers, _, first in self._parts()])
 
     def in_groups(self) -> Grouped:
         """The items of this epoch with what they share; see `ConversationDataset`."""
         parts = []
-        for n, (source, first) in enumerate(zip(self.sources, self._first_groups)):
-            numbers = self._numbers(n)
-            found = source.in_groups().chosen(numbers, self._start(n) + np.arange(len(numbers)))
+        for source, numbers, place, first in self._parts():
+            found = self.sources[source].in_groups().chosen(numbers, place + np.arange(len(numbers)))
             parts.append(found._replace(groups=found.groups + first))
         return Grouped(*map(np.concatenate, zip(*parts)))
 
-    @property
-    def _first_groups(self):
-        """Where the numbers of each source's groups begin: they are positions of its rows."""
-        return np.cumsum([0, *(len(source.rows) for source in self.sources)])[:-1]
+    def _parts(self) -> Iterator[tuple[int, np.ndarray, int, int]]:
+        """Each round of each source: its items, the place of the first in the mix, and where its groups begin."""
+        place = first = 0
+        for source, data in enumerate(self.sources):
+            for numbers in self._rounds(source):
+                yield source, numbers, place, first
+                place, first = place + len(numbers), first + len(data.rows)  # whose positions groups are
 
     @property
     def account(self) -> Account:
@@ -343,6 +348,13 @@ class StreamedDataset(torch.utils.data.IterableDataset):
     def num_shards(self) -> int:
         """As many workers as this can share the reading."""
         return min(rows.num_shards for rows, _ in self.sources)
+
+    def once(self) -> Iterator[Conversation | Dropped]:
+        """Every item of each source once, in the order of its rows: no epoch, but a look at what there is."""
+        rng = random.Random(self.seed)
+        for rows, reading in self.sources:
+            for items in self._once(rows, reading, None, rng):
+                yield from items
 
     def __iter__(self) -> Iterator[Conversation | Dropped]:
         worker = torch.utils.data.get_worker_info()

@@ -39,36 +39,31 @@ class Grouped(NamedTuple):
     """Images that it shows."""
     new_images: np.ndarray
     """Those that the item before it does not show."""
-    silent: np.ndarray
-    """What it would share with itself."""
 
     def chosen(self, items: np.ndarray, numbers: np.ndarray) -> "Grouped":
         """
-        The same of items that are some of these, some perhaps more than once.
+        The same of some of these items.
 
         Args:
-            items: which of these they are.
+            items: which they are, none twice.
             numbers: what each is called in `order`.
         """
         rank = np.empty(len(self.order), dtype=np.int64)
         rank[self.order] = np.arange(len(self.order))
-        sorting = np.argsort(rank[items], kind="stable")
-        ranks, place = np.unique(rank[items], return_inverse=True)
-        place = place[sorting]
-        is_first = np.append(True, place[1:] != place[:-1])[: len(place)]
+        sorting = np.argsort(rank[items])
+        ranks = rank[items][sorting]
         chosen = Grouped(*(column[ranks] for column in self))
         begins = np.append(True, chosen.groups[1:] != chosen.groups[:-1])[: len(ranks)]
         # What is shared with an earlier one than the neighbour is at least what all between share.
         since, until = np.append(0, ranks[:-1] + 1)[: len(ranks)], ranks.max(initial=-1) + 1
 
-        def with_one_before(values, with_itself):
-            least = np.minimum.reduceat(values[:until], since) if until else values[:0]
-            return np.where(is_first, np.where(begins, 0, least)[place], with_itself[place])
+        def with_one_before(values):
+            return np.where(begins, 0, np.minimum.reduceat(values[:until], since) if until else values[:0])
 
-        shared = with_one_before(self.shared, chosen.silent)
-        known = with_one_before(self.images - self.new_images, chosen.images)
-        chosen = Grouped(*(column[place] for column in chosen))
-        return chosen._replace(order=numbers[sorting], shared=shared, new_images=chosen.images - known)
+        known = with_one_before(self.images - self.new_images)
+        return chosen._replace(
+            order=numbers[sorting], shared=with_one_before(self.shared), new_images=chosen.images - known
+        )
 
 
 class ImageTokens(NamedTuple):
@@ -143,8 +138,8 @@ def grouped(encodings: datasets.Dataset, image: ImageTokens) -> Grouped:
         same_group = np.append(False, groups[items[1:]] == groups[items[:-1]])
         part = _shared(_columns(encodings, items), images.of(items), same_group, image)
         parts.append([column[min(start, 1) :] for column in part])
-    lengths, silent, shared, new = map(np.concatenate, zip(*parts)) if parts else [np.zeros(0, dtype=np.int64)] * 4
-    return Grouped(order, groups[order], lengths, shared, images.counts[order], new, silent)
+    lengths, shared, new = map(np.concatenate, zip(*parts)) if parts else [np.zeros(0, dtype=np.int64)] * 3
+    return Grouped(order, groups[order], lengths, shared, images.counts[order], new)
 
 
 def _columns(encodings, items):
@@ -160,7 +155,7 @@ def _columns(encodings, items):
 
 
 def _shared(columns, images: _Ragged, same_group, image: ImageTokens):
-    """Of items the length, what each shares with itself and with the one before, and images that this does not show."""
+    """Of items the length, what each shares with the one before, and how many images this does not show."""
     ids, labels, lengths = columns
     is_image = ids.values == image.id
     names = ids.values.copy()
@@ -179,12 +174,10 @@ def _shared(columns, images: _Ragged, same_group, image: ImageTokens):
     learned[labels.starts[labels.counts > 0]] = False  # nothing is before it to predict it
     silent = expanded(labels.first(np.flatnonzero(learned))) - 1
 
-    def worth(positions):
-        return np.where((positions >= LEAST_SHARED) | (positions > first_image), positions, 0)
-
     shared = np.minimum(expanded(_common(ids._replace(values=names), same_group)), silent)
     shared[1:] = np.minimum(shared[1:], silent[:-1])
-    return lengths, worth(silent), worth(shared), images.counts - _common(images, same_group)
+    shared[(shared < LEAST_SHARED) & (shared <= first_image)] = 0
+    return lengths, shared, images.counts - _common(images, same_group)
 
 
 def _common(lists: _Ragged, is_asked: np.ndarray) -> np.ndarray:

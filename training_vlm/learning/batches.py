@@ -237,7 +237,7 @@ class PlannedBatches(torch.utils.data.Dataset):
     def _units(self) -> list[Unit]:
         """The items of the epoch: each by itself, or with those that share a prefix as far as there is room."""
         found = self.dataset.in_groups()
-        items = zip(*(column.tolist() for column in found[:-1]))
+        items = zip(*(column.tolist() for column in found))
         units: list[Unit] = []
         group_before = None
         for item, group, length, shared, images, new_images in items:
@@ -301,30 +301,42 @@ class PlannedStream(torch.utils.data.IterableDataset):
         rng = random.Random(f"{self.seed} batches")
         items = iter(self.stream)
         while buffered := list(itertools.islice(items, self.buffer)):
-            units, dropped = self._units(buffered)
+            units, dropped = units_of(buffered, self.encoder, self.budget, self.share_prefix)
             batches = self.budget.fill(units) or [[]]
             largest, *others = [[item for unit in batch for item in unit.items] for batch in batches]
             largest += dropped  # which the collator counts
             rng.shuffle(others)
             yield from (largest, *others)
 
-    def _units(self, items) -> tuple[list[Unit], list[Any]]:
-        units: list[Unit] = []
-        dropped = []
-        for item in items:
-            encoded, record = encode_item(item, self.encoder)
-            if encoded is None:
-                dropped.append(item)
+
+def units_of(
+    items: Iterable[Any], encoder: Encoder, budget: Budget, share_prefix: bool
+) -> tuple[list[Unit], list[Any]]:
+    """
+    Items of a stream, encoded, in units; and those from which nothing can be learned.
+
+    Args:
+        share_prefix: keep those of a row that follow each other together, as far as there is room.
+
+    Raises:
+        DuetError: one has no room in a batch.
+    """
+    units: list[Unit] = []
+    dropped = []
+    for item in items:
+        encoded, record = encode_item(item, encoder)
+        if encoded is None:
+            dropped.append(item)
+            continue
+        budget.check(place(item), record.tokens, record.images)
+        unit = Unit((encoded,), record.tokens, record.images)
+        if share_prefix and units and _are_of_one_row(units[-1].items[-1], encoded):
+            together = _row_of((*units[-1].items, encoded), encoder.processor)
+            if budget.fits(together):
+                units[-1] = together
                 continue
-            self.budget.check(place(item), record.tokens, record.images)
-            unit = Unit((encoded,), record.tokens, record.images)
-            if self.share_prefix and units and _are_of_one_row(units[-1].items[-1], encoded):
-                together = _row_of((*units[-1].items, encoded), self.encoder.processor)
-                if self.budget.fits(together):
-                    units[-1] = together
-                    continue
-            units.append(unit)
-        return units, dropped
+        units.append(unit)
+    return units, dropped
 
 
 def _row_of(items: Sequence[Encoded], processor: VLMProcessor) -> Unit:
@@ -348,4 +360,4 @@ def _are_of_one_row(one, other):
     return (one.get("source"), one.get("row")) == (other.get("source"), other.get("row"))
 
 
-__all__ = ["Budget", "PlannedBatches", "PlannedStream", "Unit"]
+__all__ = ["Budget", "PlannedBatches", "PlannedStream", "Unit", "units_of"]

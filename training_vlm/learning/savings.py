@@ -5,6 +5,7 @@ data say whether their texts share a prefix, and whether a step of such texts st
 """
 
 import math
+import sys
 from collections.abc import Callable
 from typing import NamedTuple, cast
 
@@ -12,16 +13,16 @@ import numpy as np
 from accelerate.utils import gather_object
 from torch import nn
 
-from processing.batching.account import Account
 from processing.batching.collator import VLMDataCollator
 from processing.batching.dataset import StreamedDataset
-from processing.batching.encoding import encode_item
+from processing.batching.encoding import Encoder
 from processing.data_error_vlm import DuetError
+from processing.image_files_vlm import is_url
 
 from ..data import TrainDataset
 from ..efficiency import LEAST_IMAGES, EfficiencyArguments
-from ..survey import SURVEYED, some_items
-from .batches import Budget, PlannedBatches, PlannedStream
+from ..survey import SURVEYED, some_items, sources_of
+from .batches import Budget, PlannedBatches, PlannedStream, units_of
 from .probe import why_not_packed
 from .sampling import order_seed
 from .trainer import VLMTrainer
@@ -32,16 +33,16 @@ Probe = Callable[[nn.Module, bool], str | None]
 
 
 class Savings(NamedTuple):
-    """What was decided of padding and of shared prefixes, and why something is not done."""
+    """What was decided of padding and of shared prefixes, why something is not done, and where features come from."""
 
     padding_free: bool
     share_prefix: bool
     why_not: str = ""
+    is_cached: bool = False
 
     def __str__(self):
-        made = "batches are padded"
-        if self.padding_free:
-            made = "no padding, each image of a batch encoded once"
+        made = "no padding" if self.padding_free else "batches are padded"
+        made += ", features of images read from the cache" if self.is_cached else ", each image of a batch encoded once"
         if self.share_prefix:
             made += ", what texts of an image begin with run once"
         return f"{made}; {self.why_not}" if self.why_not else made
@@ -84,35 +85,66 @@ def _why_padded(trainer, probe, share_prefix) -> str | None:
 
 
 def _why_apart(asked, trainer) -> str | None:
-    args, strategy = trainer.args, trainer.args.train_sampling_strategy
+    args, strategy, dataset = trainer.args, trainer.args.train_sampling_strategy, trainer.train_dataset
     if strategy not in ("random", "sequential"):
         return f"train_sampling_strategy={strategy} has an order of its own"
-    rows, texts, length = _rows_and_texts(trainer)
-    if rows == texts:
+    held = _held_by(dataset, trainer.data_collator.encoder, asked.max_tokens_per_batch is not None)
+    if held.texts == held.images:
         return "each image has one text"
-    batch = (
-        args.per_device_train_batch_size if asked.max_tokens_per_batch is None else asked.max_tokens_per_batch / length
-    )
-    images = batch * args.gradient_accumulation_steps * args.world_size * rows / texts
+    if asked.max_tokens_per_batch is None:
+        images = args.per_device_train_batch_size * held.images / held.texts
+    else:
+        limits = [asked.max_tokens_per_batch * held.images / held.positions]
+        if asked.max_images_per_batch is not None:
+            limits.append(asked.max_images_per_batch * held.images / max(held.shown, held.images))
+        if isinstance(dataset, StreamedDataset):
+            limits.append(dataset.shuffle_buffer * held.images / held.texts)
+        images = min(limits)
+    images *= args.gradient_accumulation_steps * args.world_size
     if images < LEAST_IMAGES:
         return (
-            f"with {texts / rows:.1f} texts an image a step would hold {images:.1f} images, and steps of fewer than "
-            f"{LEAST_IMAGES} would be too much alike; --share_prefix on shares them all the same"
+            f"with {held.texts / held.images:.1f} texts an image a step would hold {images:.1f} images, and steps of "
+            f"fewer than {LEAST_IMAGES} would be too much alike; --share_prefix on shares them all the same"
         )
     return None
 
 
-def _rows_and_texts(trainer) -> tuple[int, int, float]:
-    """Of the training data, or of a sample, the rows, their texts, and the mean length of these where it is known."""
-    dataset = trainer.train_dataset
-    if not isinstance(dataset, StreamedDataset):
-        return len(np.unique(dataset.groups)), len(dataset), np.mean(dataset.lengths) if dataset.is_encoded else 0
-    account, rows = Account(), set()
-    for item in some_items(dataset, SURVEYED):
-        rows.add((item["source"], item["row"]))
-        account.add([encode_item(item, trainer.data_collator.encoder)[1]])
-    total = account.total
-    return len(rows), total["samples"], total["tokens"] / max(1, total["learned from"])
+class _Held(NamedTuple):
+    """
+    What training data hold, or a sample of them in the shares that are learned from.
+
+    Images are rows, or what rows have for their first image; of positions what texts of one share counts once; `shown`
+    are all images. The last two are 0 where nobody asks.
+    """
+
+    texts: float
+    images: float
+    positions: float = 0
+    shown: float = 0
+
+
+def _held_by(dataset: TrainDataset, encoder: Encoder, in_positions: bool) -> _Held:
+    if isinstance(dataset, StreamedDataset):
+        found = [_sampled(source, encoder, in_positions) for source in sources_of(dataset)]
+        shares = [weight / max(1, one.texts) for weight, one in zip(dataset.weights, found)]
+        return _Held(*(sum(share * number for share, number in zip(shares, column)) for column in zip(*found)))
+    if not in_positions:
+        return _Held(len(dataset), len(np.unique(dataset.groups)))
+    held = dataset.in_groups()
+    positions, shown = (held.lengths - held.shared).sum(), held.new_images.sum()
+    return _Held(len(dataset), len(np.unique(held.groups)), positions, shown)
+
+
+def _sampled(source: StreamedDataset, encoder: Encoder, in_positions: bool) -> _Held:
+    """What a source of a stream holds, by its first items."""
+    items = [item for item in some_items(source, SURVEYED) if "dropped" not in item]
+    if not in_positions:
+        return _Held(len(items), len({item["row"] for item in items}))
+    if encoder.processor.max_tiles > 1:  # no image is fetched for its size
+        items = [item for item in items if not any(map(is_url, item.get("images") or ()))]
+    units, dropped = units_of(items, encoder, Budget(sys.maxsize), share_prefix=True)
+    positions, shown = (sum(getattr(unit, name) for unit in units) for name in ("positions", "images"))
+    return _Held(len(items) - len(dropped), len(units), positions, shown)
 
 
 def plan_batches(asked: EfficiencyArguments, trainer: VLMTrainer) -> PlannedBatches | PlannedStream | None:
