@@ -4,7 +4,8 @@ Who predicts whom is said where a batch is made: `shift_labels` holds the token 
 `loss_weights` beside them what its cost is multiplied by. Labels that come alone lie at their tokens' own positions, as
 their weights do, and only those are shifted here. The model, the Trainer and the evaluation all ask this file. Where
 nobody reads the logits they are made for a part of the predictions at a time, and so are their gradients: logits of a
-large vocabulary are never there whole. The file travels with every checkpoint.
+large vocabulary are never there whole. A head that does more than its product when it is called, or whose weight is
+there only then, is called once, and autograd keeps its logits. The file travels with every checkpoint.
 """
 
 from collections.abc import Iterable
@@ -14,6 +15,7 @@ from torch import nn
 from transformers import PreTrainedConfig
 
 from .backbones_vlm import scale_logits
+from .model_error_vlm import DuetError
 
 
 IGNORE = -100
@@ -109,30 +111,33 @@ def loss_in_parts(
     `mean_loss` without the logits: those of a part of the predictions are made, turned into gradients and left.
 
     Args:
-        head: gives logits.
+        head: gives logits; where it has hooks, or a weight that is gathered for a call, it is called once for all.
         config: the language model's, which says what is done to them.
-        hidden_states: `(batch, tokens, hidden)`.
-        targets, weights: `(batch, tokens)`.
+        hidden_states: `(..., hidden)`.
+        targets, weights: `(...)`.
         count, smoothing, balance: see `mean_loss`.
 
     Returns:
-        the loss, and what each prediction costs, `(batch, tokens)`, through which no gradient goes.
+        the loss, and what each prediction costs, `(...)`, through which no gradient goes.
     """
     keep = targets != IGNORE
-    here = keep.to(hidden_states.device)
-    states, predicted, weights = hidden_states[here], targets[keep], None if weights is None else weights[keep]
+    states, predicted = hidden_states[keep.to(hidden_states.device)], targets[keep]
+    weights = None if weights is None else weights[keep]
 
     def cost(logits, part):
         return token_costs(
             scale_logits(logits, config), predicted[part], None if weights is None else weights[part], smoothing
         )
 
-    parameters = list(head.parameters())
-    learns = torch.is_grad_enabled() and any(one.requires_grad for one in [states, *parameters])
-    share = 1.0 / share_of(targets, count, states.device)
-    loss, costs = _InParts.apply(states, share, head, config.vocab_size, cost, learns, *parameters)
+    if _acts_when_called(head):
+        costs = cost(head(states), slice(None))
+        loss = costs.sum() / share_of(targets, count, costs.device)
+    else:
+        share, parameters = 1.0 / share_of(targets, count, states.device), list(head.parameters())
+        learns = torch.is_grad_enabled() and any(one.requires_grad for one in [states, *parameters])
+        loss, costs = _InParts.apply(states, share, head, config.vocab_size, cost, learns, *parameters)
     of_tokens = costs.new_zeros(targets.shape)
-    of_tokens[here] = costs
+    of_tokens[keep.to(costs.device)] = costs.detach()
     return with_balance(loss, targets, count, balance), of_tokens
 
 
@@ -164,7 +169,7 @@ class _InParts(torch.autograd.Function):
         late = torch.float16 in (states.dtype, _autocast_type(states.device))
         unit, ctx.late = (torch.ones_like(share), share) if late else (share, None)
         for part in _parts(len(states), columns, states.device, any(wanted[1:])):
-            if weight is None:  # quantised, with an adapter, offloaded
+            if weight is None:  # quantised, with an adapter
                 rows = states[part].detach().requires_grad_(wanted[0])
                 leaves = [rows, *parameters]
             else:
@@ -203,6 +208,9 @@ class _InParts(torch.autograd.Function):
     @staticmethod
     def backward(ctx, of_loss, _):
         gradients, ctx.gradients = ctx.gradients, None
+        if gradients is None or torch.is_grad_enabled():
+            found = "a backward has taken them" if gradients is None else "they have no graph, as create_graph wants"
+            raise DuetError(f"gradients of a loss with skip_logits=True are made with it, and {found}; leave it out.")
         if ctx.late is not None:
             of_loss = of_loss * ctx.late
         if of_loss.device.type != "cpu" or of_loss != 1:  # a pass over a large matrix, mostly for nothing
@@ -219,9 +227,19 @@ def _parts(rows, columns, device, head_learns):
     return [slice(start, start + size) for start in range(0, rows, max(1, size))]
 
 
+def _acts_when_called(head):
+    """Whether a call does more than the layer's product: hooks, another `forward`, a weight gathered for it alone."""
+    hooks = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks")
+    for module in head.modules():
+        if "forward" in vars(module) or any(getattr(module, name) for name in hooks):
+            return True
+    weights = [module.weight for module in head.modules() if isinstance(module, nn.Linear)]
+    return any(hasattr(one, "ds_id") or one.ndim != 2 or not one.numel() for one in weights)
+
+
 def _cast_once(head):
-    """The weight as autocast has it, of the library's own layer called as such; `None` for another."""
-    if type(head) is not nn.Linear or type(head.weight) is not nn.Parameter or "forward" in vars(head):
+    """The weight as autocast has it, of torch's own layer; `None` for another."""
+    if type(head) is not nn.Linear or type(head.weight) is not nn.Parameter:
         return None
     return head.weight.to(_autocast_type(head.weight.device) or head.weight.dtype)
 

@@ -517,7 +517,8 @@ class VLMForConditionalGeneration(VLMPreTrainedModel, VLMGenerationMixin):
             smoothing (`float`): label smoothing, the share of each target that is spread over the vocabulary.
             logits_to_keep (`int` or `torch.Tensor`):
                 Positions that the head is computed for: 0 all, `n` the last n, a 1-D tensor of positions, or a bool
-                mask `(batch, tokens)` (then logits are `(kept, vocab)`). The loss is that of the kept positions.
+                mask `(batch, tokens)` (then logits are `(kept, vocab)`). The loss is that of the kept positions, and
+                `token_costs` are theirs.
             num_items_in_batch (`torch.Tensor` or `int`):
                 Supervised tokens of the whole optimiser step, by which `Trainer` has the sum divided.
             skip_logits (`bool`):
@@ -560,28 +561,20 @@ class VLMForConditionalGeneration(VLMPreTrainedModel, VLMGenerationMixin):
             counted = attention_mask if segments is None else readers_of(segments, outputs.last_hidden_state.device)
             aux_loss = balance_loss(outputs.router_logits, text_config, counted)
             balance = text_config.router_aux_loss_coef * aux_loss
+        states, targets, weights = (
+            None if whole is None else keep_positions(whole, logits_to_keep)
+            for whole in (outputs.last_hidden_state, targets, weights)
+        )
         logits, loss, token_costs = None, None, None
+        how = (targets, weights, num_items_in_batch, smoothing, balance)
         if skip_logits:
-            loss, token_costs = loss_in_parts(
-                self.lm_head,
-                text_config,
-                outputs.last_hidden_state,
-                targets,
-                weights,
-                num_items_in_batch,
-                smoothing,
-                balance,
-            )
+            loss, token_costs = loss_in_parts(self.lm_head, text_config, states, *how)
         else:
-            logits = scale_logits(self.lm_head(keep_positions(outputs.last_hidden_state, logits_to_keep)), text_config)
+            logits = scale_logits(self.lm_head(states), text_config)
             if targets is not None:
-                targets = keep_positions(targets, logits_to_keep)
-                if weights is not None:
-                    weights = keep_positions(weights, logits_to_keep)
-                loss = mean_loss(logits, targets, weights, num_items_in_batch, smoothing, balance)
-        if targets is not None:
-            if self.training and outputs.image_hidden_states is None:
-                loss = loss + zero_of(self._image_parameters())
+                loss = mean_loss(logits, *how)
+        if loss is not None and self.training and outputs.image_hidden_states is None:
+            loss = loss + zero_of(self._image_parameters())
         return VLMCausalLMOutputWithPast(
             loss=loss,
             logits=logits,

@@ -111,6 +111,106 @@ def test_an_adapter_on_the_head_learns_the_same():
     assert {name.split(".")[-2] for name, p in model.named_parameters() if p.grad is not None} == {"default"}
 
 
+def scaled(head):
+    """An observer that changes what it sees."""
+    head.register_forward_hook(lambda module, inputs, logits: logits * 2)
+
+
+def scaled_before(head):
+    head.register_forward_pre_hook(lambda module, inputs: (inputs[0] * 2,))
+
+
+def gathered(head):
+    """As DeepSpeed's stage 3: the weight is there while the head is called, and for its gradient."""
+    whole, nothing = head.weight.data.clone(), torch.empty(0)
+
+    def holds(data):
+        def hold(module, *_):
+            module.weight.data = data
+
+        return hold
+
+    head.weight.ds_id = 0
+    head.register_forward_pre_hook(holds(whole))
+    head.register_forward_hook(holds(nothing))
+    head.register_full_backward_pre_hook(holds(whole))
+    head.weight.register_post_accumulate_grad_hook(lambda weight: setattr(weight, "data", nothing))
+    head.weight.data = nothing
+
+
+def dispatched(head):
+    """As a layer whose weights accelerate keeps elsewhere."""
+    accelerate = pytest.importorskip("accelerate")
+    hook = accelerate.hooks.ModelHook()
+    hook.post_forward = lambda module, logits: logits * 2
+    accelerate.hooks.add_hook_to_module(head, hook)
+
+
+@pytest.mark.parametrize("hooked", [scaled, scaled_before, gathered, dispatched])
+def test_what_hooks_of_the_head_do_is_done(hooked):
+    model, batch = setting()
+    plain, _ = step(model, batch)
+    hooked(model.lm_head)
+    assert_the_same(model, batch, smoothing=0.1)
+    changed = model(**batch, skip_logits=True).loss - plain.loss
+    assert changed.abs() < 1e-5 if hooked is gathered else changed.abs() > 1e-3
+
+
+def test_a_hook_below_an_adapter_of_the_head_is_not_passed_over():
+    peft = pytest.importorskip("peft")
+    model, batch = setting()
+    model = peft.get_peft_model(model, peft.LoraConfig(target_modules=["lm_head"], init_lora_weights=False))
+    scaled(model.base_model.lm_head.base_layer)
+    calls = []
+    model.base_model.lm_head.base_layer.register_forward_hook(lambda *_: calls.append(1))
+    assert_the_same(model, batch)
+    assert len(calls) == 2  # once without the logits too: hooks may wait for other processes, which have other parts
+
+
+@pytest.mark.parametrize("gathers", ["an empty weight", "a flat one", "a mark of DeepSpeed"])
+def test_a_weight_that_is_gathered_for_a_call_is_read_by_a_call_alone(gathers):
+    head = nn.Linear(4, 6)
+    assert not loss_vlm._acts_when_called(head)
+    if gathers == "a mark of DeepSpeed":
+        head.weight.ds_id = 0
+    else:
+        head.weight.data = torch.empty(0 if gathers == "an empty weight" else 24)
+    assert loss_vlm._acts_when_called(head)
+
+
+def kept(shape, form):
+    if form == "a mask":
+        return torch.rand(shape, generator=torch.Generator().manual_seed(0)) < 0.5
+    return 3 if form == "the last" else torch.tensor([8, 2, 5])
+
+
+@pytest.mark.parametrize("form", ["the last", "positions", "a mask"])
+def test_the_loss_is_that_of_the_kept_positions(form):
+    model, batch = setting()
+    batch["loss_weights"] = torch.rand(batch["labels"].shape)
+    keep = kept(batch["labels"].shape, form)
+    assert_the_same(model, batch, logits_to_keep=keep)
+    found = model(**batch, logits_to_keep=keep, skip_logits=True)
+    whole = model(**batch, skip_logits=True)
+    assert abs(found.loss - whole.loss) > 1e-4
+    torch.testing.assert_close(found.token_costs, loss_vlm.keep_positions(whole.token_costs, keep))
+
+
+def test_a_second_backward_is_refused_in_a_line():
+    model, batch = setting()
+    loss = model(**batch, skip_logits=True).loss
+    loss.backward(retain_graph=True)
+    with pytest.raises(DuetError, match="a backward has taken them; leave it out") as error:
+        loss.backward()
+    assert "\n" not in str(error.value)
+
+
+def test_gradients_of_the_gradients_are_refused():
+    model, batch = setting()
+    with pytest.raises(DuetError, match="they have no graph, as create_graph wants; leave it out"):
+        model(**batch, skip_logits=True).loss.backward(create_graph=True)
+
+
 def test_a_batch_without_anything_supervised_has_loss_zero_and_gradients_of_zero():
     model, batch = setting()
     batch["shift_labels"].fill_(IGNORE)
