@@ -212,7 +212,8 @@ class VaryingLengths:
                 keys.extend(range(*row.segments[one][:2]))
             of_queries.append(row.segments[number][1])
             of_keys.append(len(keys))
-        self.keys = torch.tensor(keys, device=row.device)
+        # Where no text has a prefix, keys are those of the row as they lie.
+        self.keys = torch.tensor(keys, device=row.device) if any(row.ancestors) else None
         self.lengths = {
             "cu_seq_lens_q": torch.tensor(of_queries, device=row.device, dtype=torch.int32),
             "cu_seq_lens_k": torch.tensor(of_keys, device=row.device, dtype=torch.int32),
@@ -223,10 +224,9 @@ class VaryingLengths:
     def attend(self, inner, module, query, key, value, **kwargs) -> tuple[torch.Tensor, None]:
         """See `SegmentMask.attend`."""
         kwargs.pop("is_causal", None)
-        keys = self.keys.to(key.device)
-        return inner(
-            module, query, key[:, :, keys], value[:, :, keys], None, is_causal=True, **{**kwargs, **self.lengths}
-        )
+        if self.keys is not None:
+            key, value = (whole.index_select(2, self.keys.to(whole.device)) for whole in (key, value))
+        return inner(module, query, key, value, None, is_causal=True, **{**kwargs, **self.lengths})
 
 
 def causal(batch, head, query, key):
@@ -293,7 +293,7 @@ def attend_by_segment(model: PreTrainedModel) -> None:
         AttentionInterface.register(name, _attention_around(inner))
         AttentionMaskInterface.register(name, _mask_around(inner))
     # Not by the model's own method, which checks names that it knows, and puts its own flash attention in place of one.
-    model.config._attn_implementation = name
+    model.config._attn_implementation = _Name(name)
 
 
 def attend_as_chosen(model: PreTrainedModel) -> None:
@@ -346,6 +346,18 @@ def _attention_around(inner):
         return attention_mask.attend(function, module, query, key, value, **kwargs)
 
     return attention
+
+
+class _Name(str):
+    """Name of an attention by segment, equal to the inner one's: code that asks for that by name goes its own way."""
+
+    __hash__ = str.__hash__
+
+    def __eq__(self, other):
+        return other in (str(self), self.removeprefix(BY_SEGMENT))
+
+    def __ne__(self, other):
+        return not self == other
 
 
 class _As:

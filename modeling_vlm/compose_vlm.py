@@ -246,16 +246,20 @@ def check_positions(model: PreTrainedModel, tokens: int, position_ids: torch.Ten
     Args:
         model: `VLMModel`, of learned positions.
         tokens: positions of the sequence, those in the cache not counted.
-        position_ids: where they are, if they do not stand one behind the other.
+        position_ids: where they are, if they do not stand one behind the other. On a GPU, which would have to be waited
+            for, they are read only where there are more positions than learned ones.
 
     Raises:
         `DuetError`: it has more.
     """
     past = cache.get_seq_length() if cache is not None else 0
-    if not isinstance(past, int) or past + tokens <= model.max_positions:
+    if not isinstance(past, int):
         return
-    # Padding on the left takes no position: only the positions themselves tell then.
-    positions = past + tokens if position_ids is None else int(position_ids.max()) + 1
+    positions = past + tokens
+    if position_ids is not None:
+        at_hand = position_ids.device.type == "cpu" and not torch.compiler.is_compiling()
+        if at_hand or positions > model.max_positions:  # padding on the left takes none
+            positions = int(position_ids.max()) + 1
     if positions > model.max_positions:
         raise DuetError(
             f"the sequence has {positions} positions (image tokens included) and the language model "

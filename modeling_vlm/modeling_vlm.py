@@ -296,13 +296,14 @@ class VLMModel(VLMPreTrainedModel):
             inputs_embeds = self.get_input_embeddings()(input_ids)
         row = None
         if segments is not None:
-            cache, attentions = kwargs.get("use_cache") or kwargs.get(CACHE), kwargs.get("output_attentions")
+            cache = kwargs.get("use_cache") or kwargs.get(CACHE)
+            attentions = kwargs.get("output_attentions", self.language_model.config.output_attentions)
             beside = {"attention_mask": attention_mask, "a cache": cache, "attentions": attentions}
             row = row_of(segments, inputs_embeds, beside)
             kwargs["use_cache"] = False
         if self.max_positions is not None:
             longest = inputs_embeds.shape[1] if row is None else row.longest
-            check_positions(self, longest, position_ids if row is None else None, kwargs.get(CACHE))
+            check_positions(self, longest, position_ids, kwargs.get(CACHE))
 
         image_outputs = (mm_encoder_outputs or {}).get("image")
         if pixel_values is not None or vision_features is not None:

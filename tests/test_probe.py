@@ -83,12 +83,12 @@ def test_the_model_and_the_random_numbers_are_left_as_they_were(name):
     model.model.multi_modal_projector.eval()
     modes = [module.training for module in model.modules()]
     config, state = copy.deepcopy(model.config.to_dict()), torch.get_rng_state()
-    attention = model.model.language_model.config._attn_implementation
+    attention = str(model.model.language_model.config._attn_implementation)
     buffers = {name: value.clone() for name, value in model.named_buffers()}
     why_not_packed(model)
     assert modes == [module.training for module in model.modules()]
     assert model.config.to_dict() == config
-    assert model.model.language_model.config._attn_implementation == attention
+    assert str(model.model.language_model.config._attn_implementation) == attention
     assert torch.equal(torch.get_rng_state(), state)
     assert all(torch.equal(value, buffers[name]) for name, value in model.named_buffers())
     assert not any(p.grad is not None for p in model.parameters())
@@ -115,6 +115,46 @@ def test_frozen_weights_of_another_type_and_adapters_change_nothing():
 
 def test_learned_positions_that_are_few_are_enough():
     assert why_not_packed(model_of("GPT-2", n_positions=20)) is None
+
+
+@pytest.mark.parametrize("how", ["empty", "meta", "zeros", "marked"])
+def test_weights_that_are_elsewhere_until_training_starts_are_a_reason(how):
+    model = model_of("Llama")
+    weight = model.get_input_embeddings().weight
+    if how == "marked":
+        weight.ds_id = 0
+    else:
+        weight.data = torch.empty(0) if how == "empty" else torch.zeros_like(weight)
+    model = model.to("meta") if how == "meta" else model
+    device = "meta" if how == "meta" else "cpu"
+    assert why_not_packed(model) == (
+        f"the language model (llama) cannot be tried on {device}, where it is before training starts without its "
+        "weights (DeepSpeed's stage 3, or FSDP, has them elsewhere)"
+    )
+
+
+@pytest.mark.parametrize(
+    "where, found",
+    [
+        ("model.language_model.norm.forward", "(llama) cannot be tried on cpu, where it is before training starts"),
+        ("model.get_input_embeddings", "(llama) cannot be tried on cpu, where it is before training starts"),
+    ],
+)
+def test_a_model_that_cannot_be_run_at_all_is_a_reason_and_no_stack_trace(where, found, monkeypatch):
+    def flash_attention_needs_a_gpu(*args, **kwargs):
+        raise RuntimeError("FlashAttention only supports CUDA\ntensors")
+
+    model = model_of("Llama")
+    owner, _, name = where.rpartition(".")
+    monkeypatch.setattr(model.get_submodule(owner), name, flash_attention_needs_a_gpu)
+    reason = why_not_packed(model)
+    assert found in reason and reason.endswith(" (RuntimeError: FlashAttention only supports CUDA tensors)")
+
+
+def test_what_a_library_says_of_a_row_stands_behind_a_plain_clause():
+    reason = why_not_packed(untouched("BLOOM"))
+    clause = "texts in one row cannot be run in the language model (bloom), whose code takes none (ValueError: "
+    assert reason.startswith(clause) and "\n" not in reason
 
 
 def test_an_attention_that_is_not_known_is_a_reason():

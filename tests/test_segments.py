@@ -50,7 +50,6 @@ def test_a_row_has_the_loss_and_gradients_of_the_padded_batch_and_leaking_texts_
     found, again = step(model, batches.packed)
     assert abs(found - loss) <= most * loss
     assert off(again, gradients) <= most
-    model.model.max_positions = None  # each text has its own positions all the same
     assert off(step(model, as_one_text(batches.packed))[1], gradients) > 0.1
 
 
@@ -169,6 +168,7 @@ def test_positions_are_those_of_the_segments_where_none_are_given():
         ({CACHE: object()}, "a cache cannot be given"),
         ({"use_cache": True}, "a cache cannot be given"),
         ({"output_attentions": True}, "attentions cannot be given"),
+        ({"position_ids": torch.tensor([[126, 127, 128]])}, "129 positions"),
         ({"input_ids": torch.ones(2, 3, dtype=torch.long)}, "the batch has 2"),
         ({"segments": [(0, 2, -1, 0)]}, "the segments cover 2 positions and the row has 3"),
         ({"segments": [(0, 2, -1, 0), (1, 3, -1, 1)]}, "segment 1 of the row is (1, 3, -1)"),
@@ -178,7 +178,7 @@ def test_positions_are_those_of_the_segments_where_none_are_given():
     ],
 )
 def test_what_cannot_stand_beside_segments_is_refused_in_a_line(change, found):
-    model = model_of("Llama").eval()
+    model = model_of("GPT-2", n_positions=128).eval()
     batch = {"input_ids": torch.ones(1, 3, dtype=torch.long), "segments": [(0, 3, -1, 0)], **change}
     with pytest.raises(DuetError) as error:
         model(**batch)
@@ -191,6 +191,23 @@ def test_learned_positions_limit_a_text_and_not_the_row():
     assert model(input_ids=ids, segments=[(0, 20, -1, 0), (20, 40, -1, 1)]).logits.isfinite().all()
     with pytest.raises(DuetError, match="21 positions"):
         model(input_ids=ids, segments=[(0, 20, -1, 0), (20, 21, 0, 1), (21, 40, -1, 2)])
+
+
+def test_attentions_that_the_config_asks_for_are_refused_beside_segments():
+    model = model_of("Llama", "eager").eval()
+    model.model.language_model.config.output_attentions = True
+    with pytest.raises(DuetError, match="attentions cannot be given"):
+        model(input_ids=torch.ones(1, 3, dtype=torch.long), segments=[(0, 3, -1, 0)])
+
+
+def test_positions_that_are_given_are_those_that_have_to_be_learned():
+    model = model_of("GPT-2", n_positions=20).eval()
+    ids = torch.ones(1, 24, dtype=torch.long)
+    positions = torch.arange(24).remainder(12).unsqueeze(0)
+    assert model(input_ids=ids, segments=[(0, 24, -1, 0)], position_ids=positions).logits.isfinite().all()
+    for segments in (None, [(0, 2, -1, 0)]):
+        with pytest.raises(DuetError, match="21 positions"):
+            model(input_ids=ids[:, :2], segments=segments, position_ids=torch.tensor([[19, 20]]))
 
 
 @pytest.mark.parametrize("wrong", ["a word with a feature", "an image token without", "a feature that is not there"])
@@ -222,12 +239,12 @@ def test_the_chosen_attention_is_what_is_saved_and_what_generates(attention, tmp
     before = model.eval().generate(**prompt)
     step(model, batches.packed)
     config = model.model.language_model.config
-    assert config._attn_implementation == BY_SEGMENT + attention
+    assert str(config._attn_implementation) == BY_SEGMENT + attention
     logits = model(**batches.padded).logits
     model.save_pretrained(tmp_path)
     assert BY_SEGMENT not in json.dumps(json.loads((tmp_path / "config.json").read_text()))
     assert torch.equal(model.generate(**prompt), before)
-    assert config._attn_implementation == attention
+    assert str(config._attn_implementation) == attention
     assert torch.equal(model(**batches.padded).logits, logits)
 
 
@@ -240,6 +257,38 @@ def test_an_attention_that_is_not_known_is_refused_in_a_line():
     model = model_of("Llama", "own")
     with pytest.raises(DuetError, match="how the attention 'own' reads a mask"):
         step(model, batches_of(model).packed)
+
+
+def test_code_that_asks_for_its_attention_by_name_goes_its_own_way_and_takes_no_row(monkeypatch):
+    from transformers.models.gpt2.modeling_gpt2 import GPT2Attention
+
+    model = model_of("GPT-2", "eager", reorder_and_upcast_attn=True)
+    calls, own = [], GPT2Attention._upcast_and_reordered_attn
+    monkeypatch.setattr(
+        GPT2Attention, "_upcast_and_reordered_attn", lambda *args, **kw: calls.append(1) or own(*args, **kw)
+    )
+    batches = batches_of(model)
+    before = step(model, batches.padded)
+    layers = len(calls)
+    with pytest.raises(TypeError, match="SegmentMask"):
+        step(model, batches.packed)
+    assert "cannot be run" in why_not_packed(model)
+    calls.clear()
+    attention_vlm.attend_by_segment(model.model.language_model)
+    after = step(model, batches.padded)
+    assert len(calls) == layers > 0
+    assert after[0] == before[0] and torch.equal(after[1], before[1])
+
+
+@pytest.mark.parametrize("inner", ["eager", "sdpa"])
+def test_an_attention_by_segment_is_equal_to_the_name_of_the_one_around_which_it_is(inner):
+    model = model_of("Llama", inner)
+    attention_vlm.attend_by_segment(model.model.language_model)
+    name = model.model.language_model.config._attn_implementation
+    other = "sdpa" if inner == "eager" else "eager"
+    assert name == inner and inner == name and name in (inner, None) and not name != inner
+    assert name != other and other != name and name not in (other, None) and not name == other
+    assert {str(name): 1}[name] and inner not in {name: 1}
 
 
 def test_a_mask_that_nobody_asked_for_is_an_error_and_never_silence(monkeypatch):
@@ -310,6 +359,22 @@ def test_flash_attention_takes_the_row_in_one_call_of_variable_lengths(name, fla
     found, again = step(model, batches.packed)
     assert abs(found - loss) <= 1e-5 * loss
     assert off(again, gradients) <= 1e-5
+
+
+def test_flash_attention_reads_the_row_as_it_lies_where_no_text_has_a_prefix(flash):
+    model = model_of("Llama", "eager")
+    generator = torch.Generator().manual_seed(0)
+    texts = [Node(torch.randint(1, 300, (length,), generator=generator).tolist()) for length in (9, 4, 17)]
+    batches = Batches(texts, model, None)
+    loss, gradients = step(model, batches.padded)
+    model.model.language_model.config._attn_implementation = "flash_attention_2"
+    found, again = step(model, batches.packed)
+    assert found == pytest.approx(loss, rel=1e-5) and off(again, gradients) <= 1e-5
+    given = []
+    mask = attention_vlm.VaryingLengths(attention_vlm.Row(batches.segments, 30, torch.device("cpu")))
+    key = value = torch.randn(1, 2, 30, 4)
+    mask.attend(lambda module, query, key, value, *rest, **kwargs: given.extend([key, value]), None, key, key, value)
+    assert given[0] is key and given[1] is value
 
 
 @pytest.mark.slow

@@ -14,7 +14,7 @@ from typing import NamedTuple
 import torch
 from torch import nn
 
-from modeling_vlm import VLMModel
+from modeling_vlm import DuetError, VLMModel
 from modeling_vlm.attention_vlm import attend_as_chosen
 from modeling_vlm.model_error_vlm import in_a_line
 
@@ -51,15 +51,20 @@ def why_not_packed(model: nn.Module, share_prefix: bool = True) -> str | None:
         share_prefix: try texts behind a prefix that is run once, too; some models can only do without.
     """
     [core] = [module for module in model.modules() if isinstance(module, VLMModel)]
-    texts = _draw(core)
-    with _as_it_was(core, model), _shortened(core, len(texts.first)):
-        alone = [_states(core, text) for text in texts[1:3]]
-        padded, beside = _padded(core, texts.first, texts.second), _padded(core, texts.other, texts.second)
-        rounding = max(_usual(one, other) for one, other in zip(padded, alone))
-        if not math.isfinite(rounding):
-            return "the language model gives numbers that are not finite"
-        trembling = _most(beside[1], padded[1])  # of a text where another row is another
-        try:
+    kind = core.language_model.config.model_type
+    stopped = f"the language model ({kind}) cannot be tried on {core.device}, where it is before training starts"
+    try:
+        if not _is_whole(core):
+            return f"{stopped} without its weights (DeepSpeed's stage 3, or FSDP, has them elsewhere)"
+        texts = _draw(core)
+        with _as_it_was(core, model), _shortened(core, len(texts.first)):
+            alone = [_states(core, text) for text in texts[1:3]]
+            padded, beside = _padded(core, texts.first, texts.second), _padded(core, texts.other, texts.second)
+            rounding = max(_usual(one, other) for one, other in zip(padded, alone))
+            if not math.isfinite(rounding):
+                raise Differs("numbers are not finite")
+            trembling = _most(beside[1], padded[1])  # of a text where another row is another
+            stopped = f"texts in one row cannot be run in the language model ({kind}), whose code takes none"
             together = [_together(core, first, texts.second) for first in (texts.first, texts.other)]
             if not _most(*together) > 3 * trembling:
                 raise Differs("texts in one row do not see each other even where they may")
@@ -67,10 +72,12 @@ def why_not_packed(model: nn.Module, share_prefix: bool = True) -> str | None:
             _check(core, texts, alone, 0, limit, trembling)
             if share_prefix:
                 _check(core, texts, alone, texts.shared, limit, trembling)
-        except Differs as difference:
-            return f"{difference} in the language model ({core.language_model.config.model_type})"
-        except Exception as error:  # whatever code of a model's own makes of a row that it does not understand
-            return f"texts in one row cannot be run in the language model ({in_a_line(error, 160)})"
+    except Differs as difference:
+        return f"{difference} in the language model ({kind})"
+    except DuetError as error:
+        return str(error).rstrip(".")
+    except Exception as error:  # whatever code of a model's own makes of a row that it does not understand
+        return f"{stopped} ({type(error).__name__}: {in_a_line(error, 160)})"
     return None
 
 
@@ -87,6 +94,13 @@ def _check(core, texts, alone, shared, limit, trembling):
     off = max(_usual(one, other[-len(one) :]) for one, other in zip((first, second), alone))
     if not off <= limit:
         raise Differs(f"texts {where} are not what they are alone ({off:.1g} off, where {limit:.1g} may be rounding)")
+
+
+def _is_whole(core):
+    """Whether this process has the weights: not none, not parts, no zeros that they will be put in place of."""
+    weights = core.language_model.parameters()
+    elsewhere = any(one.is_meta or hasattr(one, "ds_id") or not one.numel() for one in weights)
+    return not elsewhere and bool(core.get_input_embeddings().weight.any())
 
 
 def _draw(core) -> Texts:
@@ -183,23 +197,22 @@ def _as_it_was(core, model) -> Iterator[None]:
 @contextlib.contextmanager
 def _shortened(core, longest) -> Iterator[None]:
     """Windows shorter than the texts, and masks of the model's own longer than these but shorter than a row."""
-    size, kept = longest + 2, [(core, "max_positions", core.max_positions)]
-    core.max_positions = None  # the positions of texts that see each other are their own
+    size, kept = longest + 2, []
     config = core.language_model.config
-    for owner in (config, *core.language_model.modules()):
-        for name, value in list(vars(owner).items()):
-            if isinstance(value, bool) or not isinstance(value, int):
-                continue
-            windowed = name.endswith(WINDOWS)
-            if windowed and value > WINDOW or owner is config and name in SIZES and value > size:
-                kept.append((owner, name, value))
-                vars(owner)[name] = WINDOW if windowed else size
-    for module in core.language_model.modules():
-        for name, value in module.named_buffers(recurse=False):
-            if value.ndim > 1 and value.shape[-1] == value.shape[-2] > size:
-                kept.append((module, name, value))
-                setattr(module, name, value[..., :size, :size])
     try:
+        for owner in (config, *core.language_model.modules()):
+            for name, value in list(vars(owner).items()):
+                if isinstance(value, bool) or not isinstance(value, int):
+                    continue
+                windowed = name.endswith(WINDOWS)
+                if windowed and value > WINDOW or owner is config and name in SIZES and value > size:
+                    kept.append((owner, name, value))
+                    vars(owner)[name] = WINDOW if windowed else size
+        for module in core.language_model.modules():
+            for name, value in list(module.named_buffers(recurse=False)):
+                if value.ndim > 1 and value.shape[-1] == value.shape[-2] > size:
+                    kept.append((module, name, value))
+                    setattr(module, name, value[..., :size, :size])
         yield
     finally:
         for owner, name, value in kept:
