@@ -53,13 +53,13 @@ class Row:
         self.ancestors: list[list[int]] = []
         self.first: list[int] = []  # position of each segment's first token in its text
         end = 0
-        for number, (start, stop, parent, _) in enumerate(segments):
-            if start != end or stop <= start or not -1 <= parent < number:
+        for number, segment in enumerate(segments):
+            if len(segment) != 4 or not (segment[0] == end < segment[1] and -1 <= segment[2] < number):
                 raise DuetError(
-                    f"segment {number} of the row is {(start, stop, parent)}; segments cover the row one behind the "
-                    "other, each (start, end, parent, text), and a parent is an earlier one's number or -1."
+                    f"segment {number} of the row is {segment}; segments cover the row one behind the other, each "
+                    "(start, end, parent, text), and a parent is an earlier one's number or -1."
                 )
-            end = stop
+            _, end, parent, _ = segment
             above = [] if parent < 0 else [*self.ancestors[parent], parent]
             self.ancestors.append(above)
             self.first.append(sum(segments[one][1] - segments[one][0] for one in above))
@@ -154,6 +154,7 @@ class SegmentMask:
 
     def __init__(self, row: Row, mask_function: Callable | None, additive: bool, dtype: torch.dtype):
         self.tokens = row.tokens
+        self.learns = torch.is_grad_enabled()  # asked once, as a checkpointed layer is run without gradients at first
         self.query_sizes, self.calls = [], []
         calls = row.calls()
         cuts = {0, row.tokens}
@@ -341,7 +342,7 @@ def _attention_around(inner):
             return function(module, query, key, value, attention_mask, **kwargs)
         if key.shape[2] != attention_mask.tokens or kwargs.get("position_bias") is not None:
             raise DuetError("texts in one row take neither a cache nor a bias by position; give one text a row.")
-        if inner == "sdpa":
+        if inner == "sdpa" and attention_mask.learns:
             function = by_products_where_faster(function)
         return attention_mask.attend(function, module, query, key, value, **kwargs)
 

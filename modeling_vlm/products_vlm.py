@@ -27,13 +27,12 @@ def fused_is_slow(query: torch.Tensor) -> bool:
 
 
 def by_products_where_faster(fused: Callable) -> Callable:
-    """An attention of the library, by products where that is the faster way."""
+    """An attention of the library, by products where that is the faster way to outputs and gradients."""
 
     def attention(module, query, key, value, attention_mask, dropout=0.0, **kwargs):
-        learns = torch.is_grad_enabled() or module.training  # blocks are run without gradients, and then again
-        if learns and fused_is_slow(query) and key.shape[2] <= LONGEST and not dropout:
-            if torch.is_autocast_enabled("cpu"):  # which casts what the library's functions are given, and not ours
-                query, key, value = (whole.to(torch.get_autocast_dtype("cpu")) for whole in (query, key, value))
+        if fused_is_slow(query) and key.shape[2] <= LONGEST and not dropout:
+            # Autocast does so for the library's functions, and not for ours.
+            query, key, value = (whole.to(torch.bfloat16) for whole in (query, key, value))
             return attend_by_products(module, query, key, value, attention_mask, **kwargs)
         return fused(module, query, key, value, attention_mask, dropout=dropout, **kwargs)
 

@@ -5,7 +5,7 @@ import torch
 from torch import nn
 from transformers import AttentionInterface
 
-from modeling_vlm import products_vlm
+from modeling_vlm import attention_vlm, products_vlm
 from modeling_vlm.products_vlm import attend_by_products, by_products_where_faster
 from tests.segments import forest, model_of, off, step
 
@@ -46,12 +46,13 @@ def test_products_give_what_the_fused_attention_gives(queries, keys, masked, cau
 
 @pytest.mark.parametrize("name", ["GPT-2", "Llama", "Gemma 3 text", "Mistral", "OPT"])
 def test_a_row_by_products_has_the_loss_and_gradients_of_the_padded_batch(name, monkeypatch):
-    monkeypatch.setattr(products_vlm, "fused_is_slow", lambda query: True)
     monkeypatch.setattr(products_vlm, "BLOCK", 5)
     calls = []
-    monkeypatch.setattr(
-        products_vlm, "attend_by_products", lambda *args, **kw: calls.append(1) or attend_by_products(*args, **kw)
-    )
+
+    def always(fused):
+        return lambda *args, **kwargs: calls.append(1) or attend_by_products(*args, **kwargs)
+
+    monkeypatch.setattr(attention_vlm, "by_products_where_faster", always)
     model = model_of(name, "sdpa")
     batches = forest(model, torch.Generator().manual_seed(0))
     loss, gradients = step(model, batches.padded)
@@ -62,27 +63,25 @@ def test_a_row_by_products_has_the_loss_and_gradients_of_the_padded_batch(name, 
 
 
 @pytest.mark.parametrize(
-    "dtype, keys, dropout, autocast, learns, products",
+    "dtype, keys, dropout, autocast, products",
     [
-        (torch.bfloat16, 9, 0.0, True, True, True),
-        (torch.bfloat16, 9, 0.0, False, True, False),
-        (torch.float32, 9, 0.0, True, True, True),
-        (torch.float32, 9, 0.0, False, True, False),
-        (torch.float64, 9, 0.0, True, True, False),
-        (torch.bfloat16, 12, 0.0, True, True, False),
-        (torch.bfloat16, 9, 0.1, True, True, False),
-        (torch.bfloat16, 9, 0.0, True, False, False),
+        (torch.bfloat16, 9, 0.0, True, True),
+        (torch.bfloat16, 9, 0.0, False, False),
+        (torch.float32, 9, 0.0, True, True),
+        (torch.float32, 9, 0.0, False, False),
+        (torch.float64, 9, 0.0, True, False),
+        (torch.bfloat16, 12, 0.0, True, False),
+        (torch.bfloat16, 9, 0.1, True, False),
     ],
 )
-def test_products_are_taken_where_texts_of_a_moderate_length_are_learned_under_autocast(
-    dtype, keys, dropout, autocast, learns, products, monkeypatch
+def test_products_are_taken_where_texts_are_of_a_moderate_length_under_autocast(
+    dtype, keys, dropout, autocast, products, monkeypatch
 ):
     monkeypatch.setattr(products_vlm, "LONGEST", 10)
     taken = []
     attend = by_products_where_faster(lambda *args, **kwargs: taken.append("fused") or (None, None))
-    module = nn.Module().train(False)
-    with torch.autocast("cpu", torch.bfloat16, enabled=autocast), torch.set_grad_enabled(learns):
-        attend(module, *drawn(3, keys, dtype=dtype), mask_of(3, keys), dropout=dropout)
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        attend(nn.Module(), *drawn(3, keys, dtype=dtype), mask_of(3, keys), dropout=dropout)
     assert (taken == []) == products
 
 
@@ -101,6 +100,25 @@ def test_a_row_that_is_learned_under_autocast_goes_by_products(name, monkeypatch
         loss, found = (step(model, batch)[0] for batch in (batches.padded, batches.packed))
     assert types and all(found == {torch.bfloat16} for found in types)
     assert found == pytest.approx(loss, rel=1e-2)
+
+
+def test_a_row_that_is_only_evaluated_does_not_go_by_products(monkeypatch):
+    monkeypatch.setattr(products_vlm, "attend_by_products", None)
+    model = model_of("Llama", "sdpa")
+    with torch.autocast("cpu", torch.bfloat16), torch.no_grad():
+        assert model(**forest(model, torch.Generator().manual_seed(0)).packed).loss.isfinite()
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_a_frozen_layer_that_runs_again_for_gradients_attends_as_it_did(reentrant):
+    model = model_of("Llama", "sdpa")
+    model.model.language_model.requires_grad_(False)
+    packed = forest(model, torch.Generator().manual_seed(0)).packed
+    with torch.autocast("cpu", torch.bfloat16):
+        loss, gradients = step(model.train(), packed)
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": reentrant})
+        found, again = step(model.train(), packed)
+    assert found == loss and torch.equal(again, gradients)
 
 
 def test_in_bfloat16_the_gradients_are_as_near_as_those_of_the_fused_attention():

@@ -171,10 +171,11 @@ def test_positions_are_those_of_the_segments_where_none_are_given():
         ({"position_ids": torch.tensor([[126, 127, 128]])}, "129 positions"),
         ({"input_ids": torch.ones(2, 3, dtype=torch.long)}, "the batch has 2"),
         ({"segments": [(0, 2, -1, 0)]}, "the segments cover 2 positions and the row has 3"),
-        ({"segments": [(0, 2, -1, 0), (1, 3, -1, 1)]}, "segment 1 of the row is (1, 3, -1)"),
-        ({"segments": [(0, 2, 1, 0), (2, 3, -1, 1)]}, "segment 0 of the row is (0, 2, 1)"),
-        ({"segments": [(0, 3, 0, 0)]}, "segment 0 of the row is (0, 3, 0)"),
-        ({"segments": [(0, 3, -1, 0), (3, 3, -1, 0)]}, "segment 1 of the row is (3, 3, -1)"),
+        ({"segments": [(0, 2, -1, 0), (1, 3, -1, 1)]}, "segment 1 of the row is (1, 3, -1, 1)"),
+        ({"segments": [(0, 2, 1, 0), (2, 3, -1, 1)]}, "segment 0 of the row is (0, 2, 1, 0)"),
+        ({"segments": [(0, 3, -1)]}, "segment 0 of the row is (0, 3, -1); segments cover the row"),
+        ({"segments": [(0, 3, 0, 0)]}, "segment 0 of the row is (0, 3, 0, 0)"),
+        ({"segments": [(0, 3, -1, 0), (3, 3, -1, 0)]}, "segment 1 of the row is (3, 3, -1, 0)"),
     ],
 )
 def test_what_cannot_stand_beside_segments_is_refused_in_a_line(change, found):
