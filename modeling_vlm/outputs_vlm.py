@@ -49,8 +49,8 @@ class VLMCausalLMOutputWithPast(CausalLMOutputWithPast):
         aux_loss (`torch.Tensor`, *optional*): the load balancing loss of a mixture of experts, in `loss` by its weight.
         router_logits (`tuple(torch.Tensor)`, *optional*): those of each layer of a mixture of experts.
         token_costs (`torch.Tensor` of shape `(batch, tokens)`, *optional*, returned with `skip_logits`):
-            What each position's prediction costs, by its weight, in float32; 0 where nothing is predicted. No gradient
-            goes through it.
+            What each (kept) position's prediction costs, by its weight, in float32; 0 where nothing is predicted. No
+            gradient goes through it.
     """
 
     image_hidden_states: torch.Tensor | None = None
