@@ -5,7 +5,7 @@ import json
 import pytest
 import torch
 from PIL import Image
-from transformers import TrainerCallback
+from transformers import TrainerCallback, ViTConfig, ViTImageProcessorPil, ViTModel
 
 from tests import tiny
 from training_vlm import rehearsal
@@ -217,7 +217,7 @@ def test_the_estimate_is_told_in_full(made, capsys):
     main([*options(made), "--peak", "1", "--utilisation", "0.5", "--max_steps", "1000", "--devices", "2"])
     shown = capsys.readouterr().out
     for part in ("Stage 2", "projector", "optimizer", "activations", "logits", "at the peak", "Not in it", "cached",
-                 "TFLOP for 4,000 conversations", "hours at 50% of 1 TFLOP/s on each of 2 devices"):  # fmt: skip
+                 "TFLOP for 8,000 conversations", "hours at 50% of 1 TFLOP/s on each of 2 devices"):  # fmt: skip
         assert part in shown
 
 
@@ -257,3 +257,111 @@ def test_the_steps_are_those_of_the_run_s_own_trainer(made, monkeypatch):
     monkeypatch.setattr(VLMTrainer, "training_step", lambda self, *a, **k: seen.append(1) or step(self, *a, **k))
     found = Sketch(SFT, settled(SFT, options(made, SFT, "--gradient_accumulation_steps", "4"))).rehearsed
     assert found.peak.total() and len(seen) == 4  # two steps of two micro-batches
+
+
+# What is said on the command line.
+
+
+def told(capsys, *argv):
+    main(list(argv))
+    return capsys.readouterr().out
+
+
+def refused(capsys, *argv):
+    with pytest.raises(SystemExit):
+        main(list(argv))
+    line = capsys.readouterr().err
+    assert line.startswith("error: ") and line.count("\n") == 1
+    return line
+
+
+def test_a_recipe_is_read_alike_however_it_is_named(made, tmp_path, capsys):
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(
+        f"dataset: {made / 'captions.jsonl'}\nbf16: false\neval_share: 0\n"
+        f"pretrain: {{vision_model: {made / 'vision'}, text_model: {made / 'text'}, output_dir: {tmp_path / 'one'}}}\n"
+    )
+    first, *others = (
+        told(capsys, *named) for named in ([str(recipe)], ["--config", str(recipe)], [f"--config={recipe}"])
+    )
+    assert "Stage 1" in first and "Stage 2" not in first and "fp32" in first
+    assert others == [first, first]
+
+
+@pytest.mark.parametrize(
+    "option, value",
+    [
+        ("utilisation", "40"), ("utilisation", "0"), ("utilisation", "nan"), ("peak", "inf"), ("peak", "-1"),
+        ("devices", "0"), ("samples", "-3"), ("memory", "0"), ("memory", "-5GB"), ("tokens_per_sample", "80/180"),
+        ("tokens_per_sample", "0"), ("per_device_train_batch_size", "0"), ("config", ""),
+    ],
+)  # fmt: skip
+def test_a_number_that_cannot_be_is_one_line(made, capsys, option, value):
+    assert value in refused(capsys, *options(made), f"--{option}={value}")
+
+
+REFUSED = {
+    "parameters of the vision encoder train": ["--tune_vision", "last:1", "--cache_vision_features", "cache"],
+    "a stream has no end": [*STREAMED, "--cache_vision_features", "cache"],
+    "positions and max_tokens_per_batch is 20": ["--max_tokens_per_batch", "20"],
+    "padding_free=on cannot be: torch_compile": ["--padding_free", "on", "--torch_compile", "true"],
+    "--frozen_dtype bfloat16: this run computes in float32": ["--bf16", "false", "--frozen_dtype", "bfloat16"],
+    "--frozen_dtype bfloat16: this run casts to float16": ["--fp16", "true", "--frozen_dtype", "bfloat16"],
+    "dtype='int7'": ["--dtype", "int7"],
+    "but not both": ["--bf16", "true", "--fp16", "true"],
+    "room for 240 tokens of text": ["--tokens_per_sample", "241/50"],
+}
+
+
+@pytest.mark.parametrize("says", REFUSED)
+def test_what_a_run_refuses_the_estimate_refuses(made, capsys, says):
+    assert says in refused(capsys, *options(made), *REFUSED[says])
+
+
+def test_an_encoder_has_to_be_named_as_for_a_run(made, capsys):
+    argv = ["--text_model", str(made / "text"), "--dataset", str(made / "dialogues.jsonl"), "--output_dir", "out"]
+    assert "no model is named" in refused(capsys, *argv)
+
+
+@pytest.mark.parametrize("data", [[], STREAMED, [*STREAMED, "--max_tokens_per_batch", "99"]])
+def test_data_of_which_nothing_can_be_learned_are_refused(made, tmp_path, capsys, data):
+    rows = [{"image": "0.png", "caption": None}] * 1100
+    (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    argv = [*options(made, PRETRAIN, *data), "--dataset", str(tmp_path / "rows.jsonl"), "--stage", "pretrain"]
+    assert "there is nothing to learn from" in refused(capsys, *argv)
+
+
+@pytest.mark.parametrize("budget", [[], ["--max_tokens_per_batch", "99", "--shuffle_buffer", "10"]])
+def test_a_stream_whose_first_rows_are_dropped_is_known_by_its_others(made, tmp_path, budget):
+    rows = [{"image": "0.png", "caption": None}] * 700 + [
+        {"image": f"{n % 20}.png", "caption": "a cat"} for n in range(99)
+    ]
+    (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    argv = [*options(made, PRETRAIN, *STREAMED, *budget), "--dataset", str(tmp_path / "rows.jsonl")]
+    sketch = Sketch(PRETRAIN, settled(PRETRAIN, argv))
+    assert sketch.rehearsed.conversations > 0 and sketch.rehearsed.peak["activations"]
+    assert sketch.least_batch() > 0 < sketch.most_batch()
+
+
+def test_prefixes_are_shared_where_a_whole_step_of_the_run_has_images_enough(made):
+    """In a step are all micro-batches of all devices, though no more than two are rehearsed."""
+    settings = options(made, PRETRAIN)
+    for others, devices, shared in (([], 1, False), (["--gradient_accumulation_steps", "4"], 1, True), ([], 4, True)):
+        sketch = Sketch(PRETRAIN, settled(PRETRAIN, [*settings, *others]), devices=devices)
+        assert ("begin with run once" in sketch.rehearsed.savings) == shared
+
+
+def test_half_precision_of_either_kind_takes_the_same(made):
+    kinds = (["--fp16", "true", "--frozen_dtype", "float16"], ["--bf16", "true", "--frozen_dtype", "bfloat16"])
+    one, other = (Sketch(SFT, settled(SFT, options(made, SFT, *kind))).rehearsed for kind in kinds)
+    assert one.peak == other.peak
+
+
+def test_an_encoder_of_other_channels_is_estimated(made, tmp_path):
+    config = ViTConfig(hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=48, image_size=32,
+                       patch_size=8, num_channels=1)  # fmt: skip
+    ViTModel(config).save_pretrained(tmp_path)
+    ViTImageProcessorPil(size={"height": 32, "width": 32}).save_pretrained(tmp_path)
+    argv = options(made, PRETRAIN, "--vision_model", str(tmp_path), "--text_model", str(made / "text"))[2:]
+    for cache in ([], ["--cache_vision_features", str(tmp_path / "cache")]):
+        assert Sketch(PRETRAIN, settled(PRETRAIN, [*argv, *cache])).rehearsed.views

@@ -23,6 +23,7 @@ from PIL import Image
 from transformers import PreTrainedModel, TrainerCallback
 from transformers.integrations import is_deepspeed_zero3_enabled
 
+from modeling_vlm import VLMForConditionalGeneration
 from modeling_vlm.views_vlm import views_of
 from modeling_vlm.vision_vlm import blank_image
 from processing.batching.collator import VLMDataCollator
@@ -90,8 +91,8 @@ def cache_features(trainer: VLMTrainer, datasets: Iterable[Any], folder: str | P
             the disk has no room.
     """
     datasets = [dataset for dataset in datasets if dataset is not None]
-    _refuse(trainer, datasets)
     model, collator = trainer.accelerator.unwrap_model(trainer.model), cast(VLMDataCollator, trainer.data_collator)
+    refuse_uncacheable(model, datasets)
     encoder = _Encoder(trainer, model)
     settings = cache_settings(model, collator.processor, encoder.dtype)
     place = Path(folder) / name_of(settings)
@@ -109,14 +110,13 @@ def cache_features(trainer: VLMTrainer, datasets: Iterable[Any], folder: str | P
     return cache
 
 
-def _refuse(trainer: VLMTrainer, datasets: Iterable[Any]) -> None:
+def refuse_uncacheable(model: VLMForConditionalGeneration, datasets: Iterable[Any]) -> None:
     """
-    Refuse what cannot be cached.
+    Refuse a model or data of which nothing can be cached.
 
     Raises:
         DuetError: why.
     """
-    model = trainer.accelerator.unwrap_model(trainer.model)
     learning = sum(p.numel() for p in model.model.vision_tower.parameters() if p.requires_grad)
     if learning:
         raise DuetError(
@@ -128,6 +128,20 @@ def _refuse(trainer: VLMTrainer, datasets: Iterable[Any]) -> None:
     if any(isinstance(dataset, torch.utils.data.IterableDataset) for dataset in datasets):
         raise DuetError(
             f"{OPTION}: a stream has no end, and its images are not known before; leave out --streaming, or the cache."
+        )
+
+
+def refuse_address(reference: ImageReference) -> None:
+    """
+    Refuse an image that lies somewhere else.
+
+    Raises:
+        DuetError: it is named by a URL.
+    """
+    if is_url(reference):
+        raise DuetError(
+            f"{OPTION}: {image_name(reference)} is a URL, and what lies there may change unseen; fetch the images and "
+            "name their folder with --image_dir, or leave this out."
         )
 
 
@@ -287,11 +301,7 @@ class _Looked(torch.utils.data.Dataset):
             reference = reference.get("path")
         if isinstance(reference, (dict, Image.Image)):
             return image_stamp(reference) if row % processes == process else None
-        if is_url(reference):
-            raise DuetError(
-                f"{OPTION}: {image_name(reference)} is a URL, and what lies there may change unseen; fetch the images "
-                "and name their folder with --image_dir, or leave this out."
-            )
+        refuse_address(reference)
         stamp = image_stamp(reference)
         return stamp if stamp[0] % processes == process else None
 
@@ -458,4 +468,6 @@ class _SameEncoder(TrainerCallback):
             )
 
 
-__all__ = ["cache_features", "cache_settings", "train_on_features", "weights_hash"]
+__all__ = [
+    "cache_features", "cache_settings", "refuse_address", "refuse_uncacheable", "train_on_features", "weights_hash",
+]  # fmt: skip

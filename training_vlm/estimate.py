@@ -10,12 +10,13 @@ takes two steps on it (`rehearsal.py`); of the data some rows are read for their
 """
 
 import argparse
+import math
 import re
 import sys
 from collections.abc import Iterator
-from dataclasses import fields
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 
 import datasets
 from transformers.training_args import OptimizerNames
@@ -24,10 +25,10 @@ from transformers.utils import logging
 from processing.data_error_vlm import DuetError
 
 from .arguments import precision_of
-from .learning.originals import shown_size
+from .learning.originals import frozen_dtype_of, shown_size
 from .learning.tuning import describe_components
 from .run import one_line_errors
-from .settings import Arguments, parse_arguments, read_config, stages_of
+from .settings import Arguments, parse_arguments, split_config, stages_of
 from .sketch import Sketch, StandIn
 from .stages import PRETRAIN, SFT, STAGES, Stage
 from .weightless import KINDS
@@ -37,6 +38,13 @@ UNKNOWN = (
     "Not in it: the device's own context, workspaces of its kernels and gaps between tensors (1 to 2 GB on a GPU), "
     "buckets of gradients where processes share a step, and batches larger than those of the sample."
 )
+
+
+_PROVISO = {
+    "auto": ", if the model proves itself (--padding_free off if it does not)",
+    "on": ", if the model proves itself (--padding_free on is refused if it does not)",
+    "off": "",
+}
 
 
 def largest_batch(sketch: Sketch, memory: int) -> int:
@@ -84,11 +92,12 @@ def lines_of(sketch: Sketch, options: argparse.Namespace) -> Iterator[str]:
     yield f"{'part':<18}{'parameters':>16}{'learn':>16}"
     for part in describe_components(sketch.model):
         yield f"{part.name:<18}{part.parameters:>16,}{part.trained:>16,}"
-    supervised = sum(record.supervised for record in account.records)
+    learned = [record for record in account.records if record.dropped is None]
+    supervised = sum(record.supervised for record in learned)
     yield f"\n{sketch.described}"
-    yield f"Batches, if the model proves itself (--padding_free off if it does not): {found.savings}."
+    yield f"Batches{_PROVISO[sketch.arguments.efficiency.padding_free]}: {found.savings}."
     yield (
-        f"The largest of {found.batches} batches: {len(account.records):,} conversations, {found.views:,} views of "
+        f"The largest of {found.batches} batches: {len(learned):,} conversations, {found.views:,} views of "
         f"images, {account.run:,} positions run ({account.padding / max(1, account.run):.0%} padding), {supervised:,} "
         f"supervised; {precision_of(args)}, {OptimizerNames(args.optim).value}"
         + (", checkpointed" if args.gradient_checkpointing else "")
@@ -172,40 +181,24 @@ def _parser() -> _Parser:
 
 def settled(stage: Stage, argv: list[str]) -> Arguments:
     """The settings of a stage, whatever machine this is: 16 bits where an accelerator would have them."""
-    told = _told(stage, argv)
-    on_cpu = told("use_cpu") and not told("bf16")
-    half = told("fp16") or (told("bf16") is not False and not on_cpu)
-    machine = ["--use_cpu", "--fp16", "False", "--tf32", "False", "--report_to", "none"]
-    if not on_cpu:
-        machine += ["--bf16", str(bool(half))]
-    return parse_arguments(stage, [*argv, *machine])
+    return parse_arguments(stage, argv, _on_any_machine)
 
 
-def _told(stage, argv):
-    known = [f.name for kind in Arguments.__annotations__.values() for f in fields(kind) if f.init]
-    config = next((value for name, value in zip(argv, argv[1:]) if name == "--config"), None)
-    settings: dict[str, Any] = {} if config is None else read_config(Path(config), stage, known)
-
-    def told(name: str) -> bool | None:
-        value = settings.get(name)
-        for place, argument in enumerate(argv):
-            option, _, given = argument.partition("=")
-            if option == f"--{name}":
-                follows = argv[place + 1] if place + 1 < len(argv) else "--"
-                value = given or ("true" if follows.startswith("--") else follows)
-        return None if value is None else str(value).lower() in ("true", "1", "yes", "y", "t")
-
-    return told
+def _on_any_machine(settings: dict[str, Any]) -> None:
+    if settings["fp16"] and not settings["bf16"]:  # which a CPU has instead, and takes as many bytes
+        frozen_dtype_of(settings["frozen_dtype"], cast(Any, SimpleNamespace(bf16=False, fp16=True)))
+        settings.update(fp16=False, bf16=True, frozen_dtype=settings["frozen_dtype"] and "auto")
+    elif settings["bf16"] is None and not settings["use_cpu"]:
+        settings["bf16"] = True
+    settings.update(use_cpu=True, tf32=False, report_to="none")
 
 
-def _maker(stage: Stage, arguments: Arguments, argv: list[str]) -> Arguments | None:
+def _maker(stage: Stage, arguments: Arguments, config: Path | None) -> Arguments | None:
     """The settings of stage 1, where its model is not there yet and the same recipe makes it."""
     name = arguments.model.model
-    if stage is not SFT or name is None or Path(name).exists():
+    if stage is not SFT or name is None or Path(name).exists() or config is None or PRETRAIN not in stages_of(config):
         return None
-    if "--config" not in argv or PRETRAIN not in stages_of(Path(argv[argv.index("--config") + 1])):
-        return None
-    made = settled(PRETRAIN, argv[: argv.index("--config") + 2])
+    made = settled(PRETRAIN, ["--config", str(config)])
     return made if made.training.output_dir == name else None
 
 
@@ -220,20 +213,20 @@ def main(argv: list[str] | None = None) -> None:
     if not argv[0].startswith("-"):
         argv.insert(0, "--config")
     options, others = parser.parse_known_args(argv)
-    for name in ("samples", "peak", "utilisation", "devices"):
-        if (value := getattr(options, name)) is not None and value <= 0:
+    for name in ("memory", "samples", "peak", "utilisation", "devices"):
+        if (value := getattr(options, name)) is not None and not 0 < value < math.inf:
             raise DuetError(f"--{name} {value}: expected more than 0.")
+    if options.utilisation > 1:
+        raise DuetError(f"--utilisation {options.utilisation:g}: expected a share of the peak, up to 1.")
     datasets.disable_progress_bars()
     logging.set_verbosity_error()
     logging.disable_progress_bar()
-    if options.stage is not None:
-        stages = [STAGES[options.stage]]
-    else:
-        named = "--config" in others and stages_of(Path(others[others.index("--config") + 1]))
-        stages = named or [SFT]
+    config, _ = split_config(others)
+    stages = [STAGES[options.stage]] if options.stage else (config is not None and stages_of(config)) or [SFT]
     for number, stage in enumerate(stages):
         arguments = settled(stage, others)
-        sketch = Sketch(stage, arguments, _maker(stage, arguments, others), options.tokens_per_sample, options.samples)
+        maker = _maker(stage, arguments, config)
+        sketch = Sketch(stage, arguments, maker, options.tokens_per_sample, options.samples, options.devices)
         print("\n" * (number > 0) + "\n".join(lines_of(sketch, options)), flush=True)
 
 

@@ -34,17 +34,11 @@ def load_model(
     Raises:
         DuetError: neither or both are named, a checkpoint of another kind, or parts that do not fit together.
     """
-    dtype = getattr(torch, model_args.dtype, None)
-    if dtype not in (torch.float32, torch.bfloat16, torch.float16):
-        raise DuetError(f"dtype={model_args.dtype!r}: expected float32, bfloat16 or float16.")
+    dtype = weights_dtype(model_args)
     if model_args.model is not None:
         model, processor = _load_composed(model_args, dtype)
-    elif model_args.vision_model is not None and model_args.text_model is not None:
-        model, processor = _compose(stage, model_args, data_args, data, dtype)
     else:
-        raise DuetError(
-            "no model is named; add --model FOLDER (a composed model) or --vision_model NAME and --text_model NAME."
-        )
+        model, processor = _compose(stage, model_args, data_args, data, dtype)
     check_fit(model, processor)
     processor.update_generation_config(model.generation_config)
     for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
@@ -55,6 +49,23 @@ def load_model(
                 model.generation_config.bos_token_id = value
     choose_what_learns(model, model_args)
     return model, processor
+
+
+def weights_dtype(model_args: ModelArguments) -> torch.dtype:
+    """
+    The numbers of a model's weights, where one is named.
+
+    Raises:
+        DuetError: no model is named, or numbers that are none of weights.
+    """
+    dtype = getattr(torch, model_args.dtype, None)
+    if dtype not in (torch.float32, torch.bfloat16, torch.float16):
+        raise DuetError(f"dtype={model_args.dtype!r}: expected float32, bfloat16 or float16.")
+    if model_args.model is None and None in (model_args.vision_model, model_args.text_model):
+        raise DuetError(
+            "no model is named; add --model FOLDER (a composed model) or --vision_model NAME and --text_model NAME."
+        )
+    return dtype
 
 
 def choose_what_learns(model: VLMForConditionalGeneration, model_args: ModelArguments) -> None:
@@ -296,5 +307,5 @@ def choose_max_length(model: VLMForConditionalGeneration, asked: int | None) -> 
 
 __all__ = [
     "check_composed", "check_fit", "check_model", "choose_max_length", "choose_what_learns", "load_model",
-    "new_processor", "saved_processor", "tokenizer_from_scratch",
+    "new_processor", "saved_processor", "tokenizer_from_scratch", "weights_dtype",
 ]  # fmt: skip

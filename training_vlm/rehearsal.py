@@ -19,12 +19,14 @@ from transformers.trainer_callback import PrinterCallback, ProgressCallback
 from transformers.trainer_utils import IntervalStrategy, SaveStrategy, SchedulerType
 
 from modeling_vlm import VLMForConditionalGeneration
+from modeling_vlm.vision_vlm import blank_image
 from processing.batching.account import BatchAccount
 from processing.batching.encoding import Encoder
 from processing.data_error_vlm import DuetError, in_a_line
 from processing.image_files_vlm import ImageReference, image_size
 from processing.processing_vlm import VLMProcessor
 
+from .cache_features import refuse_address, refuse_uncacheable
 from .data import TrainDataset
 from .flops import Work, windows_of, work_of
 from .learning.originals import autocast_dtype, cast_anyway, frozen_dtype_of
@@ -67,12 +69,14 @@ class Rehearsed:
 class Unread:
     """In the place of a cache of features: how many views an image has, from its header at most."""
 
-    def __init__(self, processor: VLMProcessor):
-        self.processor = processor
+    def __init__(self, processor: VLMProcessor, is_cached: bool):
+        self.processor, self.is_cached = processor, is_cached
         self.images = self.views = 0
 
     def seen(self, reference: ImageReference) -> tuple[torch.Tensor, tuple[int, int]]:
         """See `FeatureCache.seen`."""
+        if self.is_cached:
+            refuse_address(reference)
         tiled = self.processor.max_tiles > 1
         rows, columns = self.processor.tile_grid(*image_size(reference)) if tiled else (1, 1)
         views = 1 + (rows * columns if rows * columns > 1 else 0)
@@ -81,7 +85,11 @@ class Unread:
 
 
 def rehearse(
-    arguments: Arguments, model: VLMForConditionalGeneration, encoder: Encoder, dataset: TrainDataset
+    arguments: Arguments,
+    model: VLMForConditionalGeneration,
+    encoder: Encoder,
+    dataset: TrainDataset,
+    devices: int = 1,
 ) -> Rehearsed:
     """
     Take two steps of a run with the largest of its first batches.
@@ -89,19 +97,27 @@ def rehearse(
     Args:
         model: on the meta device, with what learns of it; it is as before afterwards.
         dataset: encoded conversations of the run, or a sample of them.
+        devices: that take a step together.
 
     Raises:
-        DuetError: a conversation has no room, or the model cannot be run on shapes alone.
+        DuetError: what the run refuses, such as a conversation that has no room or a cache of what learns; or the model
+            cannot be run on shapes alone.
     """
     cached = arguments.efficiency.cache_vision_features is not None
+    if cached:
+        refuse_uncacheable(model, [dataset])
     model = copy.deepcopy(model)  # it costs nothing
     # There is no memory to be moved.
     model.to = lambda *args, **kwargs: model  # type: ignore[assignment]  # this one model's own
     for parameter in _narrowed(arguments, model):
         parameter.data = parameter.data.to(autocast_dtype(arguments.training))
     with tempfile.TemporaryDirectory() as folder, weightless(model):
-        trainer = build_trainer(rehearsing(arguments, folder), model, encoder, dataset, None, lambda *_: None)
-        unread = cast(Any, trainer.data_collator).features = Unread(encoder.processor)
+        two = rehearsing(arguments, folder)
+        accumulated = two.training.gradient_accumulation_steps
+        two.training.gradient_accumulation_steps = accumulated * devices  # what is saved follows from a whole step
+        trainer = build_trainer(two, model, encoder, dataset, None, lambda *_: None)
+        trainer.args.gradient_accumulation_steps = min(2, accumulated)
+        unread = cast(Any, trainer.data_collator).features = Unread(encoder.processor, cached)
         batches = list(_batches(trainer, cached))
         work = Work()
         windows = windows_of(model.config.text_config)
@@ -124,7 +140,6 @@ def rehearsing(arguments: Arguments, folder: str) -> Arguments:
     """The settings of two steps of which nothing is written."""
     training = copy.copy(arguments.training)
     training.output_dir, training.max_steps = folder, 2
-    training.gradient_accumulation_steps = min(2, training.gradient_accumulation_steps)
     training.save_strategy, training.eval_strategy = SaveStrategy.NO, IntervalStrategy.NO
     training.logging_strategy, training.report_to = IntervalStrategy.NO, []
     training.lr_scheduler_type, training.lr_scheduler_kwargs = SchedulerType.CONSTANT, {}
@@ -136,27 +151,33 @@ def rehearsing(arguments: Arguments, folder: str) -> Arguments:
 
 
 def _batches(trainer: VLMTrainer, cached: bool) -> Iterator[tuple[dict[str, Any], list[int], int]]:
-    """The first batches, of an epoch at most: images without pixels, lengths of the conversations, predictions."""
-    config = cast(VLMForConditionalGeneration, trainer.model).config
-    for number, batch in enumerate(trainer.get_train_dataloader()):
+    """The first of which anything is learned, of an epoch: images without pixels, lengths of texts, predictions."""
+    number = 0
+    for batch in trainer.get_train_dataloader():
         learned = [record for record in batch["account"].records if record.dropped is None]
+        if not learned:
+            continue
         if "vision_features" in batch:
             views = len(batch.pop("vision_features"))
             if cached:
                 dtype = autocast_dtype(trainer.args) or torch.float32
                 batch["vision_features"] = blank(views, *_features(trainer.model), dtype=dtype)
             else:
-                channels = getattr(config.vision_config, "num_channels", 3)
-                batch["pixel_values"] = blank(views, channels, *config.image_size)
+                batch["pixel_values"] = _pixels(trainer.model, views)
         yield batch, [record.tokens for record in learned], sum(record.supervised for record in learned)
-        if number + 1 == BATCHES:
+        number += 1
+        if number == BATCHES:
             return
+
+
+def _pixels(model, views: int) -> torch.Tensor:
+    return blank(views, *blank_image(model.model.vision_tower, model.config.image_size).shape[1:])
 
 
 def _features(model) -> tuple[int, int]:
     """Tokens and width of what the projector reads of a view."""
     with torch.no_grad():
-        return tuple(model.model.encode_views(blank(1, 3, *model.config.image_size))[1].shape[1:])
+        return tuple(model.model.encode_views(_pixels(model, 1))[1].shape[1:])
 
 
 def _views(batch) -> int:

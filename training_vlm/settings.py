@@ -7,6 +7,7 @@ is run.
 """
 
 import sys
+from collections.abc import Callable
 from dataclasses import fields
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -44,13 +45,16 @@ class _Parser(HfArgumentParser):
         raise DuetError(f"{message}; --help lists all options.")
 
 
-def parse_arguments(stage: Stage, argv: list[str] | None = None) -> Arguments:
+def parse_arguments(
+    stage: Stage, argv: list[str] | None = None, adjust: Callable[[dict[str, Any]], None] = lambda settings: None
+) -> Arguments:
     """
     The settings of one stage from the command line and `--config FILE`.
 
     Args:
         stage: whose section of a yaml file is read.
         argv: the command line, `sys.argv[1:]` if not given.
+        adjust: changes what was set, by name, before any of it is looked at; what was not has its default.
 
     Raises:
         DuetError: a setting that nothing reads, a value that it cannot have, a yaml of another shape, or no such file.
@@ -62,21 +66,18 @@ def parse_arguments(stage: Stage, argv: list[str] | None = None) -> Arguments:
         allow_abbrev=False,
     )
     parser.add_argument("--config", type=Path, default=None, help="yaml with settings of both stages; see recipes/.")
-    config, others = _split_config(argv)
-    if config is None and not argv:
-        config = DEFAULT_RECIPE
+    config, others = split_config(argv)
     if config is not None:
         known = [f.name for kind in parser.dataclass_types for f in fields(kind) if f.init]
         settings = read_config(config, stage, known)
         _check_kinds(config, settings, parser)
         parser.set_defaults(**settings)
-    *arguments, _, unknown = parser.parse_args_into_dataclasses(
-        others, return_remaining_strings=True, look_for_args_file=False
-    )
+    namespace, unknown = parser.parse_known_args(others)
     if unknown:
         options = [option for action in parser._actions for option in action.option_strings]
         raise DuetError(f"unknown argument {unknown[0]!r}{suggest(unknown[0], options)}; --help lists all.")
-    parsed = Arguments(*arguments)
+    adjust(settings := vars(namespace))
+    parsed = Arguments(*parser.parse_dict(settings, allow_extra_keys=True))
     parsed.efficiency.settle(parsed.data, parsed.training)
     return parsed
 
@@ -107,8 +108,14 @@ def _check_kinds(config: Path, settings: dict[str, Any], parser: HfArgumentParse
             raise DuetError(f"config {config} has {action.dest}: {value!r}; expected {wanted[kind]}.")
 
 
-def _split_config(argv):
-    config, others = None, []
+def split_config(argv: list[str]) -> tuple[Path | None, list[str]]:
+    """
+    The yaml that a command line names, and the rest of it; of an empty one the recipe of the built-in data set.
+
+    Raises:
+        DuetError: `--config` without a name.
+    """
+    config, others = None if argv else DEFAULT_RECIPE, []
     position = 0
     while position < len(argv):
         argument = argv[position]

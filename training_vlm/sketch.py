@@ -17,6 +17,7 @@ from PIL import Image
 
 from processing.batching.dataset import ConversationDataset, MixedDataset, StreamedDataset
 from processing.batching.encoding import Encoder, encode_item
+from processing.data_error_vlm import DuetError
 from processing.reading.items import Reading
 
 from .data import Data, Opened, TrainDataset, joined, load_data
@@ -24,10 +25,11 @@ from .flops import Costs, Work, costs_of
 from .inspect_data.processor import lay_out
 from .learning.originals import autocast_dtype
 from .learning.sampling import order_seed
-from .load import choose_max_length, choose_what_learns
+from .load import choose_max_length, choose_what_learns, weights_dtype
 from .rehearsal import Rehearsed, rehearse
 from .settings import Arguments
 from .stages import PRETRAIN, Stage
+from .survey import SURVEYED, survey_training
 
 
 ROWS = 512  # that are read of the data, or as many as a few batches need
@@ -42,6 +44,8 @@ class StandIn:
         text: tokens of each, those of the template among them.
         supervised: how many of them are learned; of a caption all are.
     """
+
+    SIZE = (480, 640)  # of an image
 
     text: int
     supervised: int
@@ -75,7 +79,7 @@ class StandIn:
         tiled = encoder is not None and encoder.processor.max_tiles > 1
         content = io.BytesIO()  # another image each, of the size of a photograph where its size matters
         colour = (number % 256, number // 256 % 256, number // 65536)
-        Image.new("RGB", (640, 480) if tiled else (1, 1), colour).save(content, "PNG")
+        Image.new("RGB", self.SIZE[::-1] if tiled else (1, 1), colour).save(content, "PNG")
         image = {"bytes": content.getvalue(), "path": None}
         return {"image": image, "question": question, "answer": answer} if asks else {"image": image, "caption": answer}
 
@@ -90,6 +94,7 @@ class Sketch:
         maker: those of the stage that makes its model, where that is not there yet.
         stand_in: in place of the data.
         samples: conversations of an epoch, where the data do not say.
+        devices: that take a step together.
 
     Attributes:
         model: its shape, on the meta device, with what learns of it.
@@ -105,11 +110,13 @@ class Sketch:
         maker: Arguments | None = None,
         stand_in: StandIn | None = None,
         samples: int | None = None,
+        devices: int = 1,
     ):
         self.stage, self.arguments, self.stand_in, self.samples = stage, arguments, stand_in, samples
+        self.devices, model_args = devices, arguments.model
+        dtype = weights_dtype(model_args)
         self.model, processor = self._laid_out(arguments if maker is None else maker, PRETRAIN if maker else stage)
-        model_args = arguments.model
-        self.model.to(getattr(torch, model_args.dtype))
+        self.model.to(dtype)
         choose_what_learns(self.model, model_args)
         for side, backbone in (("vision", self.model.model.vision_tower), ("text", self.model.model.language_model)):
             if getattr(model_args, f"{side}_attn_implementation") == "eager":
@@ -117,6 +124,15 @@ class Sketch:
         max_length = choose_max_length(self.model, arguments.data.max_length)
         self.encoder = stage.encoder(processor, arguments.data, max_length)
         self._tried: dict[int, Rehearsed] = {}
+        if stand_in is not None:
+            room = max_length - processor.image_tokens(*StandIn.SIZE)
+            if stand_in.text > room:
+                raise DuetError(
+                    f"--tokens_per_sample {stand_in.text}: beside an image a sequence of {max_length:,} positions has "
+                    f"room for {room:,} tokens of text."
+                )
+        else:
+            survey_training(stage, self.sample(ROWS), self.encoder, arguments.data)
 
     def _laid_out(self, arguments, stage):
         data_args = arguments.data
@@ -125,7 +141,7 @@ class Sketch:
         else:
             data_args = copy.copy(data_args)
             data_args.tokenizer_dataset_name = None
-            data = self.stand_in.data(None, stage.asks, ROWS)
+            data = self.stand_in.data(None, stage.asks, 1)
         with contextlib.redirect_stdout(io.StringIO()):
             return lay_out(stage, arguments.model, data_args, data)
 
@@ -164,8 +180,7 @@ class Sketch:
 
     def most_batch(self) -> int:
         """The largest that the data have conversations for."""
-        is_stream = any(isinstance(rows, datasets.IterableDataset) for rows, _ in self.data.train)
-        whole = self.samples or (ROWS if is_stream else self._length())
+        whole = self.samples or (ROWS if self._is_stream else self._length())
         if self.unit == "conversations":
             return whole
         lengths = self._lengths(ROWS)
@@ -183,7 +198,8 @@ class Sketch:
                 training = copy.copy(arguments.training)
                 training.per_device_train_batch_size = number
                 arguments, rows = arguments._replace(training=training), 4 * number
-            self._tried[number] = rehearse(arguments, self.model, self.encoder, self.sample(max(ROWS, rows)))
+            data = self.sample(max(ROWS, rows))
+            self._tried[number] = rehearse(arguments, self.model, self.encoder, data, self.devices)
         return self._tried[number]
 
     @property
@@ -192,7 +208,9 @@ class Sketch:
         return self.with_batch(self.batch)
 
     def sample(self, rows: int) -> TrainDataset:
-        """Conversations of so many rows, from all over the data, encoded; of a stream the first."""
+        """Conversations of so many rows, from all over the data, encoded; of a stream the first, and as many as a run
+        looks at."""
+        rows = max(rows, SURVEYED) if self._is_stream else rows
         return self._sampled(1 << (rows - 1).bit_length())  # not another one for each size
 
     @functools.lru_cache(maxsize=4)  # noqa: B019
@@ -210,12 +228,16 @@ class Sketch:
 
     @functools.lru_cache(maxsize=4)  # noqa: B019
     def _lengths(self, rows: int) -> list[int]:
-        """Positions of conversations of so many rows; of a stream, which has no end, of its first that are learned."""
+        """Positions of conversations of so many rows; of a stream of its first that are learned."""
         sample = self.sample(rows)
         if not isinstance(sample, StreamedDataset):
             return sample.lengths
-        records = (encode_item(item, self.encoder)[1] for item in itertools.islice(sample, rows))
-        return [record.tokens for record in records if record.dropped is None]
+        records = (encode_item(item, self.encoder)[1] for item in sample.once())
+        return list(itertools.islice((record.tokens for record in records if record.dropped is None), rows))
+
+    @property
+    def _is_stream(self):
+        return any(isinstance(rows, datasets.IterableDataset) for rows, _ in self.data.train)
 
     # --- the run
 
@@ -235,7 +257,7 @@ class Sketch:
         args = self.arguments.training
         if args.max_steps > 0:
             each = self.rehearsed.conversations / max(1, self.rehearsed.batches)
-            return round(args.max_steps * args.gradient_accumulation_steps * args.world_size * each)
+            return round(args.max_steps * args.gradient_accumulation_steps * self.devices * each)
         if self.samples is None and self.stand_in is not None:
             return None
         return round(args.num_train_epochs * (self.samples or self._length()))
@@ -280,7 +302,7 @@ class Sketch:
             )
         sample = self.sample(ROWS)
         if isinstance(sample, StreamedDataset):
-            return f"{self.data.name}: a stream, of which the first {ROWS:,} rows of each source were read."
+            return f"{self.data.name}: a stream, of which the first rows of each source were read."
         return f"{self.data.name}: {self._length():,} conversations, of which a sample of {len(sample):,} was read."
 
 

@@ -48,21 +48,32 @@ def survey_data(
         DuetError: nothing could be learned or asked, or everything would be learned.
     """
     first = training_args.process_index == 0
-    surveys = {"training": _survey(train, encoder)}
-    _check_account(train, surveys["training"].account, "learn from")
-    _check_questions(stage, surveys["training"].account, data_args)
+    surveys = {"training": survey_training(stage, train, encoder, data_args)}
     if first:
         _check_images(train, data_args.on_bad_sample)
     if evaluation is not None:
         surveys["evaluation"] = _survey(evaluation, encoder)
         if evaluation_is_asked(data_args, training_args):
-            _check_account(evaluation, surveys["evaluation"].account, "evaluate on")
+            _check_account(evaluation, surveys["evaluation"], "evaluate on")
             if first:
                 _check_images(evaluation, data_args.on_bad_sample)
     if test is not None:
         surveys["test"] = Survey(_without_bad_images(test, encoder) if first else test.account, sampled=False)
-        _check_account(test, surveys["test"].account, "ask")
+        _check_account(test, surveys["test"], "ask")
     return surveys
+
+
+def survey_training(stage: Stage, train: TrainDataset, encoder: Encoder, data_args: DataArguments) -> Survey:
+    """
+    What the training data hold; no image is looked at.
+
+    Raises:
+        DuetError: nothing could be learned, or everything would be.
+    """
+    found = _survey(train, encoder)
+    _check_account(train, found, "learn from")
+    _check_questions(stage, found.account, data_args)
+    return found
 
 
 def _survey(dataset, encoder: Encoder) -> Survey:
@@ -118,7 +129,8 @@ def _without_bad_images(test: ConversationDataset, encoder: Encoder) -> Account:
     return account
 
 
-def _check_account(dataset, account: Account, purpose: str) -> None:
+def _check_account(dataset, survey: Survey, purpose: str) -> None:
+    account = survey.account
     if not account.sources and next(some_items(dataset, 1), None) is None:
         raise DuetError(f"there is nothing to {purpose}: the data set has no rows.")
     for source, counts in account.sources.items():
@@ -128,8 +140,9 @@ def _check_account(dataset, account: Account, purpose: str) -> None:
         found = "; ".join(f"{key.removeprefix('dropped: ')} ({counts[key]:,} samples)" for key in reasons)
         details = (detail for (place, _), (_, detail) in account.named.items() if place == source and detail)
         example = next(details, "")
+        sample = f" in a sample of {counts['samples']:,}" if survey.sampled else ""
         raise DuetError(
-            f"{source}: there is nothing to {purpose}: {found}" + (f", such as {example}" if example else "")
+            f"{source}: there is nothing to {purpose}{sample}: {found}" + (f", such as {example}" if example else "")
         )
 
 
@@ -188,4 +201,4 @@ def write_data_report(folder: Path, consumed: Account, train: TrainDataset) -> A
     return consumed
 
 
-__all__ = ["Survey", "report_data", "some_items", "sources_of", "survey_data", "write_data_report"]
+__all__ = ["Survey", "report_data", "some_items", "sources_of", "survey_data", "survey_training", "write_data_report"]
