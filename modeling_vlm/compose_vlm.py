@@ -256,7 +256,7 @@ def check_positions(model: PreTrainedModel, tokens: int, position_ids: torch.Ten
     if not isinstance(past, int):
         return
     positions = past + tokens
-    if position_ids is not None:
+    if position_ids is not None and not position_ids.is_meta:
         at_hand = position_ids.device.type == "cpu" and not torch.compiler.is_compiling()
         if at_hand or positions > model.max_positions:  # padding on the left takes none
             positions = int(position_ids.max()) + 1

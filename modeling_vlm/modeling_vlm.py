@@ -23,7 +23,7 @@ from .compose_vlm import check_positions, check_room, compose, count_visual_toke
 from .configuration_vlm import VLMConfig
 from .generation_vlm import VLMGenerationMixin, savable
 from .loading_vlm import take_saved_weights
-from .loss_vlm import balance_loss, keep_positions, loss_in_parts, mean_loss, targets_of, zero_of
+from .loss_vlm import IGNORE, balance_loss, keep_positions, loss_in_parts, mean_loss, targets_of, zero_of
 from .model_error_vlm import DuetError
 from .outputs_vlm import VLMCausalLMOutputWithPast, VLMModelOutputWithPast
 from .own_projector_vlm import trusting
@@ -511,7 +511,8 @@ class VLMForConditionalGeneration(VLMPreTrainedModel, VLMGenerationMixin):
                 `-sum_i 1[y_i supervised] log F(y_i | y_<i, Z)` over their number.
             shift_labels (`torch.LongTensor` of shape `(batch, tokens)`, one of the `kwargs`):
                 The token that each position predicts, or -100; as the collator gives them, or what one shard of a long
-                sequence learns. Where they are given, `labels` are not read; labels alone are shifted.
+                sequence learns. Where they are given, `labels` are not read; labels alone are shifted, in
+                each segment by itself.
             loss_weights (`torch.Tensor` of shape `(batch, tokens)`):
                 What each term of that sum is multiplied by, 1 if not given; beside `shift_labels` where those are
                 given, else beside `labels`. The number stays that of supervised tokens.
@@ -562,6 +563,10 @@ class VLMForConditionalGeneration(VLMPreTrainedModel, VLMGenerationMixin):
             counted = attention_mask if segments is None else readers_of(segments, outputs.last_hidden_state.device)
             aux_loss = balance_loss(outputs.router_logits, text_config, counted)
             balance = text_config.router_aux_loss_coef * aux_loss
+        if segments is not None and targets is not None and shift_labels is None:
+            # No text predicts what the next begins with.
+            ends = torch.tensor([end - 1 for _, end, *_ in segments], device=targets.device)
+            targets = targets.index_fill(1, ends, IGNORE)
         states, targets, weights = (
             None if whole is None else keep_positions(whole, logits_to_keep)
             for whole in (outputs.last_hidden_state, targets, weights)

@@ -206,9 +206,25 @@ def test_positions_that_are_given_are_those_that_have_to_be_learned():
     ids = torch.ones(1, 24, dtype=torch.long)
     positions = torch.arange(24).remainder(12).unsqueeze(0)
     assert model(input_ids=ids, segments=[(0, 24, -1, 0)], position_ids=positions).logits.isfinite().all()
+    with pytest.raises(DuetError, match="24 positions"):  # of shapes alone no positions can be read
+        model.to("meta")(input_ids=ids.to("meta"), position_ids=positions.to("meta"))
+    model = model_of("GPT-2", n_positions=20).eval()
     for segments in (None, [(0, 2, -1, 0)]):
         with pytest.raises(DuetError, match="21 positions"):
             model(input_ids=ids[:, :2], segments=segments, position_ids=torch.tensor([[19, 20]]))
+
+
+def test_labels_alone_are_shifted_within_each_text():
+    model = model_of("Llama")
+    packed = batches_of(model).packed
+    expected = step(model, packed)
+    targets = packed.pop("shift_labels")
+    packed["labels"] = torch.cat([packed["input_ids"][:, :1], targets[:, :-1]], 1)
+    for start, *_ in packed["segments"]:
+        packed["labels"][0, start] = packed["input_ids"][0, start]  # which nobody predicts
+    for skip_logits in (False, True):
+        found = step(model, packed, skip_logits=skip_logits)
+        assert found[0] == pytest.approx(expected[0], rel=1e-6) and off(found[1], expected[1]) <= 1e-5
 
 
 @pytest.mark.parametrize("wrong", ["a word with a feature", "an image token without", "a feature that is not there"])
