@@ -237,6 +237,32 @@ def test_a_resumed_run_is_the_run_with_each_option(backbones, dialogues, tmp_pat
     assert reports[0] == reports[1]
 
 
+CHANGES = {
+    "max_tokens_per_batch=200 (it had 300)": ["--max_tokens_per_batch", "200"],
+    "max_images_per_batch=2 (it had none)": ["--max_images_per_batch", "2"],
+    "share_prefix=on (it had off)": ["--share_prefix", "on"],
+    "padding_free=off (it had on)": ["--padding_free", "off"],
+    "split_turns=questions (it had none), conversations=36 (it had 24)": ["--split_turns", "questions"],
+    "seed=5 (it had 42), gradient_accumulation_steps=2 (it had 1)": ["--seed", "5", "--gradient_accumulation_steps=2"],
+    "": [],
+}
+
+
+def test_a_run_that_goes_on_with_another_order_of_data_is_told_so(backbones, dialogues, tmp_path, capsys):
+    common = [*backbones, *dialogues, *QUICK, "--max_tokens_per_batch", "300", "--max_steps", "2"]
+    train_sft.main([*common, "--output_dir", str(tmp_path / "first")])
+    checkpoint = str(tmp_path / "first" / "checkpoint-2")
+    for number, (says, changes) in enumerate(CHANGES.items()):
+        capsys.readouterr()
+        going_on = ["--max_steps", "3", "--save_strategy", "no", "--output_dir", str(tmp_path / str(number))]
+        train_sft.main([*common, *going_on, "--resume_from_checkpoint", checkpoint, *changes])
+        lines = [line for line in capsys.readouterr().out.splitlines() if "goes on with" in line]
+        assert lines == [
+            f"the run goes on with {says}: the data come in another order from here on, and of the epoch that it was "
+            "in some may come twice and some not at all"
+        ] * bool(says)
+
+
 def test_a_run_says_what_a_step_holds_and_trains_on_every_conversation_once_an_epoch(
     backbones, dialogues, tmp_path, capsys
 ):
@@ -244,7 +270,7 @@ def test_a_run_says_what_a_step_holds_and_trains_on_every_conversation_once_an_e
     train_sft.main([*backbones, *dialogues, *QUICK, *options, "--output_dir", str(tmp_path)])
     said = capsys.readouterr().out
     steps = json.loads((tmp_path / "trainer_state.json").read_text())["global_step"]
-    assert f"about {round(48 / steps)} conversations a step (up to 300 positions x 1 x 1 processes)" in said
+    assert f"about {round(48 / steps)} conversations a step (up to 300 positions x 1 x 1 process)" in said
     assert json.loads((tmp_path / "data_report.json").read_text())["total"]["samples"] == 48
     metrics = json.loads((tmp_path / "train_results.json").read_text())
     assert metrics["train_samples_per_second"] == pytest.approx(48 / metrics["train_runtime"], rel=0.05)

@@ -160,9 +160,9 @@ def test_batches_of_positions_are_known_of_a_stream_too(made):
 @pytest.mark.parametrize(
     "settings, unit, size",
     [
-        ([], "conversations", 3),
-        pytest.param(["--max_tokens_per_batch", "200"], "positions", 150, marks=pytest.mark.slow),
-        pytest.param([*STREAMED, "--max_tokens_per_batch", "200"], "positions", 150, marks=pytest.mark.slow),
+        ([], "conversation", 3),
+        pytest.param(["--max_tokens_per_batch", "200"], "position", 150, marks=pytest.mark.slow),
+        pytest.param([*STREAMED, "--max_tokens_per_batch", "200"], "position", 150, marks=pytest.mark.slow),
     ],
 )
 def test_the_largest_batch_fits_and_the_next_does_not(made, settings, unit, size):
@@ -176,7 +176,7 @@ def test_the_largest_batch_fits_and_the_next_does_not(made, settings, unit, size
 def test_a_memory_too_small_for_anything_is_told_in_a_line(made, capsys):
     with pytest.raises(SystemExit):
         main([*options(made), "--memory", "1kB"])
-    assert "a batch of 1 conversations has" in capsys.readouterr().err
+    assert "a batch of 1 conversation has" in capsys.readouterr().err
 
 
 def test_the_work_of_a_run_is_that_of_its_conversations(made):

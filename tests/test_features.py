@@ -554,6 +554,44 @@ def test_another_type_than_that_of_autocast_is_refused(compose, tmp_path, asked,
     assert not hold_frozen(trainer.model, "auto" if not settings else None, trainer.args).is_holding
 
 
+@pytest.mark.parametrize(
+    ("asked", "settings", "dtype", "says"),
+    [
+        ("auto", {}, "float32", "without --bf16 or --fp16 nothing is cast"),
+        ("auto", {"bf16": True}, "bfloat16", ""),
+        ("bfloat16", {"bf16": True}, "bfloat16", "no frozen weight that autocast would cast is in float32"),
+        (None, {}, "float32", ""),
+    ],
+)
+def test_a_type_of_frozen_weights_that_changes_nothing_is_said_to(
+    compose, tmp_path, capsys, asked, settings, dtype, says
+):
+    trainer = trainer_of(compose("vit-gpt2"), [], tmp_path, **settings)
+    trainer.model.to(getattr(torch, dtype))
+    capsys.readouterr()
+    assert not hold_frozen(trainer.model, asked, trainer.args).is_holding
+    assert capsys.readouterr().out == (f"--frozen_dtype {asked} changes nothing: {says}\n" if says else "")
+
+
+@pytest.mark.parametrize("hidden", [True, False])
+def test_bars_of_the_cache_are_drawn_where_those_of_training_are(compose, pictures, tmp_path, capsys, hidden):
+    datasets.enable_progress_bars()
+    try:
+        cached(
+            trainer_of(compose("vit-gpt2"), items_of(pictures(2)), tmp_path, disable_tqdm=hidden), tmp_path / "cache"
+        )
+    finally:
+        datasets.disable_progress_bars()
+    said = capsys.readouterr()
+    assert ("Computing vision features" in said.err) != hidden
+    assert "3 images are to be computed" in said.out
+
+
+def test_one_image_to_be_computed_is_one(compose, pictures, tmp_path, capsys):
+    cached(trainer_of(compose("vit-gpt2"), items_of(pictures(1))[:1], tmp_path), tmp_path / "cache")
+    assert "; 1 image is to be computed" in capsys.readouterr().out
+
+
 def test_a_model_whose_results_would_change_is_refused_and_left_as_it_was(compose, tmp_path):
     model, _ = compose("siglip-llama")
     apply_tuning(model, "frozen", "frozen")

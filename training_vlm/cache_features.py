@@ -26,6 +26,7 @@ from transformers.integrations import is_deepspeed_zero3_enabled
 from modeling_vlm import VLMForConditionalGeneration
 from modeling_vlm.views_vlm import views_of
 from modeling_vlm.vision_vlm import blank_image
+from processing.batching.account import number_of
 from processing.batching.collator import VLMDataCollator
 from processing.batching.dataset import ConversationDataset
 from processing.batching.features import FeatureCache, ShardWriter
@@ -326,7 +327,8 @@ def _loaded(trainer, dataset, batch_size, what):
         num_workers=trainer.args.dataloader_num_workers,
         generator=torch.Generator(),  # the random numbers of the run stay what they are
     )
-    with tqdm(total=len(dataset), desc=what, disable=not trainer.is_world_process_zero(), leave=False) as bar:
+    hidden = trainer.args.disable_tqdm or not trainer.is_world_process_zero()
+    with tqdm(total=len(dataset), desc=what, disable=hidden, leave=False) as bar:
         for batch in loader:
             yield batch
             bar.update(len(batch))
@@ -338,13 +340,16 @@ def _check_room(trainer, cache, missing):
     needed, free = views * cache.view_bytes, shutil.disk_usage(cache.folder).free
     if needed > free:
         raise DuetError(
-            f"{OPTION} {cache.folder.parent}: the features of {images:,} images take {shown_size(needed)}, and "
-            f"{shown_size(free)} are free there; free some, name a folder on another disk, or leave this out."
+            f"{OPTION} {cache.folder.parent}: the features of {number_of(images, 'image')} take "
+            f"{shown_size(needed)}, and {shown_size(free)} are free there; free some, name another folder, or "
+            "leave this out."
         )
     if trainer.is_world_process_zero():
         there = sum(file.stat().st_size for file in cache.folder.glob("*.features"))
         room = f"{shown_size(needed)} of the {shown_size(free)} that are free there"
-        lacking = f"{images:,} images are to be computed, {room}" if images else "no image is lacking"
+        lacking = (
+            f"{number_of(images, 'image is', 'images are')} to be computed, {room}" if images else "no image is lacking"
+        )
         print(f"vision features: {shown_size(there)} are in {cache.folder}; {lacking}", flush=True)
 
 

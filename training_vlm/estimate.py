@@ -22,6 +22,7 @@ import datasets
 from transformers.training_args import OptimizerNames
 from transformers.utils import logging
 
+from processing.batching.account import number_of
 from processing.data_error_vlm import DuetError
 
 from .arguments import precision_of
@@ -70,7 +71,7 @@ def largest_batch(sketch: Sketch, memory: int) -> int:
     if low == 0:
         if peak(least) > memory:
             raise DuetError(
-                f"a batch of {least:,} {sketch.unit} has {shown_size(peak(least))} alive, and --memory is "
+                f"a batch of {number_of(least, sketch.unit)} has {shown_size(peak(least))} alive, and --memory is "
                 f"{shown_size(memory)}; let less learn, or add --gradient_checkpointing true or --frozen_dtype auto."
             )
         low = least
@@ -97,9 +98,10 @@ def lines_of(sketch: Sketch, options: argparse.Namespace) -> Iterator[str]:
     yield f"\n{sketch.described}"
     yield f"Batches{_PROVISO[sketch.arguments.efficiency.padding_free]}: {found.savings}."
     yield (
-        f"The largest of {found.batches} batches: {len(learned):,} conversations, {found.views:,} views of "
-        f"images, {account.run:,} positions run ({account.padding / max(1, account.run):.0%} padding), {supervised:,} "
-        f"supervised; {precision_of(args)}, {OptimizerNames(args.optim).value}"
+        f"The largest of {number_of(found.batches, 'batch', 'batches')}: {number_of(len(learned), 'conversation')}, "
+        f"{number_of(found.views, 'view of an image', 'views of images')}, {number_of(account.run, 'position')} run "
+        f"({account.padding / max(1, account.run):.0%} padding), {supervised:,} supervised; "
+        f"{precision_of(args)}, {OptimizerNames(args.optim).value}"
         + (", checkpointed" if args.gradient_checkpointing else "")
     )
     yield f"\n{'memory':<26}{'at the peak':>14}{'between steps':>16}"
@@ -124,7 +126,7 @@ def _work_lines(sketch: Sketch, options: argparse.Namespace) -> Iterator[str]:
         yield "\nHow far the run goes is not known: name --samples, or --max_steps."
         return
     yield (
-        f"\n{flops / 1e12:,.4g} TFLOP for {conversations:,} conversations, "
+        f"\n{flops / 1e12:,.4g} TFLOP for {number_of(conversations, 'conversation')}, "
         f"{flops / max(1, conversations) / 1e9:,.4g} GFLOP each"
     )
     if options.peak is not None:

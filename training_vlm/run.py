@@ -28,6 +28,7 @@ from .cache_features import train_on_features
 from .learning.checkpoints import discard_unfinished, find_checkpoint, numbered
 from .learning.originals import hold_frozen
 from .learning.probe import why_not_packed
+from .learning.sampling import order_of
 from .learning.savings import Probe, choose_savings, plan_batches
 from .learning.trainer import VLMTrainer
 from .learning.tuning import describe_components
@@ -89,7 +90,7 @@ def prepare(training_args: VLMTrainingArguments) -> None:
             discard_unfinished(folder)
             for checkpoint in numbered(folder):  # or a later resume would take one of them for its own
                 shutil.rmtree(checkpoint, ignore_errors=True)
-    if training_args.process_index > 0:
+    if training_args.process_index > 0 or training_args.disable_tqdm:
         datasets.disable_progress_bars()
     logging.disable_progress_bar()  # that of loading weights; the Trainer draws its own
     set_seed(training_args.seed)
@@ -135,6 +136,7 @@ def build_trainer(
     if isinstance(train, StreamedDataset):
         train.keeps_rows = collator.share_prefix
     trainer.planned = plan_batches(arguments.efficiency, trainer)
+    trainer.order = order_of(trainer, data_args, arguments.efficiency)
     return trainer
 
 

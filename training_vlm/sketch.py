@@ -15,6 +15,7 @@ import datasets
 import torch
 from PIL import Image
 
+from processing.batching.account import number_of
 from processing.batching.dataset import ConversationDataset, MixedDataset, StreamedDataset
 from processing.batching.encoding import Encoder, encode_item
 from processing.data_error_vlm import DuetError
@@ -163,17 +164,17 @@ class Sketch:
     @property
     def unit(self) -> str:
         """What it counts."""
-        return "positions" if self.option == "max_tokens_per_batch" else "conversations"
+        return "position" if self.option == "max_tokens_per_batch" else "conversation"
 
     @property
     def batch(self) -> int:
         """How large a batch of the run is."""
-        part = self.arguments.efficiency if self.unit == "positions" else self.arguments.training
+        part = self.arguments.efficiency if self.unit == "position" else self.arguments.training
         return getattr(part, self.option)
 
     def least_batch(self) -> int:
         """The smallest that can be."""
-        if self.unit == "conversations":
+        if self.unit == "conversation":
             return 1
         multiple = self.arguments.data.pad_to_multiple_of or 1
         return -(-max(self._lengths(4 * ROWS)) // multiple) * multiple
@@ -181,7 +182,7 @@ class Sketch:
     def most_batch(self) -> int:
         """The largest that the data have conversations for."""
         whole = self.samples or (ROWS if self._is_stream else self._length())
-        if self.unit == "conversations":
+        if self.unit == "conversation":
             return whole
         lengths = self._lengths(ROWS)
         return sum(lengths) * whole // len(lengths)
@@ -190,7 +191,7 @@ class Sketch:
         """What was found of steps with batches of that size."""
         if number not in self._tried:
             arguments = self.arguments
-            if self.unit == "positions":
+            if self.unit == "position":
                 efficiency = replace(arguments.efficiency, max_tokens_per_batch=number)
                 arguments = arguments._replace(efficiency=efficiency)
                 rows = max(4 * ROWS, 4 * number // max(1, min(self._lengths(ROWS))))
@@ -303,7 +304,8 @@ class Sketch:
         sample = self.sample(ROWS)
         if isinstance(sample, StreamedDataset):
             return f"{self.data.name}: a stream, of which the first rows of each source were read."
-        return f"{self.data.name}: {self._length():,} conversations, of which a sample of {len(sample):,} was read."
+        whole = number_of(self._length(), "conversation")
+        return f"{self.data.name}: {whole}, of which a sample of {len(sample):,} was read."
 
 
 def _names(item) -> Iterator[Any]:

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple, cast
 
-from processing.batching.account import Account, Record
+from processing.batching.account import Account, Record, number_of
 from processing.batching.dataset import ConversationDataset, StreamedDataset
 from processing.batching.encoding import Encoded, Encoder, encode_item
 from processing.data_error_vlm import DuetError
@@ -137,7 +137,7 @@ def _check_account(dataset, survey: Survey, purpose: str) -> None:
         if counts["learned from"]:
             continue
         reasons = [key for key in counts if key.startswith("dropped: ")]
-        found = "; ".join(f"{key.removeprefix('dropped: ')} ({counts[key]:,} samples)" for key in reasons)
+        found = "; ".join(f"{key.removeprefix('dropped: ')} ({number_of(counts[key], 'sample')})" for key in reasons)
         details = (detail for (place, _), (_, detail) in account.named.items() if place == source and detail)
         example = next(details, "")
         sample = f" in a sample of {counts['samples']:,}" if survey.sampled else ""

@@ -238,6 +238,11 @@ class Account:
         return ""
 
 
+def number_of(number: int, thing: str, things: str | None = None) -> str:
+    """A number of things for a reader: `1 image`, `2,000 images`."""
+    return f"{number:,} {thing if number == 1 else things or f'{thing}s'}"
+
+
 def _short(source: str) -> str:
     """A source's name, or the end of a long path."""
     source = printable(source)

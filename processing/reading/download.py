@@ -14,9 +14,9 @@ import zipfile
 from collections.abc import Iterable
 from pathlib import Path
 
+from datasets.utils import tqdm
 from huggingface_hub.file_download import http_get
 from huggingface_hub.utils import get_session, httpx
-from tqdm.auto import tqdm
 
 from ..data_error_vlm import DuetError, NotReached
 from .odd import reason

@@ -10,7 +10,7 @@ from PIL import Image
 from transformers import PreTrainedTokenizerBase
 
 from processing import VLMDataCollator
-from processing.batching.account import Record
+from processing.batching.account import Record, number_of
 from processing.batching.encoding import IGNORE, Encoder
 from processing.image_files_vlm import load_image
 
@@ -86,7 +86,7 @@ class Sample(NamedTuple):
         padding = sum(len(piece.ids) for piece in self.pieces if piece.kind == "padding")
         facts = [f"{record.tokens:,} positions"]
         if record.images:
-            images = "1 image" if record.images == 1 else f"{record.images} images"
+            images = number_of(record.images, "image")
             facts.append(f"{record.image_tokens:,} for {images}")
         facts.append(f"{record.supervised:,} supervised")
         if padding:

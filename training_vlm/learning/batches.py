@@ -17,6 +17,7 @@ import numpy as np
 import torch
 from transformers.utils import logging
 
+from processing.batching.account import number_of
 from processing.batching.encoding import Encoded, Encoder, encode_item, image_counts, place
 from processing.batching.packing import Text, packed_length
 from processing.data_error_vlm import DuetError
@@ -85,13 +86,13 @@ class Budget:
         """
         if (run := self._rounded(positions)) > self.tokens:
             raise DuetError(
-                f"{source}the conversation has {run:,} positions and max_tokens_per_batch is {self.tokens:,}; raise "
-                "that, or cut longer conversations with --max_length."
+                f"{source}the conversation has {number_of(run, 'position')} and max_tokens_per_batch is "
+                f"{self.tokens:,}; raise that, or cut longer conversations with --max_length."
             )
         if self.images is not None and images > self.images:
             raise DuetError(
-                f"{source}the conversation has {images:,} images and max_images_per_batch is {self.images:,}; raise "
-                "that, or leave such conversations out of the data."
+                f"{source}the conversation has {number_of(images, 'image')} and max_images_per_batch is "
+                f"{self.images:,}; raise that, or leave such conversations out of the data."
             )
 
     def fill(self, units: Iterable[Unit]) -> list[Batch]:
@@ -218,7 +219,9 @@ class PlannedBatches(torch.utils.data.Dataset):
             if batches is None:
                 batches = self._shuffled(units, epoch, 0)
                 left_out = sum(len(unit.items) for batch in batches[self._number :] for unit in batch)
-                logger.warning(f"{left_out} conversations of epoch {epoch} are left out: it would have more batches.")
+                logger.warning(
+                    f"{number_of(left_out, 'conversation')} left out of epoch {epoch}, which would have more batches."
+                )
             batches = _in_number(batches[: self._number], self._number)
             self._planned = epoch, self._largest_first(batches)
         return self._planned[1]

@@ -14,6 +14,7 @@ import re
 import shutil
 import zipfile
 from pathlib import Path
+from typing import Any
 
 from huggingface_hub import save_torch_model
 from safetensors import SafetensorError, safe_open
@@ -27,6 +28,7 @@ from processing.data_error_vlm import DuetError
 UNFINISHED = "_unfinished"
 MANIFEST = "checkpoint_manifest.json"
 STATE = "trainer_state.json"
+ORDER = "data_order.json"
 _EDITED = (".py", ".md", ".jinja", "config.json")  # what a person, or an update of the code, may change since
 _WEIGHTS = re.compile(r"model(-\d+-of-\d+)?\.safetensors|model\.safetensors\.index\.json")
 
@@ -237,3 +239,14 @@ def load_account(checkpoint: Path) -> Account:
     for file in sorted(checkpoint.glob("data_account_*.json")):
         account.merge(Account.from_state(json.loads(file.read_text(encoding="utf-8"))))
     return account
+
+
+def save_order(order: dict[str, Any], checkpoint: Path) -> None:
+    """Write what the order of the data follows from, so that a run that goes on is told where it is another."""
+    (checkpoint / ORDER).write_text(json.dumps(order), encoding="utf-8")
+
+
+def load_order(checkpoint: Path) -> dict[str, Any]:
+    """The same, as far as it was written."""
+    file = checkpoint / ORDER
+    return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}

@@ -69,10 +69,15 @@ def hold_frozen(model: PreTrainedModel, asked: str | None, args: TrainingArgumen
     """
     assert args.output_dir is not None  # where none is given, the library has a name
     originals, dtype = Originals(model, Path(args.output_dir)), frozen_dtype_of(asked, args)
+    line = ""
     if dtype is not None:
         line = originals.narrow(dtype)
-        if PartialState().is_main_process:
-            print(line, flush=True)
+        if not line and asked != "auto":
+            line = f"--frozen_dtype {asked} changes nothing: no frozen weight that autocast would cast is in float32"
+    elif asked is not None:
+        line = f"--frozen_dtype {asked} changes nothing: without --bf16 or --fp16 nothing is cast"
+    if line and PartialState().is_main_process:
+        print(line, flush=True)
     return originals
 
 
@@ -130,14 +135,16 @@ class Originals(TrainerCallback):
         Hold the frozen weights that autocast to `dtype` casts anyway in that type.
 
         Returns:
-            what was done, in a line.
+            what was done, in a line; an empty one where there is nothing to do.
 
         Raises:
             DuetError: the model's results would not stay what they are, or the disk is full.
         """
         name = str(dtype).removeprefix("torch.")
-        before = _results(self.model, dtype)
         self._narrow, self._dtype = list(cast_anyway(self.model)), dtype
+        if not self._narrow:
+            return ""
+        before = _results(self.model, dtype)
         held = sum(parameter.nbytes for parameter in self._narrow)
         self._hold()
         try:

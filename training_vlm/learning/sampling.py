@@ -3,7 +3,7 @@
 import random
 from collections import deque
 from collections.abc import Iterable, Iterator
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from transformers import TrainerCallback, TrainingArguments
@@ -11,12 +11,58 @@ from transformers.trainer_pt_utils import get_length_grouped_indices
 
 
 if TYPE_CHECKING:
+    from processing.batching.collator import VLMDataCollator
     from processing.batching.dataset import ConversationDataset, MixedDataset
+
+    from ..arguments import DataArguments
+    from ..data import TrainDataset
+    from ..efficiency import EfficiencyArguments
+    from .trainer import VLMTrainer
 
 
 def order_seed(args: TrainingArguments) -> int:
     """The seed of the order in which samples are learned: `data_seed`, or `seed` where none is given."""
     return args.seed if args.data_seed is None else args.data_seed
+
+
+def order_of(trainer: "VLMTrainer", data_args: "DataArguments", efficiency: "EfficiencyArguments") -> dict[str, Any]:
+    """What the order of a run's data follows from, by name, but the batch size, which the library looks after."""
+    args, dataset = trainer.args, cast("TrainDataset", trainer.train_dataset)
+    collator = cast("VLMDataCollator", trainer.data_collator)
+    budget = efficiency.max_tokens_per_batch
+    found: dict[str, Any] = {
+        "seed": order_seed(args),
+        "train_sampling_strategy": args.train_sampling_strategy,
+        "gradient_accumulation_steps": args.gradient_accumulation_steps,
+        "processes": args.world_size,
+        "share_prefix": "on" if collator.share_prefix else "off",
+        "max_tokens_per_batch": budget,
+        "max_images_per_batch": efficiency.max_images_per_batch,
+        "split_turns": data_args.split_turns,
+        "caption_choice": data_args.caption_choice,
+        "weights of datasets": getattr(dataset, "weights", None),
+    }
+    if budget is not None:
+        found["padding_free"] = "on" if collator.padding_free else "off"
+        found["pad_to_multiple_of"] = data_args.pad_to_multiple_of
+    if isinstance(dataset, torch.utils.data.IterableDataset):
+        found["shuffle_buffer"], found["dataloader_num_workers"] = data_args.shuffle_buffer, args.dataloader_num_workers
+    else:
+        found["conversations"] = len(dataset)
+    return found
+
+
+def change_of_order(before: dict[str, Any], now: dict[str, Any]) -> str:
+    """What a run that goes on with another order than it had should be told, in a line; empty if it has the same."""
+    changed = [name for name in before.keys() & now.keys() if before[name] != now[name]]
+    if not changed:
+        return ""
+    had = {name: "none" if before[name] is None else before[name] for name in changed}
+    told = ", ".join(f"{name}={now[name]} (it had {had[name]})" for name in now if name in changed)
+    return (
+        f"the run goes on with {told}: the data come in another order from here on, and of the epoch that it was in "
+        "some may come twice and some not at all"
+    )
 
 
 class LengthGroupedOrder(torch.utils.data.Sampler):

@@ -16,6 +16,7 @@ Six of the Trainer's private methods are overridden, each with its reason beside
 
 import copy
 from pathlib import Path
+from typing import Any
 
 import torch
 from accelerate.utils import gather_object
@@ -24,7 +25,7 @@ from transformers.trainer_utils import EvalLoopOutput, TrainOutput
 from transformers.utils import logging
 
 from modeling_vlm.loss_vlm import IGNORE, targets_of, token_costs
-from processing.batching.account import Account
+from processing.batching.account import Account, number_of
 from processing.data_error_vlm import DuetError
 
 from .batches import PlannedBatches, PlannedStream
@@ -34,16 +35,18 @@ from .checkpoints import (
     discard_unfinished,
     find_checkpoint,
     load_account,
+    load_order,
     put_in_place,
     replace_files,
     rotate,
     save_account,
+    save_order,
     save_weights_at_least,
     seal,
 )
 from .guard import Guard
 from .meter import EVALUATION, SAVING, Meter, spent_on
-from .sampling import EpochOfData, GroupedOrder, LengthGroupedOrder, order_seed
+from .sampling import EpochOfData, GroupedOrder, LengthGroupedOrder, change_of_order, order_seed
 
 
 logger = logging.get_logger(__name__)
@@ -57,6 +60,7 @@ class VLMTrainer(Trainer):
         self.savings = None  # which ones a run makes, see `savings.py`
         self.card = None  # what writes the model card, once there is something to say
         self.account = Account()  # what this process has seen
+        self.order: dict[str, Any] = {}  # what the order of the data follows from, see `sampling.py`
         self._only_loss = False
         self._evaluated = None
         self._evaluated_nothing = False
@@ -166,6 +170,9 @@ class VLMTrainer(Trainer):
                 )
             if self.is_world_process_zero() and not any(checkpoint.glob("rng_state*.pth")):
                 print(f"{checkpoint} holds the model alone: optimizer, learning rate and random numbers start anew")
+            change = change_of_order(load_order(checkpoint), self.order)
+            if change and not self.args.ignore_data_skip and self.is_world_process_zero():
+                print(change, flush=True)
             self._skip_batches = self._batches_to_skip()
             # One process a disk goes on with what all counted, so that nothing is lost where fewer go on.
             self.account = load_account(checkpoint) if self.args.should_save else Account()
@@ -276,14 +283,14 @@ class VLMTrainer(Trainer):
     def conversations_a_step(self) -> str:
         """How many conversations an optimiser step learns from, for a reader."""
         args = self.args
-        a_step = f"{args.gradient_accumulation_steps} x {args.world_size} processes"
+        a_step = f"{args.gradient_accumulation_steps} x {number_of(args.world_size, 'process', 'processes')}"
         if self.planned is None:
             number = args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size
-            return f"{number} conversations a step ({args.per_device_train_batch_size} x {a_step})"
+            return f"{number_of(number, 'conversation')} a step ({args.per_device_train_batch_size} x {a_step})"
         known, budget = self.planned.conversations is not None, self.planned.budget
-        number = f"about {self.get_total_train_batch_size(args)} conversations a step" if known else "a step"
-        images = "" if budget.images is None else f" and {budget.images:,} images"
-        return f"{number} (up to {budget.tokens:,} positions{images} x {a_step})"
+        mean = f"about {number_of(self.get_total_train_batch_size(args), 'conversation')} " if known else ""
+        images = "" if budget.images is None else f" and {number_of(budget.images, 'image')}"
+        return f"{mean}a step (up to {number_of(budget.tokens, 'position')}{images} x {a_step})"
 
     def _batches_to_skip(self):
         """How many batches the stock loop will throw away before it goes on with a stream."""
@@ -362,6 +369,7 @@ class VLMTrainer(Trainer):
             self.state.best_model_checkpoint = str(best)
         self.accelerator.wait_for_everyone()
         if self.args.should_save:
+            save_order(self.order, beside)
             self.state.save_to_json(str(beside / STATE))
             seal(beside)
             put_in_place(beside, place)
