@@ -306,6 +306,12 @@ REFUSED = {
     "positions and max_tokens_per_batch is 20": ["--max_tokens_per_batch", "20"],
     "padding_free=on cannot be: torch_compile": ["--padding_free", "on", "--torch_compile", "true"],
     "--frozen_dtype bfloat16: this run computes in float32": ["--bf16", "false", "--frozen_dtype", "bfloat16"],
+    "dataloader_drop_last leaves nothing to learn from": [
+        "--dataloader_drop_last",
+        "true",
+        "--per_device_train_batch_size",
+        "25",
+    ],
     "--frozen_dtype bfloat16: this run casts to float16": ["--fp16", "true", "--frozen_dtype", "bfloat16"],
     "dtype='int7'": ["--dtype", "int7"],
     "but not both": ["--bf16", "true", "--fp16", "true"],
@@ -365,3 +371,24 @@ def test_an_encoder_of_other_channels_is_estimated(made, tmp_path):
     argv = options(made, PRETRAIN, "--vision_model", str(tmp_path), "--text_model", str(made / "text"))[2:]
     for cache in ([], ["--cache_vision_features", str(tmp_path / "cache")]):
         assert Sketch(PRETRAIN, settled(PRETRAIN, [*argv, *cache])).rehearsed.views
+
+
+WORKERS = [
+    "--dataloader_num_workers",
+    "2",
+    "--dataloader_prefetch_factor",
+    "2",
+    "--dataloader_persistent_workers",
+    "true",
+]
+
+
+@pytest.mark.parametrize(
+    "settings", [WORKERS, ["--eval_on_start", "true", "--eval_share", "0.1"]], ids=["workers", "start"]
+)
+def test_what_only_a_whole_run_does_is_no_part_of_two_steps(made, settings):
+    one, other = (
+        Sketch(SFT, settled(SFT, options(made, SFT, *more))).rehearsed
+        for more in (settings, settings[-2:] * ("0.1" in settings))
+    )
+    assert one.peak == other.peak and one.peak.total()

@@ -182,6 +182,13 @@ def test_an_evaluation_without_rows_is_refused(good, write, refused):
     assert "streamed" in line and "--eval_share" in line
     line = refused("--dataset", write("one.jsonl", [dialogue("0.png")]), *asked)
     assert "single training row" in line
+    line = refused("--dataset", good, "--streaming", "--eval_on_start", "True")
+    assert "eval_on_start=True" in line and "leave out --eval_on_start" in line
+
+
+def test_an_evaluation_at_the_start_holds_out_a_row_for_it(good, run, tmp_path, capsys):
+    run("--dataset", good, "--eval_on_start", "True")
+    assert json.loads((tmp_path / "out" / "trainer_state.json").read_text())["log_history"][0]["eval_loss"] > 0
 
 
 def test_a_default_share_with_a_bad_row_does_not_end_the_run(write, run, tmp_path):

@@ -59,8 +59,12 @@ def test_a_value_that_an_option_cannot_have_is_one_line(option):
 
 
 @pytest.mark.parametrize(
-    "options", [("--fp16", "True", "--bf16", "True"), ("--load_best_model_at_end", "True"), ("--warmup_steps", "-3")]
-)
+    "options",
+    [
+        ("--fp16", "True", "--bf16", "True"), ("--load_best_model_at_end", "True"), ("--warmup_steps", "-3"),
+        ("--dataloader_persistent_workers", "True", "--dataloader_num_workers", "0"),
+    ],
+)  # fmt: skip
 def test_settings_that_exclude_each_other_are_one_line(options):
     refusal(*options)
 

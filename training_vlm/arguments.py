@@ -503,6 +503,8 @@ class VLMTrainingArguments(TrainingArguments):
             if (value := getattr(self, name)) is not None and not least <= value <= most:
                 upto = "or more" if most == sys.float_info.max else f"to {most:g}"
                 raise DuetError(f"{name}={value}: expected {least:g} {upto}.")
+        if self.dataloader_persistent_workers and not self.dataloader_num_workers:
+            raise DuetError("dataloader_persistent_workers keeps workers, and dataloader_num_workers is 0; raise that.")
         if self.remove_unused_columns:
             raise DuetError("remove_unused_columns must stay false: the collator reads images and text from the data.")
         if self.metric_for_best_model not in (None, "loss", "eval_loss"):

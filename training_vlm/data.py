@@ -99,13 +99,14 @@ def load_data(stage: Stage, data_args: DataArguments, training_args: VLMTraining
 
 def evaluation_is_asked(data_args: DataArguments, training_args: VLMTrainingArguments) -> bool:
     """Whether an evaluation was asked for, so that a run without one would not be what was asked for."""
-    strategy = IntervalStrategy(training_args.eval_strategy).value
-    return strategy != "no" or bool(data_args.eval_share) or any(source.eval_split for source in data_args.sources())
+    asked = training_args.eval_on_start or IntervalStrategy(training_args.eval_strategy).value != "no"
+    return asked or bool(data_args.eval_share) or any(source.eval_split for source in data_args.sources())
 
 
 def _nothing_held_out(data_args, training_args):
-    strategy = training_args.eval_strategy.value
-    asked = f"eval_strategy={strategy}" if strategy != "no" else f"eval_share={data_args.eval_share:g}"
+    options = {"eval_on_start": training_args.eval_on_start, "eval_strategy": training_args.eval_strategy.value}
+    name, value = next((item for item in options.items() if item[1] not in (False, "no")), ("eval_share", None))
+    asked = f"{name}={data_args.eval_share if value is None else value}"
     if data_args.held_out_share:
         reason = "a single training row cannot be held out"
     elif data_args.eval_share is None:
@@ -114,7 +115,7 @@ def _nothing_held_out(data_args, training_args):
         reason = "eval_share=0 holds nothing out"
     return (
         f"{asked} asks for an evaluation, and there is nothing to evaluate on: {reason}; name an --eval_split, hold "
-        "out a share with --eval_share 0.01, or leave out --eval_strategy."
+        f"out a share with --eval_share 0.01, or leave out --{name}."
     )
 
 

@@ -144,7 +144,9 @@ def rehearsing(arguments: Arguments, folder: str) -> Arguments:
     training.logging_strategy, training.report_to = IntervalStrategy.NO, []
     training.lr_scheduler_type, training.lr_scheduler_kwargs = SchedulerType.CONSTANT, {}
     training.warmup_steps, training.dataloader_num_workers, training.disable_tqdm = 0, 0, True
-    training.load_best_model_at_end = training.push_to_hub = False
+    training.dataloader_prefetch_factor, training.dataloader_persistent_workers = None, False
+    training.load_best_model_at_end = training.push_to_hub = training.eval_on_start = False
+    training.debug = []
     # What is cached or held in fewer bits is neither written nor tried.
     efficiency = replace(arguments.efficiency, cache_vision_features=None, frozen_dtype=None)
     return arguments._replace(training=training, efficiency=efficiency)

@@ -19,6 +19,7 @@ from transformers.utils import logging
 from modeling_vlm import VLMForConditionalGeneration
 from modeling_vlm.generation_vlm import savable
 from processing import VLMDataCollator
+from processing.batching.account import number_of
 from processing.batching.dataset import StreamedDataset
 from processing.batching.encoding import Encoder
 from processing.data_error_vlm import DuetError, in_a_line
@@ -111,6 +112,7 @@ def build_trainer(
         on_bad_sample=data_args.on_bad_sample,
         account=True,
     )
+    _check_batch(train, training_args)
     originals = hold_frozen(model, arguments.efficiency.frozen_dtype, training_args)
     try:
         trainer = VLMTrainer(
@@ -138,6 +140,15 @@ def build_trainer(
     trainer.planned = plan_batches(arguments.efficiency, trainer)
     trainer.order = order_of(trainer, data_args, arguments.efficiency)
     return trainer
+
+
+def _check_batch(train, args: VLMTrainingArguments) -> None:
+    batch = args.per_device_train_batch_size * args.world_size
+    if args.dataloader_drop_last and not isinstance(train, StreamedDataset) and 0 < len(train) < batch:
+        raise DuetError(
+            f"dataloader_drop_last leaves nothing to learn from: {number_of(len(train), 'conversation')} of a batch of "
+            f"{batch}; lower per_device_train_batch_size, or leave it out."
+        )
 
 
 def settle_generation(model: VLMForConditionalGeneration, generation_args: GenerationArguments) -> None:
