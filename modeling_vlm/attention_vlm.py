@@ -3,16 +3,17 @@
 A segment is a run of positions and the segments before it whose keys it sees too. The attention that was chosen for the
 language model stays the inner function, with its scaling, soft caps and sinks. Around it a layer's mask is an object
 made where the library asks for that mask, so windows are those of the model, and a layer that is run again for its
-gradients has the same. It names the calls that the row takes: short texts share one with a small mask, a long one has
-its own, and what stands alone needs no mask. Flash attention takes the row in one call of variable lengths, flex
-attention a block mask; a model with attention of its own is given one dense mask. The file travels with every
-checkpoint.
+gradients has the same. It names the calls that the row takes: texts of like lengths are the rows of one batch, without
+a mask where nothing stands before them, and short texts behind one prefix are one text with a small mask. Flash
+attention takes the row in one call of variable lengths, flex attention a block mask; a model with attention of its own
+is given one dense mask. The file travels with every checkpoint.
 """
 
 import contextlib
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextvars import ContextVar
+from typing import NamedTuple
 
 import torch
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
@@ -32,6 +33,19 @@ CALL = {"cpu": 4096}
 """How many scores cost as much as another call of the inner attention."""
 
 CALL_ELSEWHERE = 1_000_000
+
+
+class Run(NamedTuple):
+    """Segments one behind the other, `first` to before `behind`, and those before them that they see."""
+
+    first: int
+    behind: int
+    seen: list[int]
+    queries: int
+    keys: int
+    is_plain: bool
+    """Whether each position sees all before it and itself, so that there need be no mask."""
+    scores: float
 
 
 class Row:
@@ -86,31 +100,44 @@ class Row:
         seen = mask_function(none, none, self.position[queries], self.position[keys])
         return seen & self.related[self.number_of[queries], self.number_of[keys]]
 
-    def calls(self) -> list[tuple[int, int, list[int]]]:
+    def calls(self) -> list[list[Run]]:
         """
-        Runs of segments that take one call each: first and behind the last of them, and segments before that they see.
+        The runs that share a call each of the inner attention, as rows of a batch that are padded.
 
-        A segment joins the run before it where the scores computed in vain cost less than another call.
+        A segment joins the run before it whose keys it sees, and a run a call, where the scores that are computed in
+        vain cost less than another call.
         """
         worth = CALL.get(self.device.type, CALL_ELSEWHERE)
-        calls: list[tuple[int, int, list[int]]] = []
-        for number in range(len(self.segments)):
-            alone = (number, number + 1, self.ancestors[number])
-            if calls:
-                first, _, seen = calls[-1]
-                others = {one for one in self.ancestors[number] if one < first}
-                joined = (first, number + 1, sorted(others.union(seen)))
-                if self._scores(joined) - self._scores(calls[-1]) - self._scores(alone) <= worth:
-                    calls[-1] = joined
+        runs: list[Run] = []
+        for number, above in enumerate(self.ancestors):
+            alone = self._run(number, number + 1, above)
+            if above:
+                last = runs[-1]
+                seen = sorted({*last.seen, *(one for one in above if one < last.first)})
+                joined = self._run(last.first, number + 1, seen)
+                if joined.scores - last.scores - alone.scores <= worth:
+                    runs[-1] = joined
                     continue
-            calls.append(alone)
-        return calls
+            runs.append(alone)
+        calls: list[list[Run]] = []
+        size, scores = (0, 0), 0.0
+        for run in sorted(runs, key=lambda run: (run.is_plain, run.keys, run.queries), reverse=True):
+            if calls and calls[-1][0].is_plain == run.is_plain:
+                larger = (max(size[0], run.queries), size[1])
+                padded = (len(calls[-1]) + 1) * larger[0] * larger[1] / (2 if run.is_plain else 1)
+                if padded - scores - run.scores <= worth:
+                    calls[-1].append(run)
+                    size, scores = larger, padded
+                    continue
+            calls.append([run])
+            size, scores = (run.queries, run.keys), run.scores
+        return sorted(calls)
 
-    def _scores(self, call):
-        first, behind, seen = call
+    def _run(self, first, behind, seen) -> Run:
         queries = sum(self.lengths[first:behind])
-        scores = queries * (queries + sum(self.lengths[one] for one in seen))
-        return scores / 2 if behind - first == 1 and not seen else scores
+        keys = queries + sum(self.lengths[one] for one in seen)
+        is_plain = behind - first == 1 and not seen
+        return Run(first, behind, seen, queries, keys, is_plain, queries * keys / (2 if is_plain else 1))
 
 
 def readers_of(segments: Sequence[Segment], device: torch.device) -> torch.Tensor:
@@ -155,51 +182,54 @@ class SegmentMask:
     def __init__(self, row: Row, mask_function: Callable | None, additive: bool, dtype: torch.dtype):
         self.tokens = row.tokens
         self.learns = torch.is_grad_enabled()  # asked once, as a checkpointed layer is run without gradients at first
-        self.query_sizes, self.calls = [], []
-        calls = row.calls()
-        cuts = {0, row.tokens}
-        ranges = []
-        for first, behind, seen in calls:
-            # Neighbours are one range, so that few pieces are put together.
-            spans: list[list[int]] = []
-            for start, stop in [*(row.segments[one][:2] for one in seen), *(s[:2] for s in row.segments[first:behind])]:
-                if spans and spans[-1][1] == start:
-                    spans[-1][1] = stop
-                else:
-                    spans.append([start, stop])
-            ranges.append(spans)
-            cuts.update(cut for span in spans for cut in span)
-        edges = sorted(cuts)
-        piece_at = {edge: number for number, edge in enumerate(edges)}
-        self.key_sizes = [after - before for before, after in zip(edges, edges[1:])]
-        positions = torch.arange(row.tokens, device=row.device)
-        for (first, behind, seen), spans in zip(calls, ranges):
-            start, stop = row.segments[first][0], row.segments[behind - 1][1]
+        self.calls = []
+        queries: list[int] = []
+        keys: list[int] = []
+        back = [0] * row.tokens  # where each position stands among the outputs of all calls
+        for call in row.calls():
+            longest = max(run.queries for run in call), max(run.keys for run in call)
+            first_query, first_key = len(queries), len(keys)
+            for run in call:
+                start = row.segments[run.first][0]
+                own = range(start, start + run.queries)
+                back[own.start : own.stop] = range(len(queries), len(queries) + run.queries)
+                before = [position for one in run.seen for position in range(*row.segments[one][:2])]
+                # What is padded repeats a position that is there; nothing sees its key, and what it sees is dropped.
+                queries += [*own, *[start] * (longest[0] - run.queries)]
+                keys += [*before, *own, *[start] * (longest[1] - run.keys)]
             mask = None
-            if mask_function is not None or behind - first > 1 or seen or additive:
-                keys = torch.cat([positions[begin:end] for begin, end in spans])
-                mask = row.sees(
-                    mask_function or causal, positions[None, None, start:stop, None], keys[None, None, None]
-                )
+            if mask_function is not None or additive or not call[0].is_plain:
+                of_queries = torch.tensor(queries[first_query:], device=row.device).view(len(call), 1, -1, 1)
+                of_keys = torch.tensor(keys[first_key:], device=row.device).view(len(call), 1, 1, -1)
+                filled = torch.tensor([run.keys for run in call], device=row.device).view(-1, 1, 1, 1)
+                mask = row.sees(mask_function or causal, of_queries, of_keys)
+                mask &= torch.arange(longest[1], device=row.device) < filled
                 if additive:
                     mask = added(mask, dtype)
-            self.query_sizes.append(stop - start)
-            pieces = [piece for begin, end in spans for piece in range(piece_at[begin], piece_at[end])]
-            self.calls.append((pieces, mask))
+            self.calls.append((len(call), longest, mask))
+        as_it_lies = list(range(row.tokens))
+        self.back = None if queries == as_it_lies else torch.tensor(back, device=row.device)
+        self.queries, self.keys = (
+            None if order == as_it_lies else torch.tensor(order, device=row.device) for order in (queries, keys)
+        )
 
     def attend(self, inner, module, query, key, value, **kwargs) -> tuple[torch.Tensor, None]:
         """What the inner attention gives for the row, `(1, tokens, heads, width)`."""
         kwargs.pop("is_causal", None)
-        # Cut once: a slice's gradient would be as large as the row.
-        keys, values = key.split(self.key_sizes, 2), value.split(self.key_sizes, 2)
-        outputs = []
-        for part, (pieces, mask) in zip(query.split(self.query_sizes, 2), self.calls):
-            own_keys, own_values = (
-                whole[pieces[0]] if len(pieces) == 1 else torch.cat([whole[piece] for piece in pieces], 2)
-                for whole in (keys, values)
-            )
-            outputs.append(inner(module, part, own_keys, own_values, mask, is_causal=mask is None, **kwargs)[0])
-        return torch.cat(outputs, 1), None
+        # Taken and cut once: a slice's gradient would be as large as the row.
+        taken = []
+        for whole, order, size in ((query, self.queries, 0), (key, self.keys, 1), (value, self.keys, 1)):
+            parts = _taken(whole.transpose(1, 2)[0], order).split([many * sizes[size] for many, sizes, _ in self.calls])
+            taken.append([p.unflatten(0, (many, -1)).transpose(1, 2) for p, (many, *_) in zip(parts, self.calls)])
+        outputs = [
+            inner(module, *of_runs, mask, is_causal=mask is None, **kwargs)[0].flatten(0, 1)
+            for *of_runs, (_, _, mask) in zip(*taken, self.calls)
+        ]
+        return _taken(torch.cat(outputs), self.back)[None], None
+
+
+def _taken(positions, order):
+    return positions if order is None else positions.index_select(0, order.to(positions.device))
 
 
 class VaryingLengths:

@@ -73,6 +73,22 @@ def test_how_segments_share_calls_changes_nothing(name, attention, worth, monkey
     assert off(again, gradients) <= 1e-5
 
 
+def test_texts_of_like_lengths_and_groups_behind_like_prefixes_share_calls():
+    row = [(0, 90), (90, 490), (490, 575), (575, 665)]  # three short texts and a long one
+    segments = [(start, end, -1, number) for number, (start, end) in enumerate(row)]
+    for image in (4, 7):  # two prefixes, each with two texts
+        start = segments[-1][1]
+        segments += [(start, start + 200, -1, -1)]
+        segments += [(start + 200 + 15 * i, start + 215 + 15 * i, image, image + i) for i in range(2)]
+    found = attention_vlm.Row(segments, segments[-1][1], torch.device("cpu")).calls()
+    assert [[(run.first, run.behind, run.seen) for run in call] for call in found] == [
+        [(0, 1, []), (3, 4, []), (2, 3, [])],
+        [(1, 2, [])],
+        [(4, 5, []), (7, 8, [])],
+        [(5, 7, [4]), (8, 10, [7])],
+    ]
+
+
 @pytest.mark.parametrize("name, attention", [("GPT-2", "eager"), ("Llama", "eager"), ("Mistral", None)])
 def test_a_row_has_the_gradients_of_the_padded_batch_in_double_precision(name, attention):
     model = model_of(name, attention, torch.float64)

@@ -106,8 +106,7 @@ def lines_of(sketch: Sketch, options: argparse.Namespace) -> Iterator[str]:
     )
     yield f"\n{'memory':<26}{'at the peak':>14}{'between steps':>16}"
     for kind in KINDS:
-        if found.peak[kind] or found.held[kind]:
-            yield f"{kind:<26}{shown_size(found.peak[kind]):>14}{shown_size(found.held[kind]):>16}"
+        yield f"{kind:<26}{shown_size(found.peak[kind]):>14}{shown_size(found.held[kind]):>16}"
     yield f"{'together':<26}{shown_size(found.peak.total()):>14}{shown_size(found.held.total()):>16}"
     yield UNKNOWN
     yield from _work_lines(sketch, options)
