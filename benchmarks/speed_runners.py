@@ -229,13 +229,13 @@ def _llava(task, folder):
     return model, collator_of(model.config, folder)
 
 
-def run_plain(task: Task, folder: Path, precision: str, pace: Pace) -> None:
+def run_plain(task: Task, folder: Path, precision: str, pace: Pace, captions_to: int = 64) -> None:
     """The plain recipe: frozen ViT, its CLS token before the text, padded to a fixed length, logits everywhere."""
     config = AutoConfig.from_pretrained(folder / "model", trust_remote_code=True)
     model = PlainRecipe(config, folder)
     blocks = model.text.transformer.h
     last_blocks(model, blocks, model.projector, task.learning)
-    length = 64 if task.stage == 1 else 512 if task.shape == "S" else 384
+    length = captions_to if task.stage == 1 else 512 if task.shape == "S" else 384
     loader = torch.utils.data.DataLoader(
         Rows(folder), batch_size=task.batch, collate_fn=collator_of(config, folder, length)
     )
@@ -318,6 +318,7 @@ LADDER: dict[str, dict[str, Any]] = {
 RUNNERS: dict[str, tuple[Callable[..., None], dict[str, Any]]] = {
     "gemm": (run_gemm, {}),
     "plain": (run_plain, {}),
+    "plain, padded to 128": (run_plain, {"captions_to": 128}),
     "llava": (run_llava, {}),
     "trl": (run_trl, {}),
     **{name: (run_duet, savings) for name, savings in LADDER.items()},

@@ -160,7 +160,7 @@ def disagreements(measured: dict[str, Any]) -> list[str]:
 
 SAVED = tuple(LADDER)
 CASES = [
-    Case("G", 1, 5, {"fp32": 3, "bf16": 6}, ("plain", *SAVED)),
+    Case("G", 1, 5, {"fp32": 3, "bf16": 6}, ("plain", "plain, padded to 128", *SAVED)),
     Case("S", 1, 5, {"fp32": 2, "bf16": 3}, ("llava", "trl", *SAVED)),
     Case("S", 1, 1, {"fp32": 3, "bf16": 6}, ("llava", *SAVED)),
     Case("S", 2, 1, {"fp32": 4, "bf16": 4}, ("llava", *SAVED)),
