@@ -113,6 +113,8 @@ class Sketch:
         samples: int | None = None,
         devices: int = 1,
     ):
+        if stand_in is not None and not stage.asks:
+            stand_in = replace(stand_in, supervised=stand_in.text)
         self.stage, self.arguments, self.stand_in, self.samples = stage, arguments, stand_in, samples
         self.devices, model_args = devices, arguments.model
         dtype = weights_dtype(model_args)

@@ -1,6 +1,6 @@
 """The Trainer, with what it cannot express for this model: nothing computed in vain, and a loss that weighs tokens.
 
-Twelve things differ from the stock Trainer. The head is computed at supervised positions only, a part of them at a
+Thirteen things differ from the stock Trainer. The head is computed at supervised positions only, a part of them at a
 time: the same loss and gradients, without the logits of a thousand image positions. The evaluation loss is the mean
 over tokens, summed for each text of a row, where the stock loop averages the means of batches, which makes it depend on
 the batch size. Label smoothing is the model's, with all that its loss has. Batches may be planned ahead in place of a
@@ -9,7 +9,7 @@ added up, and go on with a resumed run. A run on a stream resumes at its next sa
 Grouping by length reads no item, and its order depends on seed and epoch alone. A checkpoint is written beside and
 counts when it is whole. A run stops when its loss is no longer finite or nothing reaches what learns. What was learned
 before another error is kept as a checkpoint. Each line of the log says how fast the run is, and how much of it is
-waiting. A run that is resumed at its end takes no further step.
+waiting. A run that is resumed at its end takes no further step, and one whose data come in another order says so.
 
 Six of the Trainer's private methods are overridden, each with its reason beside it; they are the last of the class.
 """
