@@ -5,12 +5,14 @@ import subprocess
 import sys
 from pathlib import Path
 
+import datasets
 import pytest
 import yaml
 from transformers import TrainingArguments
 
 from processing import DuetError
 from training_vlm.arguments import VLMTrainingArguments
+from training_vlm.run import prepare
 from training_vlm.settings import RECIPES, parse_arguments
 from training_vlm.stages import PRETRAIN, SFT
 
@@ -163,3 +165,13 @@ def test_recipes_are_found_from_any_folder(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     for recipe in RECIPES.glob("*.yaml"):
         parse_arguments(SFT, ["--config", recipe.stem, "--output_dir", "out", "--use_cpu", "--bf16", "False"])
+
+
+@pytest.mark.parametrize("hidden", [True, False])
+def test_bars_of_the_data_are_drawn_where_those_of_training_are(tmp_path, hidden):
+    datasets.enable_progress_bars()
+    try:
+        prepare(VLMTrainingArguments(output_dir=str(tmp_path / "out"), use_cpu=True, disable_tqdm=hidden))
+        assert datasets.are_progress_bars_disabled() == hidden
+    finally:
+        datasets.disable_progress_bars()
