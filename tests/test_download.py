@@ -6,6 +6,7 @@ import threading
 import zipfile
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
+import datasets
 import pytest
 from PIL import Image
 
@@ -112,7 +113,11 @@ def check(root) -> None:
 
 def test_coco_arrives_in_its_layout_with_a_progress_bar_and_only_once(server, tmp_path, capfd):
     root = tmp_path / "data/coco"
-    download_coco(root, base_url=server.url)
+    datasets.enable_progress_bars()
+    try:
+        download_coco(root, base_url=server.url)
+    finally:
+        datasets.disable_progress_bars()
     check(root)
     shown = capfd.readouterr().err
     assert "train2017.zip" in shown and "100%" in shown and "Unpacking" in shown
