@@ -65,7 +65,7 @@ class Row:
         self.segments, self.tokens, self.device = segments, tokens, device
         self.asked = False  # whether the language model asked for a mask
         self.ancestors: list[list[int]] = []
-        self.first: list[int] = []  # position of each segment's first token in its text
+        self.begins: list[int] = []  # position of each segment's first token in its text
         end = 0
         for number, segment in enumerate(segments):
             if len(segment) != 4 or not (segment[0] == end < segment[1] and -1 <= segment[2] < number):
@@ -76,13 +76,13 @@ class Row:
             _, end, parent, _ = segment
             above = [] if parent < 0 else [*self.ancestors[parent], parent]
             self.ancestors.append(above)
-            self.first.append(sum(segments[one][1] - segments[one][0] for one in above))
+            self.begins.append(sum(segments[one][1] - segments[one][0] for one in above))
         if end != tokens:
             raise DuetError(f"the segments cover {end} positions and the row has {tokens}; cover the whole row.")
         self.lengths = [stop - start for start, stop, _, _ in segments]
-        self.longest = max(first + length for first, length in zip(self.first, self.lengths))
+        self.longest = max(begin + length for begin, length in zip(self.begins, self.lengths))
         number_of = [number for number, length in enumerate(self.lengths) for _ in range(length)]
-        position = [first + i for first, length in zip(self.first, self.lengths) for i in range(length)]
+        position = [begin + i for begin, length in zip(self.begins, self.lengths) for i in range(length)]
         self.number_of, self.position = torch.tensor([number_of, position], device=device)
         related = torch.eye(len(segments), dtype=torch.bool)
         for number, above in enumerate(self.ancestors):
@@ -104,8 +104,8 @@ class Row:
         """
         The runs that share a call each of the inner attention, as rows of a batch that are padded.
 
-        A segment joins the run before it whose keys it sees, and a run a call, where the scores that are computed in
-        vain cost less than another call.
+        A segment that sees others joins the run before it, and a run a call, where the scores that are computed in vain
+        cost less than another call.
         """
         worth = CALL.get(self.device.type, CALL_ELSEWHERE)
         runs: list[Run] = []
@@ -121,6 +121,7 @@ class Row:
             runs.append(alone)
         calls: list[list[Run]] = []
         size, scores = (0, 0), 0.0
+        # The longest first, so that the first of a call has the most keys.
         for run in sorted(runs, key=lambda run: (run.is_plain, run.keys, run.queries), reverse=True):
             if calls and calls[-1][0].is_plain == run.is_plain:
                 larger = (max(size[0], run.queries), size[1])
@@ -187,7 +188,7 @@ class SegmentMask:
         keys: list[int] = []
         back = [0] * row.tokens  # where each position stands among the outputs of all calls
         for call in row.calls():
-            longest = max(run.queries for run in call), max(run.keys for run in call)
+            longest = max(run.queries for run in call), call[0].keys
             first_query, first_key = len(queries), len(keys)
             for run in call:
                 start = row.segments[run.first][0]

@@ -207,10 +207,11 @@ class _InParts(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, of_loss, _):
-        gradients, ctx.gradients = ctx.gradients, None
+        gradients = ctx.gradients
         if gradients is None or torch.is_grad_enabled():
             found = "a backward has taken them" if gradients is None else "they have no graph, as create_graph wants"
             raise DuetError(f"gradients of a loss with skip_logits=True are made with it, and {found}; leave it out.")
+        ctx.gradients = None
         if ctx.late is not None:
             of_loss = of_loss * ctx.late
         if of_loss.device.type != "cpu" or of_loss != 1:  # a pass over a large matrix, mostly for nothing
