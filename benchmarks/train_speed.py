@@ -221,8 +221,8 @@ def main(argv: list[str] | None = None) -> int:
             measured.append(measure(case, precision, args.rounds, Path(folder) / str(number), args.images))
             print(table(measured[-1]), f"\n({measured[-1]['seconds']:.0f} s)\n", flush=True)
             wrong += disagreements(measured[-1])
-    if args.json:
-        args.json.write_text(json.dumps(measured))
+            if args.json:
+                args.json.write_text(json.dumps(measured))
     if wrong:
         print("\n".join(["the runners do not compute the same:", *wrong]), file=sys.stderr)
         return 1
