@@ -243,7 +243,14 @@ CHANGES = {
     "share_prefix=on (it had off)": ["--share_prefix", "on"],
     "padding_free=off (it had on)": ["--padding_free", "off"],
     "split_turns=questions (it had none), conversations=36 (it had 24)": ["--split_turns", "questions"],
-    "seed=5 (it had 42), gradient_accumulation_steps=2 (it had 1)": ["--seed", "5", "--gradient_accumulation_steps=2"],
+    "seed of the data=5 (it had 42), gradient_accumulation_steps=2 (it had 1)": [
+        "--data_seed",
+        "5",
+        "--gradient_accumulation_steps=2",
+    ],
+    "max_length=80 (it had 256)": ["--max_length", "80"],
+    "max_tokens_per_batch=none (it had 300)": ["--max_tokens_per_batch", None],
+    "streaming=True (it had False)": ["--streaming"],
     "": [],
 }
 
@@ -255,12 +262,28 @@ def test_a_run_that_goes_on_with_another_order_of_data_is_told_so(backbones, dia
     for number, (says, changes) in enumerate(CHANGES.items()):
         capsys.readouterr()
         going_on = ["--max_steps", "3", "--save_strategy", "no", "--output_dir", str(tmp_path / str(number))]
-        train_sft.main([*common, *going_on, "--resume_from_checkpoint", checkpoint, *changes])
+        argv = [*common, *going_on, "--resume_from_checkpoint", checkpoint, *changes]
+        if None in changes:  # it is left out
+            at = argv.index(changes[0])
+            argv = argv[:at] + argv[at + 2 : -2]
+        train_sft.main(argv)
         lines = [line for line in capsys.readouterr().out.splitlines() if "goes on with" in line]
         assert lines == [
             f"the run goes on with {says}: the data come in another order from here on, and of the epoch that it was "
             "in some may come twice and some not at all"
         ] * bool(says)
+
+
+def test_a_run_that_goes_on_with_other_data_is_told_so(backbones, dialogues, tmp_path, capsys):
+    """They are as many; their lengths are others, from which the batches follow."""
+    common = [*backbones, *dialogues, *QUICK, "--max_tokens_per_batch", "300", "--output_dir"]
+    train_sft.main([*common, str(tmp_path / "first"), "--max_steps", "2"])
+    rows = Path(dialogues[1]).read_text().replace("a cat a cat", "a cat")
+    (tmp_path / "rows.jsonl").write_text(rows)
+    common[common.index(dialogues[1])] = str(tmp_path / "rows.jsonl")
+    going_on = ["--max_steps", "3", "--resume_from_checkpoint", str(tmp_path / "first" / "checkpoint-2")]
+    train_sft.main([*common, str(tmp_path / "second"), *going_on])
+    assert "the run goes on with other data than it had" in capsys.readouterr().out
 
 
 def test_a_run_says_what_a_step_holds_and_trains_on_every_conversation_once_an_epoch(

@@ -1,6 +1,7 @@
 """What a recipe takes, known without weights: its peak is the one measured, and it says what was assumed."""
 
 import json
+import shutil
 
 import pytest
 import torch
@@ -300,7 +301,16 @@ def test_a_recipe_is_read_alike_however_it_is_named(made, tmp_path, capsys):
     ],
 )  # fmt: skip
 def test_a_number_that_cannot_be_is_one_line(made, capsys, option, value):
-    assert value in refused(capsys, *options(made), f"--{option}={value}")
+    line = refused(capsys, *options(made), f"--{option}={value}")
+    assert option in line and value in line
+
+
+def test_a_peak_has_to_be_finite_and_the_line_says_so(made, capsys):
+    assert "--peak inf: expected a finite number above 0" in refused(capsys, *options(made), "--peak", "inf")
+
+
+def test_an_estimate_of_nothing_that_is_named_is_refused(capsys):
+    assert "no recipe is named" in refused(capsys, "--memory", "24GB", "--peak", "312")
 
 
 REFUSED = {
@@ -316,6 +326,8 @@ REFUSED = {
         "25",
     ],
     "--frozen_dtype bfloat16: this run casts to float16": ["--fp16", "true", "--frozen_dtype", "bfloat16"],
+    "frozen_dtype='float32': expected one of auto": ["--fp16", "true", "--frozen_dtype", "float32"],
+    "24 conversations of a batch of 32": ["--dataloader_drop_last", "true", "--devices", "8"],
     "dtype='int7'": ["--dtype", "int7"],
     "but not both": ["--bf16", "true", "--fp16", "true"],
     "room for 240 tokens of text": ["--tokens_per_sample", "241/50"],
@@ -338,6 +350,90 @@ def test_data_of_which_nothing_can_be_learned_are_refused(made, tmp_path, capsys
     (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
     argv = [*options(made, PRETRAIN, *data), "--dataset", str(tmp_path / "rows.jsonl"), "--stage", "pretrain"]
     assert "there is nothing to learn from" in refused(capsys, *argv)
+
+
+def rows_file(made, folder, *parts):
+    """Captions, so many of each kind; `None` is learned from by nobody."""
+    rows = [{"image": f"{n % 20}.png", "caption": caption} for caption, count in parts for n in range(count)]
+    file = folder / f"{len(list(folder.iterdir()))}.jsonl"
+    file.write_text("\n".join(map(json.dumps, rows)))
+    for n in range(20):
+        if not (folder / f"{n}.png").exists():
+            shutil.copy(made / f"{n}.png", folder)
+    return str(file)
+
+
+def sketch_of(made, *others):
+    return Sketch(PRETRAIN, settled(PRETRAIN, options(made, PRETRAIN, *others)))
+
+
+def test_a_sample_in_which_nothing_of_a_source_is_learned_does_not_refuse_all_of_it(made, tmp_path):
+    """The rows between those that are read may be others; a source that was read whole has none."""
+    good, sparse = rows_file(made, tmp_path, ("a cat", 40)), rows_file(made, tmp_path, (None, 600), ("a cat", 1))
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(f"datasets: [{{path: {good}}}, {{path: {sparse}}}]\n")
+    argv = options(made, PRETRAIN)
+    at = argv.index("--dataset")
+    argv[at : at + 2] = ["--config", str(recipe)]
+    assert Sketch(PRETRAIN, settled(PRETRAIN, argv)).rehearsed.conversations == 40
+
+
+def test_what_is_refused_of_a_sample_says_that_it_is_one(made, tmp_path, capsys):
+    argv = options(made, PRETRAIN, "--dataset", rows_file(made, tmp_path, (None, 1100)), "--stage", "pretrain")
+    assert "there is nothing to learn from in a sample of 512: " in refused(capsys, *argv)
+
+
+def test_conversations_of_which_nothing_is_learned_are_no_work(made, tmp_path):
+    half, whole = (rows_file(made, tmp_path, ("a cat", 40), (None, dropped)) for dropped in (40, 0))
+    one, other = (sketch_of(made, "--dataset", data, "--num_train_epochs", "1") for data in (half, whole))
+    assert one.conversations == other.conversations == 40 and one.flops == other.flops
+    assert "80 conversations" in one.described
+
+
+def test_batches_of_which_nothing_is_learned_are_steps_of_a_run(made, tmp_path):
+    """A batch of one of two rows, of which one is learned: as many steps hold half as many conversations."""
+    half, whole = (rows_file(made, tmp_path, ("a cat", 40), (None, dropped)) for dropped in (40, 0))
+    argv = [*STREAMED[:2], "--max_steps", "100", "--per_device_train_batch_size", "1"]
+    one, other = (sketch_of(made, *argv, "--dataset", data) for data in (half, whole))
+    assert other.conversations == 100 and 35 <= one.conversations <= 65
+    assert one.flops == pytest.approx(other.flops * one.conversations / 100, rel=1e-2)
+
+
+def test_each_of_two_streams_is_read_for_its_lengths(made, tmp_path):
+    short, long = rows_file(made, tmp_path, ("a cat", 1100)), rows_file(made, tmp_path, ("a cat " * 30, 1100))
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(f"datasets: [{{path: {short}}}, {{path: {long}}}]\n")
+    argv = options(made, PRETRAIN, *STREAMED, "--max_tokens_per_batch", "400")
+    at = argv.index("--dataset")
+    argv[at : at + 2] = ["--config", str(recipe)]
+    sketch = Sketch(PRETRAIN, settled(PRETRAIN, argv))
+    lengths = sketch._lengths(512)
+    assert len(set(lengths)) == 2 and lengths.count(min(lengths)) == lengths.count(max(lengths)) == 256
+    assert sketch.least_batch() == max(lengths)
+
+
+def test_batches_of_positions_are_not_dropped_for_their_number(made):
+    argv = options(made, SFT, "--max_tokens_per_batch", "200", "--dataloader_drop_last", "true")
+    assert Sketch(SFT, settled(SFT, argv), devices=100).rehearsed.batches
+
+
+def test_no_batch_is_proposed_of_which_dropping_the_last_leaves_none(made):
+    argv = options(made, SFT, "--dataloader_drop_last", "true")
+    assert Sketch(SFT, settled(SFT, argv), devices=3).most_batch() == 8
+
+
+@pytest.mark.parametrize("options_of_workers", [["--dataloader_persistent_workers", "true"],
+                                                ["--dataloader_prefetch_factor", "4"]])  # fmt: skip
+def test_a_recipe_is_taken_whatever_cores_this_machine_has(made, monkeypatch, options_of_workers):
+    """Workers that the recipe does not count are as many as the machine has a use for."""
+    monkeypatch.setattr("os.cpu_count", lambda: 1)
+    monkeypatch.setattr("os.sched_getaffinity", lambda _: {0}, raising=False)
+    assert settled(SFT, options(made, SFT, *options_of_workers)).training.dataloader_num_workers == 0
+
+
+@pytest.mark.parametrize("kind", ["fp16", "bf16"])
+def test_the_precision_that_was_asked_for_is_told(made, capsys, kind):
+    assert f"supervised; {kind}, " in told(capsys, *options(made), f"--{kind}", "true")
 
 
 @pytest.mark.parametrize("budget", [[], ["--max_tokens_per_batch", "99", "--shuffle_buffer", "10"]])

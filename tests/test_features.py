@@ -558,7 +558,7 @@ def test_another_type_than_that_of_autocast_is_refused(compose, tmp_path, asked,
     ("asked", "settings", "dtype", "says"),
     [
         ("auto", {}, "float32", "without --bf16 or --fp16 nothing is cast"),
-        ("auto", {"bf16": True}, "bfloat16", ""),
+        ("auto", {"bf16": True}, "bfloat16", "no frozen weight that autocast would cast is in float32"),
         ("bfloat16", {"bf16": True}, "bfloat16", "no frozen weight that autocast would cast is in float32"),
         (None, {}, "float32", ""),
     ],

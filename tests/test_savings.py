@@ -84,6 +84,13 @@ def test_a_limit_of_images_limits_those_of_a_step(make):
     assert chosen(data, asked, accumulation=3).share_prefix and chosen(data, asked, processes=3).share_prefix
 
 
+@pytest.mark.parametrize("settings", [{"batch": 64}, {"batch": 8, "accumulation": 9}, {"batch": 8, "processes": 9}])
+def test_a_step_holds_no_more_images_than_the_data_have(settings):
+    assert "a step would hold 6.0 images" in chosen(ahead(rows_of(6, 5)), **settings).why_not
+    assert chosen(ahead(rows_of(8, 5)), **settings).share_prefix
+    assert chosen(StreamedDataset([streamed(rows_of(6, 5))]), **settings).share_prefix  # which has no end
+
+
 def test_a_stream_s_batch_holds_no_more_than_its_buffer():
     rows, asked = rows_of(300, 5), {"max_tokens_per_batch": 100_000}
     small, large = (StreamedDataset([streamed(rows)], shuffle_buffer=size) for size in (20, 1000))

@@ -104,9 +104,12 @@ def evaluation_is_asked(data_args: DataArguments, training_args: VLMTrainingArgu
 
 
 def _nothing_held_out(data_args, training_args):
-    options = {"eval_on_start": training_args.eval_on_start, "eval_strategy": training_args.eval_strategy.value}
-    name, value = next((item for item in options.items() if item[1] not in (False, "no")), ("eval_share", None))
-    asked = f"{name}={data_args.eval_share if value is None else value}"
+    if training_args.eval_on_start:
+        name, value = "eval_on_start", "True"
+    elif (strategy := training_args.eval_strategy.value) != "no":
+        name, value = "eval_strategy", strategy
+    else:
+        name, value = "eval_share", data_args.eval_share
     if data_args.held_out_share:
         reason = "a single training row cannot be held out"
     elif data_args.eval_share is None:
@@ -114,8 +117,8 @@ def _nothing_held_out(data_args, training_args):
     else:
         reason = "eval_share=0 holds nothing out"
     return (
-        f"{asked} asks for an evaluation, and there is nothing to evaluate on: {reason}; name an --eval_split, hold "
-        f"out a share with --eval_share 0.01, or leave out --{name}."
+        f"{name}={value} asks for an evaluation, and there is nothing to evaluate on: {reason}; name an --eval_split, "
+        f"hold out a share with --eval_share 0.01, or leave out --{name}."
     )
 
 

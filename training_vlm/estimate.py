@@ -15,8 +15,7 @@ import re
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from types import SimpleNamespace
-from typing import Any, cast
+from typing import Any
 
 import datasets
 from transformers.training_args import OptimizerNames
@@ -26,7 +25,7 @@ from processing.batching.account import number_of
 from processing.data_error_vlm import DuetError
 
 from .arguments import precision_of
-from .learning.originals import frozen_dtype_of, shown_size
+from .learning.originals import shown_size
 from .learning.tuning import describe_components
 from .run import one_line_errors
 from .settings import Arguments, parse_arguments, split_config, stages_of
@@ -182,15 +181,25 @@ def _parser() -> _Parser:
 
 def settled(stage: Stage, argv: list[str]) -> Arguments:
     """The settings of a stage, whatever machine this is: 16 bits where an accelerator would have them."""
-    return parse_arguments(stage, argv, _on_any_machine)
+    asked: dict[str, Any] = {}
+
+    def adjust(settings: dict[str, Any]) -> None:
+        asked.update(settings)
+        _on_any_machine(settings)
+
+    arguments = parse_arguments(stage, argv, adjust)
+    if asked["fp16"] and not asked["bf16"]:
+        arguments.training.fp16, arguments.training.bf16 = True, False
+    return arguments
 
 
 def _on_any_machine(settings: dict[str, Any]) -> None:
-    if settings["fp16"] and not settings["bf16"]:  # which a CPU has instead, and takes as many bytes
-        frozen_dtype_of(settings["frozen_dtype"], cast(Any, SimpleNamespace(bf16=False, fp16=True)))
-        settings.update(fp16=False, bf16=True, frozen_dtype=settings["frozen_dtype"] and "auto")
+    if settings["fp16"] and not settings["bf16"]:  # which this machine would refuse
+        settings.update(fp16=False, bf16=True)
     elif settings["bf16"] is None and not settings["use_cpu"]:
         settings["bf16"] = True
+    if settings["dataloader_num_workers"] is None:  # as many as this machine has a use for, which may be none
+        settings.update(dataloader_persistent_workers=False, dataloader_prefetch_factor=None)
     settings.update(use_cpu=True, tf32=False, report_to="none")
 
 
@@ -214,9 +223,11 @@ def main(argv: list[str] | None = None) -> None:
     if not argv[0].startswith("-"):
         argv.insert(0, "--config")
     options, others = parser.parse_known_args(argv)
+    if not others:
+        raise DuetError("no recipe is named, and no model; add one first, as in `estimate shapes`, or --model FOLDER.")
     for name in ("memory", "samples", "peak", "utilisation", "devices"):
         if (value := getattr(options, name)) is not None and not 0 < value < math.inf:
-            raise DuetError(f"--{name} {value}: expected more than 0.")
+            raise DuetError(f"--{name} {value}: expected a finite number above 0.")
     if options.utilisation > 1:
         raise DuetError(f"--utilisation {options.utilisation:g}: expected a share of the peak, up to 1.")
     datasets.disable_progress_bars()

@@ -34,6 +34,7 @@ def load_model(
     Raises:
         DuetError: neither or both are named, a checkpoint of another kind, or parts that do not fit together.
     """
+    check_named(model_args)
     dtype = weights_dtype(model_args)
     if model_args.model is not None:
         model, processor = _load_composed(model_args, dtype)
@@ -56,16 +57,32 @@ def weights_dtype(model_args: ModelArguments) -> torch.dtype:
     The numbers of a model's weights, where one is named.
 
     Raises:
-        DuetError: no model is named, or numbers that are none of weights.
+        DuetError: numbers that are none of weights.
     """
     dtype = getattr(torch, model_args.dtype, None)
     if dtype not in (torch.float32, torch.bfloat16, torch.float16):
         raise DuetError(f"dtype={model_args.dtype!r}: expected float32, bfloat16 or float16.")
-    if model_args.model is None and None in (model_args.vision_model, model_args.text_model):
-        raise DuetError(
-            "no model is named; add --model FOLDER (a composed model) or --vision_model NAME and --text_model NAME."
-        )
     return dtype
+
+
+def check_named(model_args: ModelArguments, sees: bool = True) -> None:
+    """
+    See that a model is named.
+
+    Args:
+        sees: whether it needs its vision encoder.
+
+    Raises:
+        DuetError: none is, or only one of its backbones.
+    """
+    backbones = [model_args.text_model, *[model_args.vision_model] * sees]
+    if model_args.model is not None or None not in backbones:
+        return
+    vision = "" if sees else ", the first where images are to be shown as the model sees them"
+    raise DuetError(
+        "no model is named; add --model FOLDER (a composed model) or --vision_model NAME and --text_model NAME"
+        f"{vision}."
+    )
 
 
 def choose_what_learns(model: VLMForConditionalGeneration, model_args: ModelArguments) -> None:
@@ -306,6 +323,6 @@ def choose_max_length(model: VLMForConditionalGeneration, asked: int | None) -> 
 
 
 __all__ = [
-    "check_composed", "check_fit", "check_model", "choose_max_length", "choose_what_learns", "load_model",
-    "new_processor", "saved_processor", "tokenizer_from_scratch", "weights_dtype",
+    "check_composed", "check_fit", "check_model", "check_named", "choose_max_length", "choose_what_learns",
+    "load_model", "new_processor", "saved_processor", "tokenizer_from_scratch", "weights_dtype",
 ]  # fmt: skip

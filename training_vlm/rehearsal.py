@@ -48,7 +48,8 @@ class Rehearsed:
         peak: bytes alive at the moment at which most are, by kind.
         held: bytes that are alive between steps, by kind.
         account, views: of the batch that was rehearsed, the largest.
-        batches, conversations, work: how many were looked at, and what all of them hold.
+        batches: how many were looked at, those among them of which nothing is learned.
+        conversations, work: what all of them hold.
         views_an_image: more than one where images are tiled.
         features: tokens and width of what the projector reads of a view.
         savings: what the run leaves out, for a reader.
@@ -109,8 +110,9 @@ def rehearse(
     model = copy.deepcopy(model)  # it costs nothing
     # There is no memory to be moved.
     model.to = lambda *args, **kwargs: model  # type: ignore[assignment]  # this one model's own
-    for parameter in _narrowed(arguments, model):
-        parameter.data = parameter.data.to(autocast_dtype(arguments.training))
+    if frozen_dtype_of(arguments.efficiency.frozen_dtype, autocast_dtype(arguments.training)) is not None:
+        for parameter in cast_anyway(model):
+            parameter.data = parameter.data.to(torch.bfloat16)  # of the same size as float16, see `rehearsing`
     with tempfile.TemporaryDirectory() as folder, weightless(model):
         two = rehearsing(arguments, folder)
         accumulated = two.training.gradient_accumulation_steps
@@ -118,7 +120,8 @@ def rehearse(
         trainer = build_trainer(two, model, encoder, dataset, None, lambda *_: None)
         trainer.args.gradient_accumulation_steps = min(2, accumulated)
         unread = cast(Any, trainer.data_collator).features = Unread(encoder.processor, cached)
-        batches = list(_batches(trainer, cached))
+        seen = list(_batches(trainer, cached))
+        batches = [batch for batch in seen if batch is not None]
         work = Work()
         windows = windows_of(model.config.text_config)
         for batch, lengths, predicted in batches:
@@ -126,14 +129,10 @@ def rehearse(
         largest, _, _ = max(batches, key=lambda found: (found[0]["account"].run, _views(found[0])))
         peak, held = _steps(trainer, largest, cached)
         return Rehearsed(
-            peak, held, largest["account"], _views(largest), len(batches),
+            peak, held, largest["account"], _views(largest), len(seen),
             sum(len(lengths) for _, lengths, _ in batches), work, unread.views / max(1, unread.images),
             _features(model), str(trainer.savings._replace(is_cached=cached)),
         )  # fmt: skip
-
-
-def _narrowed(arguments, model):
-    return cast_anyway(model) if frozen_dtype_of(arguments.efficiency.frozen_dtype, arguments.training) else ()
 
 
 def rehearsing(arguments: Arguments, folder: str) -> Arguments:
@@ -145,19 +144,26 @@ def rehearsing(arguments: Arguments, folder: str) -> Arguments:
     training.lr_scheduler_type, training.lr_scheduler_kwargs = SchedulerType.CONSTANT, {}
     training.warmup_steps, training.dataloader_num_workers, training.disable_tqdm = 0, 0, True
     training.dataloader_prefetch_factor, training.dataloader_persistent_workers = None, False
+    if training.fp16:  # which a CPU does not take, and which takes as many bytes
+        training.fp16, training.bf16 = False, True
     training.load_best_model_at_end = training.push_to_hub = training.eval_on_start = False
-    training.debug = []
+    training.debug, training.dataloader_drop_last = [], False  # the last of a sample is not the run's last
     # What is cached or held in fewer bits is neither written nor tried.
     efficiency = replace(arguments.efficiency, cache_vision_features=None, frozen_dtype=None)
     return arguments._replace(training=training, efficiency=efficiency)
 
 
-def _batches(trainer: VLMTrainer, cached: bool) -> Iterator[tuple[dict[str, Any], list[int], int]]:
-    """The first of which anything is learned, of an epoch: images without pixels, lengths of texts, predictions."""
+def _batches(trainer: VLMTrainer, cached: bool) -> Iterator[tuple[dict[str, Any], list[int], int] | None]:
+    """
+    The first of an epoch: images without pixels, lengths of texts, predictions.
+
+    Those of which nothing is learned are `None`, and no part of the number that is looked at.
+    """
     number = 0
     for batch in trainer.get_train_dataloader():
         learned = [record for record in batch["account"].records if record.dropped is None]
         if not learned:
+            yield None
             continue
         if "vision_features" in batch:
             views = len(batch.pop("vision_features"))

@@ -112,7 +112,8 @@ def build_trainer(
         on_bad_sample=data_args.on_bad_sample,
         account=True,
     )
-    _check_batch(train, training_args)
+    if not isinstance(train, StreamedDataset):
+        check_batch(arguments, len(train), training_args.world_size)
     originals = hold_frozen(model, arguments.efficiency.frozen_dtype, training_args)
     try:
         trainer = VLMTrainer(
@@ -142,12 +143,21 @@ def build_trainer(
     return trainer
 
 
-def _check_batch(train, args: VLMTrainingArguments) -> None:
-    batch = args.per_device_train_batch_size * args.world_size
-    if args.dataloader_drop_last and not isinstance(train, StreamedDataset) and 0 < len(train) < batch:
+def check_batch(arguments: Arguments, conversations: int, processes: int) -> None:
+    """
+    See that `dataloader_drop_last` leaves something; batches that are planned by positions are never dropped.
+
+    Raises:
+        DuetError: it does not.
+    """
+    args = arguments.training
+    if not args.dataloader_drop_last or arguments.efficiency.max_tokens_per_batch is not None:
+        return
+    batch = args.per_device_train_batch_size * processes
+    if 0 < conversations < batch:
         raise DuetError(
-            f"dataloader_drop_last leaves nothing to learn from: {number_of(len(train), 'conversation')} of a batch of "
-            f"{batch}; lower per_device_train_batch_size, or leave it out."
+            f"dataloader_drop_last leaves nothing to learn from: {number_of(conversations, 'conversation')} of a batch "
+            f"of {batch}; lower per_device_train_batch_size, or leave it out."
         )
 
 
@@ -216,4 +226,4 @@ class WeightsFirst(TrainerCallback):
             self.saved = True
 
 
-__all__ = ["build_trainer", "one_line_errors", "prepare", "report", "train"]
+__all__ = ["build_trainer", "check_batch", "one_line_errors", "prepare", "report", "train"]

@@ -26,11 +26,12 @@ from .flops import Costs, Work, costs_of
 from .inspect_data.processor import lay_out
 from .learning.originals import autocast_dtype
 from .learning.sampling import order_seed
-from .load import choose_max_length, choose_what_learns, weights_dtype
+from .load import check_named, choose_max_length, choose_what_learns, weights_dtype
 from .rehearsal import Rehearsed, rehearse
+from .run import check_batch
 from .settings import Arguments
 from .stages import PRETRAIN, Stage
-from .survey import SURVEYED, survey_training
+from .survey import SURVEYED, sources_of, survey_training
 
 
 ROWS = 512  # that are read of the data, or as many as a few batches need
@@ -117,6 +118,7 @@ class Sketch:
             stand_in = replace(stand_in, supervised=stand_in.text)
         self.stage, self.arguments, self.stand_in, self.samples = stage, arguments, stand_in, samples
         self.devices, model_args = devices, arguments.model
+        check_named(model_args)
         dtype = weights_dtype(model_args)
         self.model, processor = self._laid_out(arguments if maker is None else maker, PRETRAIN if maker else stage)
         self.model.to(dtype)
@@ -135,7 +137,10 @@ class Sketch:
                     f"room for {room:,} tokens of text."
                 )
         else:
-            survey_training(stage, self.sample(ROWS), self.encoder, arguments.data)
+            sample = self.sample(ROWS)
+            survey_training(stage, sample, self.encoder, arguments.data, self._is_part(sample))
+        if not self._is_stream and (samples is not None or stand_in is None):
+            check_batch(arguments, samples or self._length(), devices)
 
     def _laid_out(self, arguments, stage):
         data_args = arguments.data
@@ -185,7 +190,8 @@ class Sketch:
         """The largest that the data have conversations for."""
         whole = self.samples or (ROWS if self._is_stream else self._length())
         if self.unit == "conversation":
-            return whole
+            dropping = self.arguments.training.dataloader_drop_last and not self._is_stream
+            return whole // self.devices if dropping else whole
         lengths = self._lengths(ROWS)
         return sum(lengths) * whole // len(lengths)
 
@@ -211,8 +217,7 @@ class Sketch:
         return self.with_batch(self.batch)
 
     def sample(self, rows: int) -> TrainDataset:
-        """Conversations of so many rows, from all over the data, encoded; of a stream the first, and as many as a run
-        looks at."""
+        """Conversations of so many rows, from all over the data, encoded; of a stream its first, as many as a run's."""
         rows = max(rows, SURVEYED) if self._is_stream else rows
         return self._sampled(1 << (rows - 1).bit_length())  # not another one for each size
 
@@ -231,12 +236,20 @@ class Sketch:
 
     @functools.lru_cache(maxsize=4)  # noqa: B019
     def _lengths(self, rows: int) -> list[int]:
-        """Positions of conversations of so many rows; of a stream of its first that are learned."""
+        """Positions of conversations of so many rows; of each stream of its first that are learned."""
         sample = self.sample(rows)
         if not isinstance(sample, StreamedDataset):
             return sample.lengths
-        records = (encode_item(item, self.encoder)[1] for item in sample.once())
-        return list(itertools.islice((record.tokens for record in records if record.dropped is None), rows))
+        sources, lengths = sources_of(sample), []
+        for source in sources:
+            records = (encode_item(item, self.encoder)[1] for item in source.once())
+            learned = (record.tokens for record in records if record.dropped is None)
+            lengths += itertools.islice(learned, -(-rows // len(sources)))
+        return lengths
+
+    def _is_part(self, sample):
+        found = [] if self._is_stream else zip(self.data.train, sources_of(sample))
+        return any(len(rows) > len(source.rows) for (rows, _), source in found)
 
     @property
     def _is_stream(self):
@@ -245,9 +258,19 @@ class Sketch:
     # --- the run
 
     @functools.cache  # noqa: B019
+    def _whole(self) -> int:
+        """Conversations of an epoch; of a stream nobody asks."""
+        return self._conversations_of(self.data.train)
+
     def _length(self) -> int:
-        whole = joined(self.data.train, self.data.weights, order_seed(self.arguments.training))
-        return len(cast(ConversationDataset | MixedDataset, whole))  # a stream's length is asked of nobody
+        """Those of which something is learned, by the share that the sample has of them."""
+        sample = self.sample(ROWS)
+        read = self._conversations_of([Opened(source.rows, source.reading) for source in sources_of(sample)])
+        return round(self._whole() * len(cast(ConversationDataset | MixedDataset, sample)) / max(1, read))
+
+    def _conversations_of(self, sources) -> int:
+        whole = joined(sources, self.data.weights, order_seed(self.arguments.training))
+        return len(cast(ConversationDataset | MixedDataset, whole))
 
     @functools.cached_property
     def costs(self) -> Costs:
@@ -306,7 +329,7 @@ class Sketch:
         sample = self.sample(ROWS)
         if isinstance(sample, StreamedDataset):
             return f"{self.data.name}: a stream, of which the first rows of each source were read."
-        whole = number_of(self._length(), "conversation")
+        whole = number_of(self._whole(), "conversation")
         return f"{self.data.name}: {whole}, of which a sample of {len(sample):,} was read."
 
 

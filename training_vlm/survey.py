@@ -63,16 +63,23 @@ def survey_data(
     return surveys
 
 
-def survey_training(stage: Stage, train: TrainDataset, encoder: Encoder, data_args: DataArguments) -> Survey:
+def survey_training(
+    stage: Stage, train: TrainDataset, encoder: Encoder, data_args: DataArguments, is_part: bool = False
+) -> Survey:
     """
     What the training data hold; no image is looked at.
+
+    Args:
+        is_part: there are more of them than `train`, so that a source of which nothing is learned here may have others.
 
     Raises:
         DuetError: nothing could be learned, or everything would be.
     """
     found = _survey(train, encoder)
-    _check_account(train, found, "learn from")
-    _check_questions(stage, found.account, data_args)
+    found = found._replace(sampled=found.sampled or is_part)
+    if not (is_part and found.account.total["learned from"]):
+        _check_account(train, found, "learn from")
+    _check_questions(stage, found, data_args)
     return found
 
 
@@ -80,13 +87,11 @@ def _survey(dataset, encoder: Encoder) -> Survey:
     """The account of what is encoded already, else of some items."""
     if getattr(dataset, "is_encoded", False):
         return Survey(dataset.account, sampled=False)
-    account, sampled, sources = Account(), False, sources_of(dataset)
-    each = -(-SURVEYED // len(sources))
+    account, sampled = Account(), False
+    sources, each = _in_shares(dataset, SURVEYED)
     for source in sources:
         for number, item in enumerate(some_items(source, each + 1)):
-            # How long a sample is whose images have to be fetched is known when it is learned from.
-            is_fetched = encoder.processor.max_tiles > 1 and any(map(is_url, item.get("images") or ()))
-            if number == each or is_fetched:
+            if number == each or length_is_fetched(item, encoder):
                 sampled = True
             else:
                 account.add([encode_item(item, encoder)[1]])
@@ -95,14 +100,24 @@ def _survey(dataset, encoder: Encoder) -> Survey:
 
 def some_items(dataset, number: int) -> Iterator[dict[str, Any]]:
     """Items from all over a data set, none twice, as many of each of its sources; of a stream the first."""
-    sources = sources_of(dataset)
+    sources, each = _in_shares(dataset, number)
     if len(sources) > 1:
-        each = -(-number // len(sources))
         return itertools.islice(itertools.chain.from_iterable(some_items(source, each) for source in sources), number)
     if isinstance(dataset, StreamedDataset):
         return itertools.islice(cast(Iterator[dict[str, Any]], dataset.once()), number)
     number = min(number, len(dataset))
     return (dataset[index * len(dataset) // number] for index in range(number))
+
+
+def length_is_fetched(item: Any, encoder: Encoder) -> bool:
+    """Whether how long a sample is will be known when it is learned from: images are tiled, and it has to fetch one."""
+    return encoder.processor.max_tiles > 1 and any(map(is_url, item.get("images") or ()))
+
+
+def _in_shares(dataset, number):
+    """The sources of a data set, and how many items of each are so many together, or some more."""
+    sources = sources_of(dataset)
+    return sources, -(-number // len(sources))
 
 
 def sources_of(dataset) -> list[Any]:
@@ -140,20 +155,25 @@ def _check_account(dataset, survey: Survey, purpose: str) -> None:
         found = "; ".join(f"{key.removeprefix('dropped: ')} ({number_of(counts[key], 'sample')})" for key in reasons)
         details = (detail for (place, _), (_, detail) in account.named.items() if place == source and detail)
         example = next(details, "")
-        sample = f" in a sample of {counts['samples']:,}" if survey.sampled else ""
+        sample = _sampled(survey, counts)
         raise DuetError(
             f"{source}: there is nothing to {purpose}{sample}: {found}" + (f", such as {example}" if example else "")
         )
 
 
-def _check_questions(stage: Stage, account: Account, data_args: DataArguments) -> None:
-    total = account.total
+def _sampled(survey, counts):
+    return f" in a sample of {counts['samples']:,}" if survey.sampled else ""
+
+
+def _check_questions(stage: Stage, survey: Survey, data_args: DataArguments) -> None:
+    total = survey.account.total
     # The first token of a sequence has nothing before it to be predicted from.
     everything = total["tokens"] - total["image_tokens"] - total["learned from"]
     if stage.asks and not data_args.supervise_prompt and 0 < everything <= total["supervised"]:
         raise DuetError(
-            f"{', '.join(account.sources)}: every token of every sample would be learned, so nothing is asked; "
-            "expected dialogues with a user message. If that is meant, add --supervise_prompt."
+            f"{', '.join(survey.account.sources)}: every token of every sample{_sampled(survey, total)} would be "
+            "learned, so nothing is asked; expected dialogues with a user message. If that is meant, add "
+            "--supervise_prompt."
         )
 
 
@@ -201,4 +221,7 @@ def write_data_report(folder: Path, consumed: Account, train: TrainDataset) -> A
     return consumed
 
 
-__all__ = ["Survey", "report_data", "some_items", "sources_of", "survey_data", "survey_training", "write_data_report"]
+__all__ = [
+    "Survey", "length_is_fetched", "report_data", "some_items", "sources_of", "survey_data", "survey_training",
+    "write_data_report",
+]  # fmt: skip

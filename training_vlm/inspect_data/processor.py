@@ -8,13 +8,13 @@ from modeling_vlm import VLMConfig, VLMForConditionalGeneration
 from modeling_vlm.compose_vlm import composed_config, shape_of
 from modeling_vlm.own_projector_vlm import trusting
 from processing import VLMProcessor
-from processing.data_error_vlm import DuetError
 
 from ..arguments import DataArguments, ModelArguments, backbone_of
 from ..data import Data
 from ..load import (
     check_composed,
     check_fit,
+    check_named,
     choose_max_length,
     new_processor,
     saved_processor,
@@ -47,6 +47,7 @@ def lay_out(
     Raises:
         DuetError: no model is named, or what is named cannot be loaded.
     """
+    check_named(model_args, sees=False)
     if model_args.model is not None:
         check_composed(model_args, weights=False)
         name, revision = model_args.model, model_args.model_revision
@@ -54,13 +55,8 @@ def lay_out(
             model = shape_of(VLMForConditionalGeneration, VLMConfig.from_pretrained(name, revision=revision))
         processor = saved_processor(model_args)
         check_fit(model, processor)
-    elif model_args.text_model is not None:
-        model, processor = _compose(stage, model_args, data_args, data)
     else:
-        raise DuetError(
-            "no model is named; add --model FOLDER (a composed model), or --text_model NAME, and --vision_model NAME "
-            "where images are to be shown as the model sees them."
-        )
+        model, processor = _compose(stage, model_args, data_args, data)
     return model, processor
 
 

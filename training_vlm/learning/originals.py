@@ -34,17 +34,17 @@ def autocast_dtype(args: TrainingArguments) -> torch.dtype | None:
     return torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else None
 
 
-def frozen_dtype_of(asked: str | None, args: TrainingArguments) -> torch.dtype | None:
+def frozen_dtype_of(asked: str | None, cast: torch.dtype | None) -> torch.dtype | None:
     """
     The type in which frozen weights are held, `None` for their own.
 
     Args:
         asked: `EfficiencyArguments.frozen_dtype`.
+        cast: what autocast computes in, `None` where it is off.
 
     Raises:
         DuetError: autocast computes in another, or is off.
     """
-    cast = autocast_dtype(args)
     if asked is None or (asked == "auto" and cast is None):
         return None
     if cast is None or asked not in ("auto", str(cast).removeprefix("torch.")):
@@ -68,11 +68,11 @@ def hold_frozen(model: PreTrainedModel, asked: str | None, args: TrainingArgumen
         DuetError: see `frozen_dtype_of` and `Originals.narrow`.
     """
     assert args.output_dir is not None  # where none is given, the library has a name
-    originals, dtype = Originals(model, Path(args.output_dir)), frozen_dtype_of(asked, args)
+    originals, dtype = Originals(model, Path(args.output_dir)), frozen_dtype_of(asked, autocast_dtype(args))
     line = ""
     if dtype is not None:
         line = originals.narrow(dtype)
-        if not line and asked != "auto":
+        if not line:
             line = f"--frozen_dtype {asked} changes nothing: no frozen weight that autocast would cast is in float32"
     elif asked is not None:
         line = f"--frozen_dtype {asked} changes nothing: without --bf16 or --fp16 nothing is cast"

@@ -1,10 +1,12 @@
 """In which order samples are learned: like lengths or texts of an image together, and another order in each epoch."""
 
 import random
+import zlib
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any, cast
 
+import numpy as np
 import torch
 from transformers import TrainerCallback, TrainingArguments
 from transformers.trainer_pt_utils import get_length_grouped_indices
@@ -20,18 +22,28 @@ if TYPE_CHECKING:
     from .trainer import VLMTrainer
 
 
+_DATA = "data"  # a digest of them, which says nothing to a reader
+
+
 def order_seed(args: TrainingArguments) -> int:
     """The seed of the order in which samples are learned: `data_seed`, or `seed` where none is given."""
     return args.seed if args.data_seed is None else args.data_seed
 
 
 def order_of(trainer: "VLMTrainer", data_args: "DataArguments", efficiency: "EfficiencyArguments") -> dict[str, Any]:
-    """What the order of a run's data follows from, by name, but the batch size, which the library looks after."""
+    """
+    What the order of a run's data follows from, by name, but the batch size, which the library looks after.
+
+    What has an effect beside another setting only is there with it alone. The data themselves are what the order reads
+    of them: their number, their lengths where batches follow from these, and which of them belong together.
+    """
     args, dataset = trainer.args, cast("TrainDataset", trainer.train_dataset)
     collator = cast("VLMDataCollator", trainer.data_collator)
-    budget = efficiency.max_tokens_per_batch
+    budget, by_length = efficiency.max_tokens_per_batch, args.train_sampling_strategy == "group_by_length"
+    streamed = isinstance(dataset, torch.utils.data.IterableDataset)
     found: dict[str, Any] = {
-        "seed": order_seed(args),
+        "streaming": streamed,
+        "seed of the data": order_seed(args),
         "train_sampling_strategy": args.train_sampling_strategy,
         "gradient_accumulation_steps": args.gradient_accumulation_steps,
         "processes": args.world_size,
@@ -40,29 +52,45 @@ def order_of(trainer: "VLMTrainer", data_args: "DataArguments", efficiency: "Eff
         "max_images_per_batch": efficiency.max_images_per_batch,
         "split_turns": data_args.split_turns,
         "caption_choice": data_args.caption_choice,
-        "weights of datasets": getattr(dataset, "weights", None),
+        f"weights of {'streams' if streamed else 'datasets'}": getattr(dataset, "weights", None),
     }
     if budget is not None:
         found["padding_free"] = "on" if collator.padding_free else "off"
         found["pad_to_multiple_of"] = data_args.pad_to_multiple_of
-    if isinstance(dataset, torch.utils.data.IterableDataset):
+        if found.get("weights of datasets") is not None:  # how far the run goes has a say in it
+            found["batches of an epoch"] = len(trainer.planned)
+    if budget is not None or by_length:
+        found["max_length"], found["truncation"] = collator.encoder.max_length, data_args.truncation
+    if streamed:
         found["shuffle_buffer"], found["dataloader_num_workers"] = data_args.shuffle_buffer, args.dataloader_num_workers
     else:
         found["conversations"] = len(dataset)
+        read: Sequence[Any] = ()
+        if budget is not None:
+            read = dataset.in_groups()
+        elif by_length or collator.share_prefix:
+            read = [dataset.lengths if by_length else dataset.groups]
+        found[_DATA] = zlib.crc32(b"".join(np.asarray(column, dtype=np.int64).tobytes() for column in read))
     return found
 
 
 def change_of_order(before: dict[str, Any], now: dict[str, Any]) -> str:
     """What a run that goes on with another order than it had should be told, in a line; empty if it has the same."""
-    changed = [name for name in before.keys() & now.keys() if before[name] != now[name]]
+    changed = [name for name in now if name in before and before[name] != now[name]]
     if not changed:
         return ""
-    had = {name: "none" if before[name] is None else before[name] for name in changed}
-    told = ", ".join(f"{name}={now[name]} (it had {had[name]})" for name in now if name in changed)
+    named = [name for name in changed if name != _DATA]
+    told = ", ".join(f"{name}={_shown(now[name])} (it had {_shown(before[name])})" for name in named)
+    if not named:
+        told = "other data than it had, as many as those but not of the same lengths or images"
     return (
         f"the run goes on with {told}: the data come in another order from here on, and of the epoch that it was in "
         "some may come twice and some not at all"
     )
+
+
+def _shown(value):
+    return "none" if value is None else value
 
 
 class LengthGroupedOrder(torch.utils.data.Sampler):

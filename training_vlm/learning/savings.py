@@ -17,11 +17,10 @@ from processing.batching.collator import VLMDataCollator
 from processing.batching.dataset import StreamedDataset
 from processing.batching.encoding import Encoder
 from processing.data_error_vlm import DuetError
-from processing.image_files_vlm import is_url
 
 from ..data import TrainDataset
 from ..efficiency import LEAST_IMAGES, EfficiencyArguments
-from ..survey import SURVEYED, some_items, sources_of
+from ..survey import SURVEYED, length_is_fetched, some_items, sources_of
 from .batches import Budget, PlannedBatches, PlannedStream, units_of
 from .probe import why_not_packed
 from .sampling import order_seed
@@ -101,6 +100,8 @@ def _why_apart(asked, trainer) -> str | None:
             limits.append(dataset.shuffle_buffer * held.images / held.texts)
         images = min(limits)
     images *= args.gradient_accumulation_steps * args.world_size
+    if not isinstance(dataset, StreamedDataset):  # a step ends with the epoch
+        images = min(images, held.images)
     if images < LEAST_IMAGES:
         return (
             f"with {held.texts / held.images:.1f} texts an image a step would hold {images:.1f} images, and steps of "
@@ -140,8 +141,7 @@ def _sampled(source: StreamedDataset, encoder: Encoder, in_positions: bool) -> _
     items = [item for item in some_items(source, SURVEYED) if "dropped" not in item]
     if not in_positions:
         return _Held(len(items), len({item["row"] for item in items}))
-    if encoder.processor.max_tiles > 1:  # no image is fetched for its size
-        items = [item for item in items if not any(map(is_url, item.get("images") or ()))]
+    items = [item for item in items if not length_is_fetched(item, encoder)]
     units, dropped = units_of(items, encoder, Budget(sys.maxsize), share_prefix=True)
     positions, shown = (sum(getattr(unit, name) for unit in units) for name in ("positions", "images"))
     return _Held(len(items) - len(dropped), len(units), positions, shown)
