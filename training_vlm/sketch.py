@@ -240,7 +240,8 @@ class Sketch:
         sample = self.sample(rows)
         if not isinstance(sample, StreamedDataset):
             return sample.lengths
-        sources, lengths = sources_of(sample), []
+        sources = sources_of(sample)
+        lengths: list[int] = []
         for source in sources:
             records = (encode_item(item, self.encoder)[1] for item in source.once())
             learned = (record.tokens for record in records if record.dropped is None)

@@ -3,7 +3,7 @@
 import random
 import zlib
 from collections import deque
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence, Sized
 from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
@@ -58,10 +58,10 @@ def order_of(trainer: "VLMTrainer", data_args: "DataArguments", efficiency: "Eff
         found["padding_free"] = "on" if collator.padding_free else "off"
         found["pad_to_multiple_of"] = data_args.pad_to_multiple_of
         if found.get("weights of datasets") is not None:  # how far the run goes has a say in it
-            found["batches of an epoch"] = len(trainer.planned)
+            found["batches of an epoch"] = len(cast(Sized, trainer.planned))
     if budget is not None or by_length:
         found["max_length"], found["truncation"] = collator.encoder.max_length, data_args.truncation
-    if streamed:
+    if isinstance(dataset, torch.utils.data.IterableDataset):
         found["shuffle_buffer"], found["dataloader_num_workers"] = data_args.shuffle_buffer, args.dataloader_num_workers
     else:
         found["conversations"] = len(dataset)
