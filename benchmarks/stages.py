@@ -10,7 +10,8 @@ from typing import Any
 import yaml
 
 
-ROOT = Path(__file__).resolve().parent.parent
+HERE = Path(__file__).resolve().parent
+ROOT = HERE.parent
 
 
 def train_both(folder: Path, settings: dict[str, Any]) -> dict[str, float]:
