@@ -26,7 +26,7 @@ SHIPPED = sorted(file.name for package in ("modeling_vlm", "processing") for fil
 # What belongs to a run that can be resumed, not to the model.
 OF_TRAINING = {
     "optimizer.pt", "scheduler.pt", "trainer_state.json", "rng_state.pth", "training_args.bin", "data_account_0.json",
-    "checkpoint_manifest.json",
+    "checkpoint_manifest.json", "data_order.json",
 }  # fmt: skip
 KINDS = ["composed", "cut", "loaded", "checkpoint-1", "checkpoint-2", "end_of_training"]
 AUTO_CLASSES = ["AutoModel", "AutoModelForImageTextToText", "AutoModelForCausalLM", "AutoModelForMultimodalLM"]
