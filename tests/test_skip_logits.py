@@ -205,10 +205,13 @@ def test_a_second_backward_is_refused_in_a_line():
     assert "\n" not in str(error.value)
 
 
-def test_gradients_of_the_gradients_are_refused():
+def test_gradients_of_the_gradients_are_refused_and_those_of_the_loss_are_still_there():
     model, batch = setting()
+    loss = model(**batch, skip_logits=True).loss
     with pytest.raises(DuetError, match="they have no graph, as create_graph wants; leave it out"):
-        model(**batch, skip_logits=True).loss.backward(create_graph=True)
+        loss.backward(create_graph=True)
+    loss.backward()
+    assert model.lm_head.weight.grad.any()
 
 
 def test_a_batch_without_anything_supervised_has_loss_zero_and_gradients_of_zero():
