@@ -5,6 +5,7 @@ from types import SimpleNamespace
 import datasets
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 from processing import VLMDataCollator
@@ -45,10 +46,8 @@ def run_of(dataset, batch=8, accumulation=1, processes=1):
         train_sampling_strategy="random", per_device_train_batch_size=batch, torch_compile=False, world_size=processes,
         gradient_accumulation_steps=accumulation, seed=0, data_seed=None, num_train_epochs=1, max_steps=-1,
     )  # fmt: skip
-    return SimpleNamespace(
-        args=args, train_dataset=dataset, data_collator=VLMDataCollator(ENCODER), model=None,
-        accelerator=SimpleNamespace(unwrap_model=lambda model: model),
-    )  # fmt: skip
+    collator = VLMDataCollator(ENCODER)
+    return SimpleNamespace(args=args, train_dataset=dataset, data_collator=collator, model=torch.nn.Identity())
 
 
 def chosen(dataset, asked=None, **settings):

@@ -45,6 +45,7 @@ from processing.image_files_vlm import (
 from processing.processing_vlm import VLMProcessor
 from processing.reading.items import Reading, is_item
 
+from .learning.adapters import composed
 from .learning.originals import Originals, autocast_dtype, shown_size
 from .learning.trainer import VLMTrainer
 
@@ -70,7 +71,7 @@ def train_on_features(
         DuetError: see `cache_features`.
     """
     cache = cache_features(trainer, datasets, folder)
-    model = trainer.accelerator.unwrap_model(trainer.model)
+    model = composed(trainer.model)
     if not (trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled):
         originals.release(model.model.vision_tower)
     elif trainer.is_world_process_zero():
@@ -92,7 +93,7 @@ def cache_features(trainer: VLMTrainer, datasets: Iterable[Any], folder: str | P
             the disk has no room.
     """
     datasets = [dataset for dataset in datasets if dataset is not None]
-    model, collator = trainer.accelerator.unwrap_model(trainer.model), cast(VLMDataCollator, trainer.data_collator)
+    model, collator = composed(trainer.model), cast(VLMDataCollator, trainer.data_collator)
     refuse_uncacheable(model, datasets)
     encoder = _Encoder(trainer, model)
     settings = cache_settings(model, collator.processor, encoder.dtype)

@@ -28,6 +28,7 @@ from processing.image_files_vlm import BadImage, check_image, load_image
 
 from .arguments import precision_of
 from .data import Data, TrainDataset
+from .learning.adapters import composed
 from .learning.meter import table
 from .learning.trainer import VLMTrainer
 from .learning.tuning import describe_components
@@ -119,10 +120,10 @@ def finish(
                 Path(args.output_dir),
                 name=args.hub_model_id or args.output_dir,
                 stage=stage,
-                config=trainer.accelerator.unwrap_model(trainer.model).config,
+                config=composed(trainer.model).config,
                 base_models=_base_models(model_args),
                 dataset=data.name,
-                components=describe_components(trainer.accelerator.unwrap_model(trainer.model)),
+                components=describe_components(composed(trainer.model)),
                 settings=_settings(data.name, trainer),
                 metrics=losses,
                 exact=answers.exact,
@@ -159,7 +160,7 @@ class _Answers:
 
     def __init__(self, generation_args, trainer, test):
         self.generation_args, self.trainer, self.test = generation_args, trainer, test
-        self.processor, self.model = trainer.processing_class, trainer.accelerator.unwrap_model(trainer.model)
+        self.processor, self.model = trainer.processing_class, composed(trainer.model)
         self.exact: str | None = None
         self.samples: list[tuple[Question, str]] = []
         self._to_show: list[Question] = []

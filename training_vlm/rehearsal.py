@@ -29,6 +29,7 @@ from processing.processing_vlm import VLMProcessor
 from .cache_features import refuse_address, refuse_uncacheable
 from .data import TrainDataset
 from .flops import Work, windows_of, work_of
+from .learning.adapters import composed
 from .learning.originals import autocast_dtype, cast_anyway, frozen_dtype_of
 from .learning.trainer import VLMTrainer
 from .run import build_trainer
@@ -169,9 +170,9 @@ def _batches(trainer: VLMTrainer, cached: bool) -> Iterator[tuple[dict[str, Any]
             views = len(batch.pop("vision_features"))
             if cached:
                 dtype = autocast_dtype(trainer.args) or torch.float32
-                batch["vision_features"] = blank(views, *_features(trainer.model), dtype=dtype)
+                batch["vision_features"] = blank(views, *_features(composed(trainer.model)), dtype=dtype)
             else:
-                batch["pixel_values"] = _pixels(trainer.model, views)
+                batch["pixel_values"] = _pixels(composed(trainer.model), views)
         yield batch, [record.tokens for record in learned], sum(record.supervised for record in learned)
         number += 1
         if number == BATCHES:
@@ -200,7 +201,7 @@ def _steps(trainer: VLMTrainer, batch: dict[str, Any], cached: bool) -> tuple[Co
     accumulated = trainer.args.gradient_accumulation_steps
     batches = cast(DataLoader, [batch] * (2 * accumulated))
     trainer.get_train_dataloader = lambda: batches  # type: ignore[method-assign]  # this one trainer's own
-    model = cast(VLMForConditionalGeneration, trainer.model)
+    model: VLMForConditionalGeneration = composed(trainer.model)
     unread = {id(tensor) for tensor in _tensors(model.model.vision_tower)} if cached else set()
     watch = Watch(model, [tensor for tensor in _tensors(model) if id(tensor) not in unread])
     between = _Between(watch)

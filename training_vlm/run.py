@@ -9,10 +9,9 @@ import os
 import shutil
 import sys
 from pathlib import Path
-from typing import cast
 
 import datasets
-from transformers import PreTrainedModel, TrainerCallback, set_seed
+from transformers import TrainerCallback, set_seed
 from transformers.trainer_utils import TrainOutput
 from transformers.utils import logging
 
@@ -26,6 +25,7 @@ from processing.data_error_vlm import DuetError, in_a_line
 
 from .arguments import GenerationArguments, VLMTrainingArguments, precision_of
 from .cache_features import train_on_features
+from .learning.adapters import composed
 from .learning.checkpoints import discard_unfinished, find_checkpoint, numbered
 from .learning.originals import hold_frozen
 from .learning.probe import why_not_packed
@@ -175,7 +175,7 @@ def report(stage: Stage, trainer: VLMTrainer, surveys: dict[str, Survey]) -> Non
     args, rate = trainer.args, f"{trainer.args.learning_rate:g}"
     print(f"\nStage {stage.number}, {stage.name}\n")
     print(f"{'part':<18}{'parameters':>14}{'learn':>14}   rate")
-    for part in describe_components(cast(PreTrainedModel, trainer.model)):
+    for part in describe_components(composed(trainer.model)):
         print(f"{part.name:<18}{part.parameters:>14,}{part.trained:>14,}   {rate if part.trained else '-'}")
     print(f"\n{report_data(surveys)}")
     print(trainer.savings)

@@ -6,7 +6,7 @@ where the stock loop's filter of the log (which is off with this) takes one for 
 the same verdict, so all stop.
 """
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from accelerate.utils import gather_object
@@ -15,6 +15,7 @@ from transformers import TrainerCallback
 from processing.batching.account import Record
 from processing.data_error_vlm import DuetError
 
+from .adapters import composed
 from .checkpoints import newest_whole
 from .tuning import describe_components
 
@@ -142,9 +143,7 @@ class Guard(TrainerCallback):
 
     def _stop_unreached(self, state) -> None:
         self.stopped = True
-        model: Any = self.trainer.accelerator.unwrap_model(self.trainer.model)
-        model = model.get_base_model() if hasattr(model, "get_base_model") else model  # where adapters learn
-        parts = ", ".join(part.name for part in describe_components(model) if part.trained)
+        parts = ", ".join(part.name for part in describe_components(composed(self.trainer.model)) if part.trained)
         raise DuetError(
             f"no sample has reached what learns ({parts}) in the first {state.global_step - self._began} steps: every "
             "gradient was 0. A projector or an encoder learns from images alone, and a sample only from what is "

@@ -22,6 +22,7 @@ from processing.batching.account import BatchAccount
 from processing.data_error_vlm import in_a_line
 
 from ..flops import Costs, Work, costs_of, windows_of, work_of
+from .adapters import composed
 
 
 if TYPE_CHECKING:
@@ -79,7 +80,7 @@ class Meter(TrainerCallback):
 
     def on_train_begin(self, args, state, control, **kwargs):
         self._reset()
-        self._began, self._windows = state.global_step, windows_of(self.trainer.model.config.text_config)
+        self._began, self._windows = state.global_step, windows_of(composed(self.trainer.model).config.text_config)
         self._turn_to(STARTING)
 
     def on_train_end(self, args, state, control, **kwargs):
@@ -162,9 +163,8 @@ class Meter(TrainerCallback):
         trainer = self.trainer
         if trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled:  # no process has whole weights
             return None
-        model = trainer.accelerator.unwrap_model(trainer.model)
         try:
-            return costs_of(model.get_base_model() if hasattr(model, "get_base_model") else model)
+            return costs_of(composed(trainer.model))
         except Exception as error:  # such as code of a projector that asks for values
             logger.warning(f"what a step has to compute is not known of this model: {in_a_line(error, 200)}")
             return None

@@ -21,6 +21,8 @@ from modeling_vlm.vision_vlm import blank_image
 from processing.batching.features import mapped
 from processing.data_error_vlm import DuetError, in_a_line
 
+from .adapters import composed
+
 
 CAST = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d, Conv1D)
 """Modules whose weights autocast casts whenever they are used."""
@@ -68,7 +70,7 @@ def hold_frozen(model: PreTrainedModel, asked: str | None, args: TrainingArgumen
         DuetError: see `frozen_dtype_of` and `Originals.narrow`.
     """
     assert args.output_dir is not None  # where none is given, the library has a name
-    originals, dtype = Originals(model, Path(args.output_dir)), frozen_dtype_of(asked, autocast_dtype(args))
+    originals, dtype = Originals(composed(model), Path(args.output_dir)), frozen_dtype_of(asked, autocast_dtype(args))
     line = ""
     if dtype is not None:
         line = originals.narrow(dtype)

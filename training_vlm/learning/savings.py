@@ -21,6 +21,7 @@ from processing.data_error_vlm import DuetError
 from ..data import TrainDataset
 from ..efficiency import LEAST_IMAGES, EfficiencyArguments
 from ..survey import SURVEYED, length_is_fetched, some_items, sources_of
+from .adapters import composed
 from .batches import Budget, PlannedBatches, PlannedStream, units_of
 from .probe import why_not_packed
 from .sampling import order_seed
@@ -79,7 +80,7 @@ def _why_padded(trainer, probe, share_prefix) -> str | None:
     """The reason of the first process that has one."""
     reason = "torch_compile would compile anew for every row of texts"
     if not trainer.args.torch_compile:
-        reason = probe(trainer.accelerator.unwrap_model(trainer.model), share_prefix)
+        reason = probe(composed(trainer.model), share_prefix)
     return next(filter(None, gather_object([reason])), None)
 
 
