@@ -26,7 +26,7 @@ def main(argv: list[str] | None = None) -> None:
     check_model(model_args)
 
     data = load_data(PRETRAIN, data_args, training_args)
-    model, processor = load_model(PRETRAIN, model_args, data_args, data)
+    model, processor = load_model(PRETRAIN, arguments, data)
     encoder = PRETRAIN.encoder(processor, data_args, choose_max_length(model, data_args.max_length))
     train_set, eval_set = encode_data(data, encoder, data_args, training_args)
     test_set = encode_test(data, encoder, training_args)

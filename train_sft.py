@@ -25,7 +25,7 @@ def main(argv: list[str] | None = None) -> None:
     check_model(model_args)
 
     data = load_data(SFT, data_args, training_args)
-    model, processor = load_model(SFT, model_args, data_args, data)
+    model, processor = load_model(SFT, arguments, data)
     encoder = SFT.encoder(processor, data_args, choose_max_length(model, data_args.max_length))
     train_set, eval_set = encode_data(data, encoder, data_args, training_args)
     test_set = encode_test(data, encoder, training_args)

@@ -77,7 +77,7 @@ def compare(connection, stage, argv: list[str], folder: Path) -> None:
     arguments = settled(stage, argv)
     sketch = Sketch(stage, arguments)
     found = sketch.rehearsed
-    model, _ = load_model(stage, arguments.model, arguments.data, sketch.data)
+    model, _ = load_model(stage, arguments, sketch.data)
     asked = rehearsing(arguments, str(folder))._replace(efficiency=arguments.efficiency)
     trainer = build_trainer(asked, model, sketch.encoder, sketch.sample(ROWS), None)
     batches = [batch for batch, _ in zip(trainer.get_train_dataloader(), range(BATCHES))]

@@ -185,7 +185,7 @@ def run_duet(
     found = parse_arguments(stage, [*words, "--report_to", "none"])
     prepare(found.training)
     data = load_data(stage, found.data, found.training)
-    model, processor = load_model(stage, found.model, found.data, data)
+    model, processor = load_model(stage, found, data)
     encoder = stage.encoder(processor, found.data, choose_max_length(model, found.data.max_length))
     train, evaluation = encode_data(data, encoder, found.data, found.training)
     trainer = build_trainer(found, model, encoder, train, evaluation)

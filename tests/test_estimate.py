@@ -83,7 +83,7 @@ class Memory(TrainerCallback):
 def measured(stage, arguments, sketch, folder):
     """The peak of the same step with weights and images."""
     data = sketch.data
-    model, _ = load_model(stage, arguments.model, arguments.data, data)
+    model, _ = load_model(stage, arguments, data)
     two = rehearsal.rehearsing(arguments, str(folder))
     trainer = build_trainer(
         two._replace(efficiency=arguments.efficiency), model, sketch.encoder, sketch.sample(512), None

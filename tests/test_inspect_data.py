@@ -111,7 +111,7 @@ def dialogues(data):
 
 def trained_batch(data, folders):
     """What the Trainer's collator makes of the same rows, with the processor of the model itself."""
-    _, data_args, *_, training_args = parse_arguments(SFT, ["--dataset", *dialogues(data), "--use_cpu"])
+    _, _, data_args, *_, training_args = parse_arguments(SFT, ["--dataset", *dialogues(data), "--use_cpu"])
     _, processor = tiny.compose(*folders("vit-gpt2"))
     encoder = SFT.encoder(processor, data_args, 128)
     train, _ = encode_data(load_data(SFT, data_args, training_args), encoder, data_args, training_args)

@@ -131,7 +131,7 @@ def test_a_run_asks_for_the_answers_and_leaves_out_the_columns_that_it_is_told(f
         "0",
     ]
     for option, answer in ([], "B"), (["--choice_answer", "text"], "a rock"):
-        _, data_args, *_, training_args = parse_arguments(SFT, [*told, *option])
+        _, _, data_args, *_, training_args = parse_arguments(SFT, [*told, *option])
         ((rows, reading),) = load_data(SFT, data_args, training_args).train
         (item,) = reading.items(rows[0], 0)
         assert item["messages"][1]["content"][0]["text"] == answer

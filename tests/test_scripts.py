@@ -237,16 +237,17 @@ def test_the_seeds_stage_2_recipe_runs_on_a_stand_in(folders, tmp_path, image):
 
 
 def test_the_seeds_recipes_say_what_the_seed_does():
-    model, data, *_, training = parse_arguments(PRETRAIN, ["--config", "coco_vit_gpt2", "--use_cpu"])
+    model, tuning, data, *_, training = parse_arguments(PRETRAIN, ["--config", "coco_vit_gpt2", "--use_cpu"])
     assert (model.vision_model, model.projector_type) == ("google/vit-base-patch16-224-in21k", "gelu_norm")
-    assert (model.tune_vision, model.tune_text, data.max_length) == ("frozen", "last:2", 65)
+    assert (tuning.tune_vision, tuning.tune_text, data.max_length) == ("frozen", "last:2", 65)
     assert (training.learning_rate, training.lr_scheduler_type, training.max_grad_norm) == (1e-4, "cosine", 1.0)
     assert (training.num_train_epochs, training.per_device_train_batch_size) == (2, 8)
     assert (training.save_strategy, training.weight_decay) == ("epoch", 0.01)
 
-    model, data, generation, _, training = parse_arguments(SFT, ["--config", "flickr30k_vit_distilgpt2", "--use_cpu"])
+    found = parse_arguments(SFT, ["--config", "flickr30k_vit_distilgpt2", "--use_cpu"])
+    model, tuning, data, generation, _, training = found
     assert (model.projector_type, model.vision_feature_select_strategy) == ("linear", "cls")
-    assert model.freeze_embeddings and model.tune_vision == "frozen" and model.tune_text == "full"
+    assert tuning.freeze_embeddings and tuning.tune_vision == "frozen" and tuning.tune_text == "full"
     assert (data.max_samples, data.sample_seed, data.caption_choice, data.max_length) == (100, 42, "first", 128)
     assert data.prompt == "[用户] 请描述这张图片。\n[助手] " and data.dataset_revision == "refs/convert/parquet"
     assert (training.learning_rate, training.lr_scheduler_type, training.max_grad_norm) == (1e-5, "constant", 0)

@@ -633,7 +633,7 @@ def test_an_image_that_is_a_url_is_fetched_once_and_never_ahead(processor, tmp_p
     argv = ["--dataset", str(tmp_path / "rows.jsonl"), "--image_dir", str(tmp_path), "--allow_urls"]
 
     def encoded(*more):
-        _, data_args, *_, training_args = parse_arguments(SFT, [*argv, "--eval_share", "0", "--use_cpu", *more])
+        _, _, data_args, *_, training_args = parse_arguments(SFT, [*argv, "--eval_share", "0", "--use_cpu", *more])
         settings = SFT.encoder(processor, data_args, 500), data_args, training_args
         sets = encode_data(load_data(SFT, data_args, training_args), *settings)
         return sets[0], survey_data(SFT, *sets, None, *settings)

@@ -28,7 +28,7 @@ from processing.reading.settings import SourceSettings, parse_columns
 
 @dataclass
 class ModelArguments:
-    """Which model is trained, and which parts of it."""
+    """Which model is trained."""
 
     model: str | None = field(
         default=None,
@@ -101,17 +101,6 @@ class ModelArguments:
     dtype: str = field(
         default="float32",
         metadata={"help": "Numbers of the weights: float32, bfloat16 or float16. What trains wants float32."},
-    )
-    tune_vision: str | None = field(
-        default=None,
-        metadata={
-            "help": "What learns of the vision encoder: frozen, full, or last:N (its last N blocks). Frozen if not "
-            "given, full where it starts from scratch."
-        },
-    )
-    tune_text: str | None = field(default=None, metadata={"help": "What learns of the language model, likewise."})
-    freeze_embeddings: bool = field(
-        default=False, metadata={"help": "Keep the language model's token embeddings, whatever else learns."}
     )
 
     def composing_settings(self) -> list[str]:

@@ -22,24 +22,24 @@ from processing.tokenizer import train_tokenizer
 from .arguments import DataArguments, ModelArguments, backbone_of
 from .data import Data, training_texts
 from .learning.tuning import apply_tuning
+from .settings import Arguments
 from .stages import Stage
 
 
-def load_model(
-    stage: Stage, model_args: ModelArguments, data_args: DataArguments, data: Data
-) -> tuple[VLMForConditionalGeneration, VLMProcessor]:
+def load_model(stage: Stage, arguments: Arguments, data: Data) -> tuple[VLMForConditionalGeneration, VLMProcessor]:
     """
     The model and its processor: an earlier stage's folder, or two backbones composed.
 
     Raises:
         DuetError: neither or both are named, a checkpoint of another kind, or parts that do not fit together.
     """
+    model_args = arguments.model
     check_named(model_args)
     dtype = weights_dtype(model_args)
     if model_args.model is not None:
         model, processor = _load_composed(model_args, dtype)
     else:
-        model, processor = _compose(stage, model_args, data_args, data, dtype)
+        model, processor = _compose(stage, model_args, arguments.data, data, dtype)
     check_fit(model, processor)
     processor.update_generation_config(model.generation_config)
     for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
@@ -48,7 +48,7 @@ def load_model(
             setattr(model.config.text_config, name, value)
             if name == "bos_token_id":
                 model.generation_config.bos_token_id = value
-    choose_what_learns(model, model_args)
+    choose_what_learns(model, arguments)
     return model, processor
 
 
@@ -85,25 +85,28 @@ def check_named(model_args: ModelArguments, sees: bool = True) -> None:
     )
 
 
-def choose_what_learns(model: VLMForConditionalGeneration, model_args: ModelArguments) -> None:
+def choose_what_learns(model: VLMForConditionalGeneration, arguments: Arguments) -> None:
     """
     Apply what is said of tuning; a backbone of which nothing is said learns where it starts from scratch.
 
     Raises:
         DuetError: nothing would learn, or something is said that cannot be.
     """
-    scratch = {side: isinstance(getattr(model_args, f"{side}_model"), dict) for side in ("vision", "text")}
+    tuning = arguments.tuning
+    scratch = {side: isinstance(getattr(arguments.model, f"{side}_model"), dict) for side in ("vision", "text")}
     starts = {side: "full" if scratch[side] else "frozen" for side in scratch}
     apply_tuning(
         model,
-        model_args.tune_vision or starts["vision"],
-        model_args.tune_text or starts["text"],
-        model_args.freeze_embeddings,
+        tuning.tune_vision or starts["vision"],
+        tuning.tune_text or starts["text"],
+        tuning.freeze_embeddings,
+        tuning.tune_projector or "full",
     )
     if not any(parameter.requires_grad for parameter in model.parameters()):
+        projector = "has no parameters" if tuning.tune_projector != "frozen" else "is frozen"
         raise DuetError(
-            f"nothing would learn: both backbones are frozen, and the projector {model.config.projector_type} has "
-            "no parameters; add --tune_text or --tune_vision, or choose another projector_type."
+            f"nothing would learn: both backbones are frozen, and the projector {model.config.projector_type} "
+            f"{projector}; add --tune_text or --tune_vision, or choose another projector_type."
         )
 
 

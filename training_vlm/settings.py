@@ -19,6 +19,7 @@ from processing.data_error_vlm import DuetError, NotFound
 
 from .arguments import DataArguments, GenerationArguments, ModelArguments, VLMTrainingArguments, suggest
 from .efficiency import EfficiencyArguments
+from .policy import TuningArguments
 from .stages import STAGES, Stage
 
 
@@ -29,9 +30,10 @@ DEFAULT_RECIPE = RECIPES / "shapes.yaml"
 
 
 class Arguments(NamedTuple):
-    """All settings of a run, in five parts."""
+    """All settings of a run, in six parts."""
 
     model: ModelArguments
+    tuning: TuningArguments
     data: DataArguments
     generation: GenerationArguments
     efficiency: EfficiencyArguments
@@ -85,7 +87,7 @@ def parse_arguments(
 # Settings that a yaml file may give as a mapping or a list.
 _STRUCTURED = {
     "vision_model", "second_vision_model", "text_model", "projector_settings", "image_size", "columns", "datasets",
-    "test_dataset",
+    "test_dataset", "lora_target_modules",
 }  # fmt: skip
 
 # Settings whose on and off a yaml reads as true and false.

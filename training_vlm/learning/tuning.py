@@ -14,7 +14,9 @@ from transformers import PreTrainedModel
 from processing.data_error_vlm import DuetError
 
 
-def apply_tuning(model: PreTrainedModel, vision: str, text: str, freeze_embeddings: bool = False) -> None:
+def apply_tuning(
+    model: PreTrainedModel, vision: str, text: str, freeze_embeddings: bool = False, projector: str = "full"
+) -> None:
     """
     Set `requires_grad` on every parameter of a composed model.
 
@@ -22,13 +24,16 @@ def apply_tuning(model: PreTrainedModel, vision: str, text: str, freeze_embeddin
         model: a `VLMForConditionalGeneration`.
         vision, text: `"frozen"`, `"full"` or `"last:N"`.
         freeze_embeddings: keep the token embeddings (and a head tied to them) as they are.
+        projector: `"full"` or `"frozen"`.
 
     Raises:
         DuetError: another word, or more blocks than there are.
     """
+    if projector not in ("full", "frozen"):
+        raise DuetError(f"tune_projector={projector!r}: expected full or frozen.")
     model.requires_grad_(False)
     for parameter in _projector_parameters(model):
-        parameter.requires_grad_(True)
+        parameter.requires_grad_(projector == "full")
     for encoder in _encoders(model):
         for parameter in _chosen("tune_vision", vision, encoder):
             parameter.requires_grad_(True)
