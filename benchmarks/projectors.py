@@ -37,8 +37,8 @@ def main() -> None:
         given = ", ".join(f"{name} {value}" for name, value in config.projector_settings.items()) or "-"
         size = sum(parameter.numel() for parameter in model.model.multi_modal_projector.parameters())
         print(
-            f"| `{projector}` | {given} | {config.image_seq_length} | {size:,} | {shares['seen pairs/mean']:.1%} | "
-            f"{shares['unseen pairs/mean']:.1%} |",
+            f"| `{projector}` | {given} | {config.image_seq_length} | {size:,} | "
+            f"{shares['exact_match/seen pairs/mean']:.1%} | {shares['exact_match/unseen pairs/mean']:.1%} |",
             flush=True,
         )
 

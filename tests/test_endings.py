@@ -215,7 +215,7 @@ AFTER = {
     "the evaluation": (VLMTrainer, "evaluate"),
     "writing the metrics": (VLMTrainer, "save_metrics"),
     "the account of the data": (finish, "write_data_report"),
-    "the test questions": (finish, "exact_match"),
+    "the test questions": (finish, "judge"),
     "the samples": (finish, "answer"),
     "samples.png": (finish, "draw_gallery"),
     "the model card": (finish, "write_model_card"),

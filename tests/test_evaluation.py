@@ -8,7 +8,9 @@ import pytest
 from PIL import Image
 
 import train_sft
-from evaluation_vlm.metrics import KINDS_SHOWN, by_name, exact_match, format_exact_match, mean_of
+from evaluation_vlm.judgement import KINDS_SHOWN, Judgement, judge, mean_of
+from evaluation_vlm.metrics import METRICS
+from evaluation_vlm.predictions import Prediction
 from evaluation_vlm.questions import Question, find_questions
 from inference_vlm.answering import Prompt
 from processing.batching.encoding import encode_dialogue
@@ -33,9 +35,13 @@ def asked(answers, kind="all", subset="all") -> Question:
     return Question(Prompt([1], []), tuple(answers), kind, subset)
 
 
+def exactly(questions, answers) -> Judgement:
+    return judge([*map(Prediction, questions, answers)], [METRICS["exact_match"]])
+
+
 def test_an_answer_is_right_if_it_is_one_of_the_right_ones():
     questions = [asked(["a cat", "cat"]), asked(["two"]), asked(["red"])]
-    assert exact_match(questions, ["cat", "two", "blue"]) == {"all": {"all": 2 / 3}}
+    assert exactly(questions, ["cat", "two", "blue"]).shares("exact_match") == {"all": {"all": 2 / 3}}
 
 
 def test_a_question_knows_what_its_row_says(composed, image):
@@ -55,17 +61,17 @@ def test_a_question_knows_what_its_row_says(composed, image):
 @pytest.mark.parametrize("kinds", [["mean", "mean", "all"], NASTY, [str(n) for n in range(1000)], [""]])
 def test_whatever_kinds_are_called_the_table_is_a_table(kinds):
     questions = [asked(["a"], kind, subset) for kind in kinds for subset in ("seen", "x\x1b]0;\x07`" * 20)]
-    shares = exact_match(questions, ["a"] * len(questions))
-    table = format_exact_match(shares)
+    judgement = exactly(questions, ["a"] * len(questions))
+    shares, table = judgement.shares("exact_match"), judgement.table("exact_match")
     lines = table.split("\n")
     assert len(lines) == 2 + min(len(set(kinds)), KINDS_SHOWN) + (len(set(kinds)) > KINDS_SHOWN)
     assert all(line.isprintable() and "`" not in line for line in lines)
     assert lines[-1].startswith("mean") and lines[-1].count("100.0%") == 2
-    assert mean_of(shares["seen"]) == 1 and by_name(shares)["seen/mean"] == 1
+    assert mean_of(shares["seen"]) == 1 and judgement.by_name()["exact_match/seen/mean"] == 1
 
 
 def test_a_kind_that_a_subset_lacks_has_no_share_there():
-    table = format_exact_match(exact_match([asked(["a"], "x", "one"), asked(["a"], "y", "two")], ["a", "b"]))
+    table = exactly([asked(["a"], "x", "one"), asked(["a"], "y", "two")], ["a", "b"]).table("exact_match")
     assert [line.count("%") for line in table.split("\n")] == [0, 1, 1, 2]
 
 

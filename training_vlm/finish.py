@@ -18,7 +18,9 @@ from transformers import GenerationConfig
 from transformers.trainer_utils import TrainOutput
 
 from evaluation_vlm.gallery import Shown, draw_gallery
-from evaluation_vlm.metrics import by_name, exact_match, format_exact_match
+from evaluation_vlm.judgement import judge
+from evaluation_vlm.metrics import METRICS
+from evaluation_vlm.predictions import Prediction
 from evaluation_vlm.questions import Question, find_questions
 from inference_vlm.answering import answer, greedy, text_of
 from processing.batching.dataset import ConversationDataset
@@ -175,10 +177,10 @@ class _Answers:
         answered = self._answered(questions, greedy(self.model, self.processor, self.generation_args.max_new_tokens))
         if not answered:
             raise DuetError("no question could be asked, because no image could be read.")
-        shares = exact_match(*zip(*answered))
-        self.exact = format_exact_match(shares)
+        judgement = judge([Prediction(*pair) for pair in answered], [METRICS["exact_match"]])
+        self.exact = judgement.table("exact_match")
         print(f"\nTest answers exactly right ({len(answered):,} questions, greedy decoding)\n{self.exact}\n")
-        self.trainer.save_metrics("test", by_name(shares))
+        self.trainer.save_metrics("test", judgement.by_name())
 
     def ask_samples(self) -> None:
         """Answer some questions as `GenerationArguments` say: of the test set, else what was evaluated or learned."""

@@ -1,0 +1,1 @@
+"""The metrics themselves, a function each: predictions in, scores out."""
