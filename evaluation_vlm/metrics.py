@@ -10,11 +10,17 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from transformers.utils import logging
+
 from processing.data_error_vlm import DuetError, NotFound, in_a_line
 
 from .predictions import Prediction, Scores
 from .questions import Question
-from .scores.answers import exact_match
+from .scores.answers import anls, exact_match, vqa_accuracy
+from .scores.captions import bleu, bleu4, cider, rouge_l
+
+
+logger = logging.get_logger(__name__)
 
 
 class Metric(NamedTuple):
@@ -30,21 +36,59 @@ class Metric(NamedTuple):
     """Whether it can judge the answer to a question."""
     follows: Callable[[Question], bool] = lambda question: False
     """Whether it judges the answer to a question where no metric was named."""
+    package: str | None = None
+    """The package that computes it, of the extra `evaluation`."""
     shown: str = ".1%"
     """How its values are written in a table."""
     likelihoods: bool = False
     """Whether it judges by how likely the model finds each choice, for which the model is asked as well."""
+
+    @property
+    def is_there(self) -> bool:
+        """Whether what computes it is installed."""
+        return self.package is None or importlib.util.find_spec(self.package) is not None
+
+
+VQA_ANSWERS = 10
+"""People whom VQAv2 asked each question. Of four of them or more, three others can agree with each."""
 
 
 def _any(question: Question) -> bool:
     return True
 
 
+def _has_choices(question: Question) -> bool:
+    return len(question.choices) > 1
+
+
+def _has_people(question: Question) -> bool:
+    return len(question.given) >= 4 and not _has_choices(question)
+
+
+def _is_vqa(question: Question) -> bool:
+    return len(question.given) == VQA_ANSWERS and not question.captions and not _has_choices(question)
+
+
+def _is_captions(question: Question) -> bool:
+    return question.captions > 1
+
+
 def _is_plain(question: Question) -> bool:
-    return question.captions < 2
+    return not _is_vqa(question) and not _is_captions(question)
 
 
-METRICS = {metric.name: metric for metric in (Metric("exact_match", exact_match, "an answer", _any, _is_plain),)}
+METRICS = {
+    metric.name: metric
+    for metric in (
+        Metric("exact_match", exact_match, "an answer", _any, _is_plain),
+        Metric("vqa_accuracy", vqa_accuracy, "four people's answers or more", _has_people, _is_vqa),
+        Metric("anls", anls, "an answer", _any),
+        Metric("cider", cider, "an answer", _any, _is_captions, "pycocoevalcap", ".3f"),
+        Metric("bleu4", bleu4, "an answer", _any, _is_captions, "pycocoevalcap", ".3f"),
+        Metric("rouge_l", rouge_l, "an answer", _any, _is_captions, "pycocoevalcap", ".3f"),
+        Metric("bleu", bleu, "an answer", _any, package="sacrebleu", shown=".2f"),
+    )
+}
 """Name -> metric."""
 
 
@@ -61,18 +105,40 @@ def choose_metrics(questions: Sequence[Question], asked: str | None = None) -> l
         DuetError: there is no such metric, or it can judge none of the questions.
     """
     if asked is None:
-        chosen = [metric._replace(fits=metric.follows) for metric in METRICS.values()]
-        return [metric for metric in chosen if any(map(metric.fits, questions))]
+        return _following(questions)
     metrics = named_metrics(asked)
     for metric in metrics:
-        if questions and not any(map(metric.fits, questions)):
+        fit = sum(map(metric.fits, questions))
+        if questions and not fit:
             found = questions[0]
             raise DuetError(
                 f"metrics={metric.name}: expected questions with {metric.needs}, and none of {len(questions):,} has "
                 f"that (the first has {len(found.references)} answers and {len(found.choices)} choices); leave it out, "
                 f"or choose among {', '.join(METRICS)}."
             )
+        if fit < len(questions):
+            logger.warning(f"{metric.name} judges {fit:,} of {len(questions):,} questions: those with {metric.needs}")
     return metrics
+
+
+def _following(questions):
+    """The metrics that follow from questions, each for those from which it does; without their package exact match."""
+    chosen = [metric._replace(fits=metric.follows) for metric in METRICS.values()]
+    chosen = [metric for metric in chosen if any(map(metric.fits, questions))]
+    missing = [metric for metric in chosen if not metric.is_there]
+    if not missing:
+        return chosen
+    logger.warning(
+        f"{', '.join(metric.name for metric in missing)} would follow from these data, and {missing[0].package} is not "
+        "installed: exact_match judges them instead; pip install 'duet-vlm[evaluation]' for what captions want."
+    )
+    there = [metric for metric in chosen if metric.is_there]
+    exact, others = METRICS["exact_match"], [metric for metric in there if metric.name != "exact_match"]
+
+    def is_left(question: Question) -> bool:
+        return exact.follows(question) or not any(metric.fits(question) for metric in others)
+
+    return [exact._replace(fits=is_left), *others]
 
 
 def named_metrics(asked: str) -> list[Metric]:
@@ -86,6 +152,12 @@ def named_metrics(asked: str) -> list[Metric]:
     if not names:
         raise DuetError(f"metrics={asked!r} names none; expected {', '.join(METRICS)}, or FILE.py:FUNCTION.")
     metrics = [METRICS[name] if name in METRICS else _own_metric(name) for name in names]
+    for metric in metrics:
+        if not metric.is_there:
+            raise DuetError(
+                f"metrics={metric.name} needs the package {metric.package}, which is not installed here; pip install "
+                "'duet-vlm[evaluation]', or leave it out."
+            )
     doubled = [metric.name for metric in metrics]
     for name in doubled:
         if doubled.count(name) > 1:

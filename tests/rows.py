@@ -30,7 +30,9 @@ def messages(*said):
 def spoken(conversation):
     """What a conversation says, without what it says of itself."""
     return {
-        key: value for key, value in conversation.items() if key not in ("notes", "answers", "kind", "subset", "id")
+        key: value
+        for key, value in conversation.items()
+        if key not in ("notes", "answers", "choices", "kind", "subset", "id")
     }
 
 

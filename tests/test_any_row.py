@@ -121,10 +121,10 @@ def check_row(row, columns, image_dir, allow_urls):
 
 def check_conversation(conversation, allow_urls):
     assert {key: conversation[key] for key in ("group", "source", "row")} == {"group": 5, "source": "s", "row": 5}
-    told = {"notes", "answers", "kind", "subset", "id"}
+    told = {"notes", "answers", "choices", "kind", "subset", "id"}
     assert conversation.keys() - told == {"images", "messages", "group", "source", "row"}
     assert all(isinstance(conversation.get(key, ""), str) for key in ("kind", "subset", "id"))
-    assert all(isinstance(line, str) for key in ("notes", "answers") for line in conversation.get(key, ()))
+    assert all(isinstance(line, str) for key in ("notes", "answers", "choices") for line in conversation.get(key, ()))
     shown = 0
     assert conversation["messages"]
     for message in conversation["messages"]:

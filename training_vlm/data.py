@@ -89,7 +89,7 @@ def load_data(stage: Stage, data_args: DataArguments, training_args: VLMTraining
                 evaluation.append(held._replace(reading=replace(held.reading, caption_choice=choice)))
         test, source_of_test = None, data_args.test_source()
         if source_of_test is not None:
-            whole = replace(data_args, streaming=False, caption_choice="first", split_turns="none")
+            whole = replace(data_args, streaming=False, caption_choice="all", split_turns="none")
             test = _open(stage, whole, source_of_test, source_of_test.split, source_of_test.max_samples)
     if asked and not evaluation:
         raise DuetError(_nothing_held_out(data_args, training_args))

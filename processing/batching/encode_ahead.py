@@ -45,6 +45,7 @@ _COLUMNS = datasets.Features(
         "notes": datasets.List(datasets.Value("string")),
         "group": datasets.Value("int64"),
         "answers": datasets.List(datasets.Value("string")),
+        "choices": datasets.List(datasets.Value("string")),
         "kind": datasets.Value("string"),
         "subset": datasets.Value("string"),
         "id": datasets.Value("string"),

@@ -23,7 +23,7 @@ IGNORE = -100
 TRUNCATIONS = ("truncate_text", "drop", "keep_last_turns")
 SUPERVISE = ("all", "last")
 
-KEPT = ("source", "row", "group", "answers", "kind", "subset", "id", "notes")
+KEPT = ("source", "row", "group", "answers", "choices", "kind", "subset", "id", "notes")
 """What an encoded conversation keeps of the conversation, besides its images."""
 
 Encode = Callable[..., dict[str, Any]]

@@ -60,6 +60,7 @@ class Conversation(TypedDict, total=False):
     source: str
     row: int | str | None
     answers: list[str]
+    choices: list[str]
     kind: str
     subset: str
     id: str

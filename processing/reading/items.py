@@ -88,7 +88,7 @@ def split_item(item: Conversation | Dropped, split_turns: str) -> list[Conversat
 
 def _known_of(conversation: Conversation, is_last: bool) -> dict[str, Any]:
     """What is known of a part: all right answers, and what is said of their question, are about the last question."""
-    of_question = () if is_last or "answers" not in conversation else ("answers", "kind", "id")
+    of_question = () if is_last or "answers" not in conversation else ("answers", "choices", "kind", "id")
     return {name: value for name, value in conversation.items() if name not in of_question}
 
 

@@ -178,7 +178,8 @@ def _read_question(row: Row, wanted: Wanted) -> list[dict[str, Any]]:
         if len(counts) > 1:
             raise malformed(found(answer, column), "one answer to a multiple choice")
         chosen = _chosen(answer, learned, column, choices, is_positional)
-        learned = choices[chosen] if wanted.choice_answer == "text" else _LETTERS[chosen]
+        said_as = choices if wanted.choice_answer == "text" else list(_LETTERS[: len(choices)])
+        learned = said_as[chosen]
         all_answers = [learned]
     else:
         all_answers = answers if len(answers) > 1 else _further_answers(row)
@@ -186,6 +187,8 @@ def _read_question(row: Row, wanted: Wanted) -> list[dict[str, Any]]:
     messages += [said("user", "\n".join([*_context(row), lines[0], *_input(row), *lines[1:]]), "question")]
     messages += [said("assistant", learned, column)]
     read = _dialogue(row, messages)
+    if is_choice:
+        read["choices"] = said_as
     return [{**read, "answers": all_answers} if all_answers else read]
 
 
