@@ -29,7 +29,15 @@ from .outputs_vlm import VLMCausalLMOutputWithPast, VLMModelOutputWithPast
 from .own_projector_vlm import trusting
 from .projector_vlm import Resampler, build_projector, select_features
 from .views_vlm import in_one_row, join_views, put_in_place
-from .vision_vlm import VLMVisionPair, build_vision_tower, forward_names, leave_out, run_tower
+from .vision_vlm import (
+    VLMVisionPair,
+    blank_image,
+    build_vision_tower,
+    forward_names,
+    is_gathered,
+    leave_out,
+    run_tower,
+)
 
 
 logger = logging.get_logger(__name__)
@@ -74,6 +82,18 @@ class VLMPreTrainedModel(PreTrainedModel):
         with trusting(trust_remote_code, **kwargs):
             return super().from_pretrained(*args, quantization_config=quantization_config, **kwargs)
 
+    def save_pretrained(self, *args, **kwargs):
+        """See `PreTrainedModel.save_pretrained`; a model whose weights are cut over processes is saved as what it is."""
+        made, own = type(self), next(kind for kind in type(self).__mro__ if not kind.__module__.startswith("torch."))
+        self.__class__ = own  # `fully_shard` makes a class of its own, whose code would be saved in place of this
+        if self.config.tie_word_embeddings and (state := kwargs.get("state_dict")) is not None:
+            # Weights that were gathered one by one no longer show that they are one.
+            kwargs["state_dict"] = {name: state[name] for name in state if name not in (self._tied_weights_keys or ())}
+        try:
+            super().save_pretrained(*args, **kwargs)
+        finally:
+            self.__class__ = made
+
     def initialize_weights(self):
         # The backbones by the library's own rule: in code that is not its own it passes over modules without tensors,
         # and some of these set buffers of their parts that no checkpoint holds (Falcon-H1).
@@ -116,6 +136,7 @@ class VLMModel(VLMPreTrainedModel):
         # One config object per backbone, so that a setting made on either side is made on both.
         config.vision_config, config.text_config = self.vision_tower.config, self.language_model.config
         self._tower_takes = forward_names(self.vision_tower)
+        self.tower_runs = True  # and not where its features are cached
         self.max_positions = learned_positions(self.language_model)
         is_new = None in (config.vision_modules_left_out, config.num_prefix_tokens, config.image_seq_length)
         if is_new:
@@ -215,6 +236,14 @@ class VLMModel(VLMPreTrainedModel):
             attentions=outputs.get("attentions"),
         )
 
+    def has_to_see(self) -> bool:
+        """
+        Whether a batch without images runs a blank one: the encoder's weights are gathered for each call.
+
+        All processes have to make such a call, or one waits for the others for ever.
+        """
+        return self.tower_runs and is_gathered(self.vision_tower)
+
     def image_positions(self, input_ids: torch.LongTensor | None, inputs_embeds: torch.Tensor | None) -> torch.Tensor:
         """Where image tokens are, as a `(batch, tokens)` mask; without ids they are told by their embedding."""
         if input_ids is not None:
@@ -308,6 +337,10 @@ class VLMModel(VLMPreTrainedModel):
         image_outputs = (mm_encoder_outputs or {}).get("image")
         if pixel_values is not None or vision_features is not None:
             image_outputs = self.get_image_features(pixel_values, image_grids, vision_features, return_dict=True)
+        elif image_outputs is None and self.has_to_see():
+            blank = blank_image(self.vision_tower, self.config.image_size)
+            unseen = in_one_row(self.get_image_features(blank, return_dict=True).pooler_output)
+            inputs_embeds = inputs_embeds + 0 * unseen.sum().to(inputs_embeds.device, inputs_embeds.dtype)
         image_features = None
         if image_outputs is not None:
             image_features = in_one_row(image_outputs.pooler_output).to(inputs_embeds.device, inputs_embeds.dtype)
@@ -579,7 +612,7 @@ class VLMForConditionalGeneration(VLMPreTrainedModel, VLMGenerationMixin):
             logits = scale_logits(self.lm_head(states), text_config)
             if targets is not None:
                 loss = mean_loss(logits, *how)
-        if loss is not None and self.training and outputs.image_hidden_states is None:
+        if loss is not None and self.training and outputs.image_hidden_states is None and not self.model.has_to_see():
             loss = loss + zero_of(self._image_parameters())
         return VLMCausalLMOutputWithPast(
             loss=loss,

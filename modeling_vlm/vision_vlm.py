@@ -162,6 +162,12 @@ def blank_image(tower: PreTrainedModel, size: tuple[int, int], views: int = 1) -
     return noise.to(weight.device, weight.dtype)
 
 
+def is_gathered(module: nn.Module) -> bool:
+    """Whether weights are cut over processes, which gather a part for each call of it (FSDP2, ZeRO's stage 3)."""
+    cut = any(hasattr(part, "unshard") for part in module.modules())
+    return cut or any(hasattr(parameter, "ds_id") for parameter in module.parameters())
+
+
 def unused_parameters(tower: PreTrainedModel, features: Callable[[], torch.Tensor]) -> set[str]:
     """Names of a tower's parameters that its features do not depend on, found by one backward pass."""
     names, parameters = zip(*tower.named_parameters())
@@ -235,6 +241,7 @@ __all__ = [
     "blank_image",
     "build_vision_tower",
     "forward_names",
+    "is_gathered",
     "leave_out",
     "leave_out_unused",
     "run_tower",

@@ -338,6 +338,8 @@ class VLMTrainer(Trainer):
     def _get_grad_norm(self, model, grad_norm=None):
         # The one place where a step's gradient norm is at hand before the optimiser moves; no callback is given it.
         norm = super()._get_grad_norm(model, grad_norm)
+        if hasattr(norm, "full_tensor"):  # of weights that are cut over processes, of which each has its part
+            norm = norm.full_tensor()
         self.guard.check(norm)
         return norm
 
