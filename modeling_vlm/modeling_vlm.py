@@ -83,7 +83,7 @@ class VLMPreTrainedModel(PreTrainedModel):
             return super().from_pretrained(*args, quantization_config=quantization_config, **kwargs)
 
     def save_pretrained(self, *args, **kwargs):
-        """See `PreTrainedModel.save_pretrained`; a model whose weights are cut over processes is saved as what it is."""
+        """See `PreTrainedModel.save_pretrained`; one whose weights are cut over processes is saved as what it is."""
         made, own = type(self), next(kind for kind in type(self).__mro__ if not kind.__module__.startswith("torch."))
         self.__class__ = own  # `fully_shard` makes a class of its own, whose code would be saved in place of this
         if self.config.tie_word_embeddings and (state := kwargs.get("state_dict")) is not None:

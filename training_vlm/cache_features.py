@@ -74,7 +74,9 @@ def train_on_features(
     model = composed(trainer.model)
     if not (trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled):
         originals.release(model.model.vision_tower)
-    elif trainer.is_world_process_zero():
+        return cache
+    model.model.tower_runs = False
+    if trainer.is_world_process_zero():
         print("the vision encoder stays in memory, though nothing runs it: FSDP and DeepSpeed hold its weights")
     return cache
 

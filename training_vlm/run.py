@@ -31,8 +31,10 @@ from .learning.originals import hold_frozen
 from .learning.probe import why_not_packed
 from .learning.sampling import order_of
 from .learning.savings import Probe, choose_savings, plan_batches
+from .learning.sharding import cut_at_blocks
 from .learning.trainer import VLMTrainer
 from .learning.tuning import describe_components
+from .machines import check_launch
 from .settings import Arguments
 from .stages import Stage
 from .survey import Survey, report_data
@@ -63,8 +65,10 @@ def prepare(training_args: VLMTrainingArguments) -> None:
     Check the output folder and the devices, and seed everything.
 
     Raises:
-        DuetError: the folder holds something, there is nothing to resume, or several devices without a launcher.
+        DuetError: the folder holds something, there is nothing to resume, several devices without a launcher, or a
+            launcher that did not do as it was told.
     """
+    check_launch(training_args)
     if training_args.n_gpu > 1:
         raise DuetError(
             f"{training_args.n_gpu} GPUs are visible to one process; run `accelerate launch {Path(sys.argv[0]).name} "
@@ -128,6 +132,7 @@ def build_trainer(
         raise
     except (ValueError, OSError, ImportError) as error:  # such as fsdp in one process, or a Hub that cannot be reached
         raise DuetError(f"the Trainer cannot be made with these settings: {in_a_line(error)}") from error
+    cut_at_blocks(trainer)
     if originals.is_holding and (trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled):
         raise DuetError("--frozen_dtype: FSDP and DeepSpeed hold and save the weights themselves; leave it out.")
     if (folder := arguments.efficiency.cache_vision_features) is not None:

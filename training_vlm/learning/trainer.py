@@ -47,6 +47,7 @@ from .checkpoints import (
 from .guard import Guard
 from .meter import EVALUATION, SAVING, Meter, spent_on
 from .sampling import EpochOfData, GroupedOrder, LengthGroupedOrder, change_of_order, order_seed
+from .sharding import saved_whole
 
 
 logger = logging.get_logger(__name__)
@@ -246,9 +247,10 @@ class VLMTrainer(Trainer):
     def _write_model(self, folder) -> Exception | None:
         model = self.accelerator.unwrap_model(self.model)
         try:
-            super().save_model(str(folder), _internal_call=True)
+            with saved_whole(self):
+                super().save_model(str(folder), _internal_call=True)
         except Exception as error:  # whatever else than weights could not be saved
-            if self.args.should_save:
+            if self.args.should_save and not (self.is_fsdp_enabled or self.is_deepspeed_enabled):
                 save_weights_at_least(model, Path(folder))
             return error
         return None
