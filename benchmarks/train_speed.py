@@ -213,13 +213,18 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--images", type=int, help="of a step, instead of what the case has")
     parser.add_argument("--json", type=Path, help="file for everything that was measured")
+    parser.add_argument("--go-on", action="store_true", help="leave out the cases that the JSON has already")
     args = parser.parse_args(argv)
+    if args.go_on and not (args.json and args.json.is_file()):
+        parser.error("--go-on needs --json with the file of an earlier run")
     os.environ.update(OMP_NUM_THREADS="1", HF_HUB_OFFLINE="1", TOKENIZERS_PARALLELISM="false")
-    measured: list[dict[str, Any]] = []
-    wrong: list[str] = []
+    measured: list[dict[str, Any]] = json.loads(args.json.read_text()) if args.go_on else []
+    there = {(one["case"], tuple(one["runners"])) for one in measured}
+    cases = [one for one in chosen(args) if (one[0].title(one[1]), one[0].runners) not in there]
+    wrong = [line for one in measured for line in disagreements(one)]
     with tempfile.TemporaryDirectory() as folder:
         os.environ.setdefault("HF_DATASETS_CACHE", folder)
-        for number, (case, precision) in enumerate(chosen(args)):
+        for number, (case, precision) in enumerate(cases):
             measured.append(measure(case, precision, args.rounds, Path(folder) / str(number), args.images))
             print(table(measured[-1]), f"\n({measured[-1]['seconds']:.0f} s)\n", flush=True)
             wrong += disagreements(measured[-1])
