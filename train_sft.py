@@ -11,6 +11,7 @@ Every option of `TrainingArguments` works; `--help` lists them with Duet's own.
 from training_vlm.data import encode_data, encode_test, load_data
 from training_vlm.finish import finish
 from training_vlm.load import check_model, choose_max_length, load_model
+from training_vlm.model_card import RunCard
 from training_vlm.run import build_trainer, one_line_errors, prepare, report, train
 from training_vlm.settings import parse_arguments
 from training_vlm.stages import SFT
@@ -32,6 +33,7 @@ def main(argv: list[str] | None = None) -> None:
     surveys = survey_data(SFT, train_set, eval_set, test_set, encoder, data_args, training_args)
 
     trainer = build_trainer(arguments, model, encoder, train_set, eval_set)
+    trainer.card = RunCard(SFT, arguments, trainer)
     report(SFT, trainer, surveys)
     result = train(trainer)
     finish(SFT, arguments, trainer, data, test_set, result)

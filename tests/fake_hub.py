@@ -3,7 +3,8 @@
 It serves folders: `ROOT/models/gpt2/…` is the model `gpt2`, `ROOT/datasets/nlphuji/flickr30k/…` the dataset of that
 name, both at the revision `main`. Another revision is the same folder name with `@` and the revision, its slashes
 written as underscores: `flickr30k@refs_convert_parquet`. What is pushed is written into the folders, so a test looks at
-the result on disk. Any token is accepted; nothing is stored as LFS.
+the result on disk: small texts within a commit, all else by the way of large files. Any token is accepted. The metadata
+of a card are held against the rules of the Hub that its documentation and its messages tell.
 
 huggingface_hub reads its settings once, when it is imported: give `hub_environment(url, home)` to a fresh process.
 """
@@ -11,20 +12,26 @@ huggingface_hub reads its settings once, when it is imported: give `hub_environm
 import base64
 import hashlib
 import json
+import math
 import os
 import re
+import shutil
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from typing import Any
 from urllib.parse import unquote, urlsplit
+
+import yaml
 
 
 API = re.compile(
     r"/api/(?P<kind>models|datasets)/(?P<repo>.+?)"
-    r"(?:/(?P<action>revision|tree|paths-info|preupload|commit)/(?P<rest>.+))?"
+    r"(?:/(?P<action>revision|tree|paths-info|preupload|commit|branch)/(?P<rest>.+))?"
 )
+LARGE = re.compile(r"/(?:datasets/)?.+\.git/info/lfs/objects/batch")
 FILE = re.compile(r"/(?P<kind>datasets/)?(?P<repo>.+?)/resolve/(?P<revision>[^/]+)/(?P<path>.+)")
 
 
@@ -94,20 +101,35 @@ class _Handler(BaseHTTPRequestHandler):
             (self.root / kind / name).mkdir(parents=True, exist_ok=True)
             return self._json({"url": f"http://{self.headers['Host']}/{name}", "id": name, "name": name})
         if path == "/api/validate-yaml":
-            return self._json({"errors": [], "warnings": []})
+            wrong = [{"message": fault} for fault in faults_of_card(json.loads(body)["content"])]
+            return self._json({"errors": wrong, "warnings": []}, 400 if wrong else 200)
+        if LARGE.fullmatch(path):
+            objects = json.loads(body)["objects"]
+            return self._json({"transfer": "basic", "objects": [self._large(**large) for large in objects]})
         found = API.fullmatch(path)
         if not found or not found["action"]:
             return self._missing("EntryNotFound")
         revision, _, _ = found["rest"].partition("/")
+        if found["action"] == "branch":
+            main, branch = self._folder(found["kind"], found["repo"], "main"), unquote(revision).replace("/", "_")
+            if main.with_name(f"{main.name}@{branch}").exists():
+                return self._json({}, 409)
+            shutil.copytree(main, main.with_name(f"{main.name}@{branch}"))
+            return self._json({})
         folder = self._folder(found["kind"], found["repo"], revision)
         if folder is None:
-            return self._missing("RepoNotFound")
+            main = self._folder(found["kind"], found["repo"], "main")
+            return self._missing("RepoNotFound" if main is None else "RevisionNotFound")
         if found["action"] == "paths-info":
             wanted = json.loads(body)["paths"]
             return self._json([entry for entry in _tree(folder, "", recursive=True) if entry["path"] in wanted])
         if found["action"] == "preupload":
             files = [
-                {"path": file["path"], "uploadMode": "regular", "shouldIgnore": False}
+                {
+                    "path": file["path"],
+                    "uploadMode": "regular" if file["path"].endswith(TEXTS) else "lfs",
+                    "shouldIgnore": False,
+                }
                 for file in json.loads(body)["files"]
             ]
             return self._json({"files": files})
@@ -117,10 +139,29 @@ class _Handler(BaseHTTPRequestHandler):
                 target = folder / step["value"]["path"]
                 target.parent.mkdir(parents=True, exist_ok=True)
                 target.write_bytes(base64.b64decode(step["value"]["content"]))
+            elif step["key"] == "lfsFile":
+                target = folder / step["value"]["path"]
+                target.parent.mkdir(parents=True, exist_ok=True)
+                shutil.copyfile(self.root / "large" / step["value"]["oid"], target)
             elif step["key"] == "deletedFile":
                 (folder / step["value"]["path"]).unlink(missing_ok=True)
         commit = _commit(folder)
         self._json({"commitUrl": f"http://{self.headers['Host']}/{found['repo']}/commit/{commit}", "commitOid": commit})
+
+    def do_PUT(self):
+        """A large file, under the digest of its content."""
+        content = self.rfile.read(int(self.headers["Content-Length"]))
+        name = urlsplit(self.path).path.rpartition("/")[2]
+        assert hashlib.sha256(content).hexdigest() == name
+        (self.root / "large").mkdir(exist_ok=True)
+        (self.root / "large" / name).write_bytes(content)
+        self._answer(200, b"", {})
+
+    def _large(self, oid: str, size: int) -> dict[str, Any]:
+        """Where a large file is to be put; nowhere, if it is there."""
+        if (self.root / "large" / oid).is_file():
+            return {"oid": oid, "size": size}
+        return {"oid": oid, "size": size, "actions": {"upload": {"href": f"http://{self.headers['Host']}/large/{oid}"}}}
 
     def _folder(self, kind: str, repo: str, revision: str) -> Path | None:
         """The folder of a repository at a revision, which may also be the commit that stands for one."""
@@ -140,8 +181,8 @@ class _Handler(BaseHTTPRequestHandler):
         content = (folder / path).read_bytes()
         self._answer(200, content, {"ETag": f'"{hashlib.sha1(content).hexdigest()}"', "X-Repo-Commit": _commit(folder)})
 
-    def _json(self, content: object) -> None:
-        self._answer(200, json.dumps(content).encode(), {"Content-Type": "application/json"})
+    def _json(self, content: object, status: int = 200) -> None:
+        self._answer(status, json.dumps(content).encode(), {"Content-Type": "application/json"})
 
     def _missing(self, code: str, headers: dict[str, str] | None = None) -> None:
         self._answer(404, b"{}", {"X-Error-Code": code, "X-Error-Message": code} | (headers or {}))
@@ -162,6 +203,55 @@ class _Handler(BaseHTTPRequestHandler):
     def log_message(self, format: str, *args: object) -> None:
         if os.environ.get("FAKE_HUB_LOG"):
             super().log_message(format, *args)
+
+
+TEXTS = (".json", ".md", ".py", ".jinja", ".txt", ".yaml")
+LICENCES = {
+    "apache-2.0", "mit", "openrail", "bsd-3-clause", "cc-by-4.0", "cc-by-nc-4.0", "cc0-1.0", "gpl-3.0", "llama2",
+    "llama3.2", "gemma", "unknown", "other",
+}  # fmt: skip
+NAME = re.compile(r"(?:[\w-]+/)?[\w\-.]+")
+METADATA = re.compile(r"\A\s*---[^\S\r\n]*\r?\n(.*?\r?\n)---", re.DOTALL)
+
+
+def faults_of_card(content: str) -> list[str]:
+    """What the Hub would refuse of a card's metadata; its rules as far as they are known, a part of the licences."""
+    if (block := METADATA.match(content)) is None:
+        return []
+    data = yaml.safe_load(block[1])
+    if not isinstance(data, dict):
+        return ["metadata should be an object"]
+    wrong = []
+    for key in ("base_model", "datasets", "tags", "license", "metrics", "language"):
+        values = data.get(key, [])
+        values = values if isinstance(values, list) else [values]
+        wrong += [f'"{key}" has {value!r}, no text' for value in values if not isinstance(value, str) or not value]
+        if key in ("base_model", "datasets"):
+            wrong += [f'"{key}" has {value!r}, no name' for value in values if not NAME.fullmatch(str(value))]
+        if key == "license":
+            wrong += [f'"license" has {value!r}, none of the list' for value in values if value not in LICENCES]
+    for key in ("library_name", "pipeline_tag", "license_name", "base_model_relation"):
+        if key in data and not re.fullmatch(r"[\w\-.]+", str(data[key])):
+            wrong.append(f'"{key}" is {data[key]!r}')
+    for model in data.get("model-index", []):
+        if not isinstance(model.get("name"), str) or not model.get("results"):
+            wrong.append('"model-index" has no name or no results')
+        for result in model.get("results", []):
+            found = result.get("dataset", {})
+            if not isinstance(result.get("task", {}).get("type"), str) or not isinstance(found.get("name"), str):
+                wrong.append('"model-index" has a result without a task or the name of a data set')
+            if not NAME.fullmatch(str(found.get("type", ""))):
+                wrong.append(f'"model-index" has the data set {found.get("type")!r}')
+            for key in ("config", "split", "revision"):
+                if not isinstance(found.get(key, ""), str):
+                    wrong.append(f'"model-index" has {key} {found[key]!r}')
+            for metric in result.get("metrics", []):
+                value = metric.get("value")
+                if not isinstance(metric.get("type"), str) or value is None:
+                    wrong.append(f'"model-index" has the metric {metric!r}')
+                if isinstance(value, float) and not math.isfinite(value):
+                    wrong.append(f'"model-index" has the value {value}')
+    return wrong
 
 
 def _tree(folder: Path, inside: str, recursive: bool) -> list[dict]:

@@ -433,6 +433,13 @@ class VLMTrainingArguments(TrainingArguments):
     overwrite_output_dir: bool = field(
         default=False, metadata={"help": "Train into an output folder that holds something already."}
     )
+    card_samples: bool | None = field(
+        default=None,
+        metadata={
+            "help": "Show samples of the data, their pictures and texts, in the model card, and push them with it. If "
+            "not given, those of the built-in data set alone."
+        },
+    )
     # The collator reads columns that the model does not take.
     remove_unused_columns: bool = field(default=False, metadata={"help": "Must stay off: the collator reads images."})
     # None until the hardware has been asked.

@@ -5,7 +5,6 @@ and makes the run exit with 1.
 """
 
 import contextlib
-import functools
 import itertools
 import sys
 import traceback
@@ -18,7 +17,7 @@ from transformers import GenerationConfig
 from transformers.trainer_utils import TrainOutput
 
 from evaluation_vlm.gallery import Shown, draw_gallery
-from evaluation_vlm.judgement import judge
+from evaluation_vlm.judgement import Judgement, judge
 from evaluation_vlm.metrics import METRICS
 from evaluation_vlm.predictions import Prediction
 from evaluation_vlm.questions import Question, find_questions
@@ -28,13 +27,11 @@ from processing.batching.encoding import encode_item
 from processing.data_error_vlm import DuetError
 from processing.image_files_vlm import BadImage, check_image, load_image
 
-from .arguments import precision_of
 from .data import Data, TrainDataset
 from .learning.adapters import composed
 from .learning.meter import table
 from .learning.trainer import VLMTrainer
-from .learning.tuning import describe_components
-from .model_card import read_base_models, write_model_card
+from .model_card import RunCard
 from .settings import Arguments
 from .stages import Stage
 from .survey import write_data_report
@@ -92,7 +89,7 @@ def finish(
     Raises:
         SystemExit: something failed.
     """
-    model_args, generation_args, args = arguments.model, arguments.generation, arguments.training
+    generation_args, args = arguments.generation, arguments.training
     assert args.output_dir is not None  # where none is given, the library has a name
     attempts, losses = Attempts(args.output_dir), {"train_loss": result.training_loss}
     speed = trainer.meter.report()
@@ -116,22 +113,13 @@ def finish(
             answers.ask_samples()
         with attempts.trying("samples.png"):
             answers.draw()
+        card = cast(RunCard, trainer.card)
+        card.losses, card.judgement, card.samples = losses, answers.judgement, answers.shown()
+        card.account, card.done = account, True
         with attempts.trying("the model card"):
-            trainer.card = functools.partial(
-                write_model_card,
-                Path(args.output_dir),
-                name=args.hub_model_id or args.output_dir,
-                stage=stage,
-                config=composed(trainer.model).config,
-                base_models=_base_models(model_args),
-                dataset=data.name,
-                components=describe_components(composed(trainer.model)),
-                settings=_settings(data.name, trainer),
-                metrics=losses,
-                exact=answers.exact,
-                samples=answers.shown(),
-            )
-            trainer.card()
+            trainer.create_model_card()
+            if answers.samples and not card.shows_samples:
+                print("The card shows no samples of the data, and they are not pushed; --card_samples agrees to it.")
     if args.push_to_hub:
         with attempts.trying("the push to the Hub"):
             trainer.push_to_hub()
@@ -157,13 +145,13 @@ class _Answers:
     What the trained model says.
 
     Attributes:
-        exact (`str`): the exact-match table of the test set, `None` where there is none.
+        judgement (`Judgement`): of the answers to the test set, `None` where there is none.
     """
 
     def __init__(self, generation_args, trainer, test):
         self.generation_args, self.trainer, self.test = generation_args, trainer, test
         self.processor, self.model = trainer.processing_class, composed(trainer.model)
-        self.exact: str | None = None
+        self.judgement: Judgement | None = None
         self.samples: list[tuple[Question, str]] = []
         self._to_show: list[Question] = []
 
@@ -177,10 +165,10 @@ class _Answers:
         answered = self._answered(questions, greedy(self.model, self.processor, self.generation_args.max_new_tokens))
         if not answered:
             raise DuetError("no question could be asked, because no image could be read.")
-        judgement = judge([Prediction(*pair) for pair in answered], [METRICS["exact_match"]])
-        self.exact = judgement.table("exact_match")
-        print(f"\nTest answers exactly right ({len(answered):,} questions, greedy decoding)\n{self.exact}\n")
-        self.trainer.save_metrics("test", judgement.by_name())
+        self.judgement = judge([Prediction(*pair) for pair in answered], [METRICS["exact_match"]])
+        exact = self.judgement.table("exact_match")
+        print(f"\nTest answers exactly right ({len(answered):,} questions, greedy decoding)\n{exact}\n")
+        self.trainer.save_metrics("test", self.judgement.by_name())
 
     def ask_samples(self) -> None:
         """Answer some questions as `GenerationArguments` say: of the test set, else what was evaluated or learned."""
@@ -237,27 +225,6 @@ def _readable(items):
             print(f"left out of the questions: {error}")
         else:
             yield item
-
-
-def _base_models(model_args):
-    if model_args.model is not None:
-        return read_base_models(model_args.model)
-    names = (model_args.vision_model, model_args.text_model)
-    return [name for name in names if isinstance(name, str) and not Path(name).exists()]
-
-
-def _settings(dataset, trainer):
-    args = trainer.args
-    return {
-        "data": dataset,
-        "epochs": f"{args.num_train_epochs:g}" if args.max_steps < 0 else f"{args.max_steps} steps",
-        "batch": trainer.conversations_a_step(),
-        "learning rate": f"{args.learning_rate:g}, {args.lr_scheduler_type.value}",
-        "weight decay": args.weight_decay,
-        "gradient clipping": args.max_grad_norm,
-        "precision": precision_of(args),
-        "seed": args.seed,
-    }
 
 
 def _say_goodbye(stage, folder):

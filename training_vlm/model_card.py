@@ -1,112 +1,327 @@
-"""The Hub card of a trained model, made from the run: what it is, how to load it, how it was trained, what it says."""
+"""The Hub card of a run: what the model is, how it is loaded and asked, how it was trained, how good it became.
 
+Everything in it follows from the run. Its metadata are written and read by huggingface_hub's own classes, so that the
+Hub finds the model by its bases, its data and its scores. What comes from data or from a model stands in it as text and
+as nothing else, and nothing in it tells of the machine, see `private.py`.
+"""
+
+import json
+import math
+import platform
+import re
+import subprocess
+from dataclasses import fields
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import ModelCard, ModelCardData
-from huggingface_hub.errors import EntryNotFoundError, RepositoryNotFoundError
+from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
+from evaluation_vlm.judgement import Judgement, mean_of
+from modeling_vlm.configuration_vlm import DUET_VERSION
+from processing.batching.account import Account, number_of
+from processing.reading.settings import SourceSettings
+
+from .arguments import precision_of
+from .bases import Base, find_bases, licence_of
+from .learning.adapters import composed
+from .learning.trainer import VLMTrainer
+from .learning.tuning import describe_components
+from .private import is_hub_name, public_name, without_folders
+from .settings import Arguments
 from .stages import Stage
 
 
-_CARD = """---
-{metadata}
----
-
-# {title}
-
-A vision-language model made of two backbones with Duet: `{vision}` sees, `{text}` speaks, a `{projector}` projector
-joins them. An image takes {image_tokens} of the language model's positions.
-
-## Use
-
-```python
-from PIL import Image
-from transformers import AutoModelForImageTextToText, AutoProcessor
-
-model = AutoModelForImageTextToText.from_pretrained("{name}", trust_remote_code=True)
-processor = AutoProcessor.from_pretrained("{name}", trust_remote_code=True)
-{ask}
-output = model.generate(**inputs)
-print(processor.decode(output[0, inputs["input_ids"].shape[1]:], skip_special_tokens=True).strip())
-```
-
-## Training
-
-Stage {stage}. {trained}
-
-| setting | value |
-|---|---|
-{settings}
-
-{results}
-{samples}
-"""
+TEMPLATE = Path(__file__).parent / "model_card.md.jinja"
+CURVE, PICTURE = "training.png", "samples.png"
+BUILT_IN = "shapes"
+TASK = "image-text-to-text"
+_LIBRARIES = ("transformers", "torch", "accelerate", "peft", "datasets", "tokenizers", "huggingface_hub", "Pillow")
 
 
-def write_model_card(
-    folder: Path,
-    *,
-    name: str,
-    stage: Stage,
-    config,
-    base_models: list[str],
-    dataset: str | None,
-    components,
-    settings: dict[str, Any],
-    metrics: dict[str, float],
-    exact: str | None,
-    samples: list[tuple[str, str, str]],
-) -> None:
+class RunCard:
     """
-    Write `README.md` into a model's folder.
+    The card of a run, which knows more the further the run is.
 
     Args:
-        name: how the model will be loaded (Hub name or folder).
-        stage: the last one, whose way of asking the card shows.
-        components: lines of the tuning table, see `tuning.describe_components`.
-        exact: the exact-match table, where there is one.
-        samples: question, expected and generated answer.
+        stage: the run's.
+        arguments: its settings.
+        trainer: whose model it is.
+
+    Attributes:
+        losses (`dict[str, float]`): the final ones, once there are some.
+        judgement (`Judgement`): of the answers to test questions, where there are any.
+        samples (`list[tuple[str, str, str]]`): question, expected and generated answer.
+        account (`Account`): of what was learned from.
+        done (`bool`): whether all steps are.
     """
-    data = ModelCardData(
-        library_name="transformers",
-        pipeline_tag="image-text-to-text",
-        base_model=base_models or None,
-        datasets=[dataset] if dataset and dataset.count("/") == 1 and not Path(dataset).exists() else None,
-        tags=["duet", "vision-language", f"stage-{stage.number}"],
-    )
-    learned = [f"{c.name} ({c.trained:,} of {c.parameters:,} parameters)" for c in components if c.trained]
-    results = "".join(f"- {key}: {value:.4g}\n" for key, value in metrics.items())
-    if exact:
-        results += f"\nAnswers exactly right, greedy decoding:\n\n```\n{exact}\n```\n"
-    shown = "\n".join(f"| {_cell(q)} | {_cell(e)} | {_cell(g)} |" for q, e, g in samples)
-    card = _CARD.format(
-        metadata=data.to_yaml(),
-        title=Path(name).name,
-        name=name,
-        vision=config.vision_config.model_type,
-        text=config.text_config.model_type,
-        projector=config.projector_type,
-        image_tokens=config.image_seq_length,
-        ask=stage.ask,
-        stage=stage.number,
-        trained=f"Learned: {', '.join(learned)}.",
-        settings="\n".join(f"| {key} | {_cell(value)} |" for key, value in settings.items()),
-        results=f"## Results\n\n{results}" if results else "",
-        samples=f"## Samples\n\n| asked | expected | generated |\n|---|---|---|\n{shown}\n\n![samples](samples.png)"
-        if samples
-        else "",
-    )
-    (folder / "README.md").write_text(card, encoding="utf-8")
+
+    def __init__(self, stage: Stage, arguments: Arguments, trainer: VLMTrainer):
+        self.stage, self.arguments, self.trainer = stage, arguments, trainer
+        self.losses: dict[str, float] = {}
+        self.judgement: Judgement | None = None
+        self.samples: list[tuple[str, str, str]] = []
+        self.account: Account | None = None
+        self.done = False
+        self._bases: list[Base] | None = None
+
+    @property
+    def name(self) -> str:
+        """How the model will be loaded: its repository, or the name of the folder that it lies in."""
+        args = self.trainer.args
+        return self.trainer.hub_model_id or args.hub_model_id or Path(args.output_dir or "").resolve().name
+
+    @property
+    def shows_samples(self) -> bool:
+        """Whether samples of the data are shown: where it is said, and of the built-in data set."""
+        asked = self.arguments.training.card_samples
+        if asked is not None:
+            return asked
+        sources = [*self._sources(), *filter(None, [self.arguments.data.test_source()])]
+        return all(source.path == BUILT_IN for source in sources)
+
+    def text(self) -> str:
+        """
+        The card as it stands now.
+
+        Raises:
+            ValueError: its metadata are none that huggingface_hub takes.
+        """
+        trainer = self.trainer
+        config, folder = composed(trainer.model).config, trainer.run_folder
+        card = ModelCard.from_template(
+            self._data(),
+            template_path=str(TEMPLATE),
+            title=_cell(self.name.rpartition("/")[2]),
+            vision=config.vision_config.model_type,
+            text=config.text_config.model_type,
+            projector=config.projector_type,
+            image_tokens=config.image_seq_length,
+            step="" if self.done else f"{trainer.state.global_step} of {trainer.state.max_steps}",
+            use=self._use(),
+            stage=self.stage,
+            bases=[_shown(base) for base in self.bases],
+            licence=_licence_in_words(self.bases),
+            account=self._account_in_words(),
+            components=self._components(),
+            settings={key: _cell(value) for key, value in self._settings().items()},
+            curve=CURVE if (folder / CURVE).is_file() else "",
+            results=self._results(),
+            samples=[[_cell(text) for text in row] for row in self.samples] if self.shows_samples else [],
+            asked="data" if self.judgement is None else "test questions",
+            picture=PICTURE if (folder / PICTURE).is_file() else "",
+            limits=self._limits(),
+            versions=_versions(),
+        )
+        return str(card)
+
+    @property
+    def bases(self) -> list[Base]:
+        """The models that the run began with; their cards are read once."""
+        if self._bases is None:
+            self._bases = find_bases(self.arguments.model)
+        return self._bases
+
+    def _sources(self) -> list[SourceSettings]:
+        return self.arguments.data.sources()
+
+    def _data(self) -> ModelCardData:
+        base_models = [base.name for base in self.bases if base.on_hub]
+        data = [source.path for source in self._sources() if _is_on_hub(source)]
+        results = self._eval_results()
+        return ModelCardData(
+            library_name="transformers",
+            pipeline_tag=TASK,
+            base_model=list(dict.fromkeys(base_models)) or None,
+            datasets=list(dict.fromkeys(data)) or None,
+            tags=["duet", "vision-language", f"stage-{self.stage.number}"],
+            model_name=self.name.rpartition("/")[2] if results else None,
+            eval_results=results or None,  # type: ignore[arg-type]
+            **licence_of(self.bases),  # type: ignore[arg-type]
+        )
+
+    def _eval_results(self) -> list[EvalResult]:
+        """The scores as the Hub's model-index takes them; a number that is none is left out."""
+        found = []
+        if math.isfinite(loss := self.losses.get("eval_loss", math.nan)):
+            sources, split = self._sources(), ""
+            if len(sources) == 1:
+                split = sources[0].eval_split or f"held out of {sources[0].split or 'train'}"
+            found.append(_result(sources, split, "loss", loss, "Loss a token"))
+        source, judgement = self.arguments.data.test_source(), self.judgement
+        if source is None or judgement is None:
+            return found
+        for metric, value in judgement.values.items():
+            shares = judgement.shares(metric)
+            values = {metric: value}
+            if len(shares) > 1:
+                values |= {f"{metric}, {subset}": mean_of(kinds) for subset, kinds in shares.items()}
+            found += [
+                _result([source], source.split or "", metric, number, name)
+                for name, number in values.items()
+                if math.isfinite(number)
+            ]
+        return found
+
+    def _use(self) -> str:
+        name = json.dumps(self.name, ensure_ascii=False).replace("`", "'")
+        return _USE.format(name=name, ask=self.stage.ask)
+
+    def _components(self) -> str:
+        lines = ["| part | parameters | learned |", "|---|---:|---:|"]
+        lines += [
+            f"| {part.name} | {part.parameters:,} | {f'{part.trained:,}' if part.trained else 'frozen'} |"
+            for part in describe_components(composed(self.trainer.model))
+        ]
+        return "\n".join(lines)
+
+    def _settings(self) -> dict[str, Any]:
+        """What decided the run: the Trainer's settings that every run has, and of ours those that were chosen."""
+        args = self.trainer.args
+        warm_up = args.get_warmup_steps(max(1, self.trainer.state.max_steps))
+        settings = {
+            "data": ", ".join(_told_of(source) for source in self._sources()),
+            "epochs": f"{args.num_train_epochs:g}" if args.max_steps < 0 else f"{args.max_steps} steps",
+            "batch": self.trainer.conversations_a_step(),
+            "learning rate": f"{args.learning_rate:g}, {args.lr_scheduler_type.value}, {warm_up} steps of warm-up",
+            "optimizer": f"{args.optim.value}, betas {args.adam_beta1:g} and {args.adam_beta2:g}",
+            "weight decay": args.weight_decay,
+            "gradient clipping": args.max_grad_norm,
+            "precision": precision_of(args),
+            "seed": args.seed,
+        }
+        if args.label_smoothing_factor:
+            settings["label smoothing"] = args.label_smoothing_factor
+        for part in (part for part in self.arguments if part is not self.arguments.training):
+            for field in fields(part):
+                value = getattr(part, field.name)
+                if value != field.default and field.name not in _NOT_TOLD and isinstance(value, _PLAIN):
+                    settings[field.name] = without_folders(str(value))
+        return settings
+
+    def _account_in_words(self) -> str:
+        if self.account is None:
+            return ""
+        total = self.account.total
+        dropped = total["samples"] - total["learned from"]
+        left_out = (
+            f" {number_of(dropped, 'more was', 'more were')} left out, as they could not be learned from."
+            * bool(dropped)
+        )
+        return (
+            f"Learned from {number_of(total['learned from'], 'conversation')} with "
+            f"{number_of(total['images'], 'image')} and {number_of(total['supervised'], 'token')} to predict, each "
+            f"counted as often as it was shown.{left_out}"
+        )
+
+    def _results(self) -> str:
+        lines = [f"- {key.replace('_', ' ')}: {value:.4g}" for key, value in self.losses.items()]
+        if self.judgement is not None:
+            report = self.judgement.report().replace("`", "'")  # which would end the block
+            asked = number_of(len(self.judgement.predictions), "test question")
+            lines.append(f"\nAnswers to {asked}, greedy decoding:\n\n```\n{report}\n```")
+        return "\n".join(lines)
+
+    def _limits(self) -> list[str]:
+        config = composed(self.trainer.model).config
+        height, width = config.image_size
+        tiles = f", or up to {config.max_tiles} tiles of that size" if config.max_tiles > 1 else ""
+        limits = [
+            f"It sees an image at {width} x {height} pixels{tiles}; what is smaller than a few of them is lost.",
+            "It can say what is not in an image, in the tone of what is; nothing it says was checked.",
+            "It has what its data and the models that it is made of have: their languages, and their biases.",
+        ]
+        if self.judgement is None:
+            limits.insert(0, "No test questions were asked: how well it answers is not known.")
+        elif (right := self.judgement.values.get("exact_match")) is not None:
+            limits.insert(0, f"{1 - right:.1%} of its answers to the test questions are not exactly right.")
+        return limits
 
 
-def read_base_models(model: str) -> list[str]:
-    """The backbones that the card of an earlier stage names; none where there is no card."""
+_USE = """from PIL import Image
+from transformers import AutoModelForImageTextToText, AutoProcessor
+
+model = AutoModelForImageTextToText.from_pretrained({name}, trust_remote_code=True)
+processor = AutoProcessor.from_pretrained({name}, trust_remote_code=True)
+{ask}
+output = model.generate(**inputs)
+print(processor.decode(output[0, inputs["input_ids"].shape[1]:], skip_special_tokens=True).strip())"""
+
+_PLAIN = (str, int, float, bool)
+_NOT_TOLD = {
+    "model", "vision_model", "second_vision_model", "text_model", "vision_token", "text_token", "trust_remote_code",
+    "vision_trust_remote_code", "text_trust_remote_code", "dataset", "datasets", "dataset_name", "dataset_revision",
+    "image_dir", "allow_urls", "allow_local_urls", "allow_links", "train_split", "eval_split", "test_split",
+    "test_dataset", "download", "encode_ahead", "cache_vision_features",
+}  # fmt: skip
+"""Settings that the card tells elsewhere, or that are nobody else's business."""
+
+
+def _is_on_hub(source: SourceSettings) -> bool:
+    return source.path != BUILT_IN and is_hub_name(source.path)
+
+
+def _told_of(source: SourceSettings) -> str:
+    """A data set in words: what it is called, and which of it was read."""
+    name = source.path if _is_on_hub(source) or source.path == BUILT_IN else public_name(source.path)
+    more = [str(part) for part in (source.name, source.split, source.revision) if part]
+    share = [] if source.weight is None else [f"weight {source.weight:g}"]
+    return f"{name} ({', '.join(more + share)})" if more + share else name
+
+
+def _result(sources: list[SourceSettings], split: str, kind: str, value: float, name: str) -> EvalResult:
+    names = [source.path if _is_on_hub(source) else public_name(source.path) for source in sources]
+    one = sources[0] if len(sources) == 1 else None
+    return EvalResult(
+        task_type=TASK,
+        task_name="Image-Text-to-Text",
+        # An identifier of the Hub where the data have one, else something that is spelled like one.
+        dataset_type=names[0] if one and _is_on_hub(one) else re.sub(r"[^\w.-]+", "-", "-and-".join(names)),
+        dataset_name=", ".join(names),
+        dataset_config=one.name if one else None,
+        dataset_split=split or None,
+        dataset_revision=one.revision if one else None,
+        metric_type=kind,
+        metric_value=value,
+        metric_name=name,
+    )
+
+
+def _shown(base: Base) -> dict[str, str]:
+    name = f"[{_cell(base.name)}](https://huggingface.co/{base.name})" if base.on_hub else _cell(base.name)
+    return {"part": base.part, "shown": name, "licence": _cell(base.licence or "not stated")}
+
+
+def _licence_in_words(bases: list[Base]) -> str:
+    terms = licence_of(bases)
+    if not terms:
+        return "No licence is claimed for this model, because not all that it is made of states one."
+    if terms.get("license") == "other" and len({base.licence for base in bases}) > 1:
+        return "What it is made of has different licences; this model can be used as far as each of them allows."
+    return f"All that it is made of is under {_cell(bases[0].licence)}, and so is this model."
+
+
+def _versions() -> str:
+    found = [f"Duet {DUET_VERSION}{_commit()}", f"Python {platform.python_version()}"]
+    for library in _LIBRARIES:
+        try:
+            found.append(f"{library} {version(library)}")
+        except PackageNotFoundError:
+            continue
+    return ", ".join(found)
+
+
+def _commit() -> str:
+    """The commit of Duet's code, where it is a clone; and whether it was changed since."""
+    git = ["git", "-C", str(Path(__file__).parent)]
     try:
-        found = ModelCard.load(Path(model) / "README.md" if Path(model).is_dir() else model).data.base_model
-    except (OSError, ValueError, EntryNotFoundError, RepositoryNotFoundError):
-        return []
-    return found if isinstance(found, list) else [found] if found else []
+        asked = {"capture_output": True, "text": True, "timeout": 10, "check": True}
+        subprocess.run([*git, "ls-files", "--error-unmatch", __file__], **asked)  # type: ignore[call-overload]
+        commit = subprocess.run([*git, "rev-parse", "HEAD"], **asked).stdout.strip()  # type: ignore[call-overload]
+        changed = subprocess.run([*git, "status", "--porcelain", "-uno"], **asked).stdout  # type: ignore[call-overload]
+    except (OSError, subprocess.SubprocessError):
+        return ""
+    return f" (commit {commit}{', with changes' if changed.strip() else ''})"
 
 
 # Written as entities, which Markdown takes for the characters themselves and for no mark of its own.

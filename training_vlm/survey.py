@@ -18,6 +18,7 @@ from processing.image_files_vlm import BadImage, check_image, is_url
 
 from .arguments import DataArguments, VLMTrainingArguments
 from .data import EvalDataset, TrainDataset, evaluation_is_asked
+from .private import public_account
 from .stages import Stage
 
 
@@ -210,13 +211,14 @@ def report_data(surveys: dict[str, Survey]) -> str:
 
 def write_data_report(folder: Path, consumed: Account, train: TrainDataset) -> Account:
     """
-    Write `data_report.json`: every sample that was learned from or dropped, as often as it was.
+    Write `data_report.json`: every sample that was learned from or dropped, as often as it was; its sources are named
+    without the folders that they lie in, as it lies beside the model.
 
     What was dropped when the data were encoded ahead never came into a batch, and counts once.
     """
     if not isinstance(train, StreamedDataset) and train.is_encoded:
         consumed.merge(train.account.dropped_only())
-    text = json.dumps(consumed.report(), indent=2, ensure_ascii=False)
+    text = json.dumps(public_account(consumed).report(), indent=2, ensure_ascii=False)
     (folder / "data_report.json").write_text(text + "\n", encoding="utf-8")
     return consumed
 

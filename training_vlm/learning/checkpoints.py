@@ -19,7 +19,7 @@ from typing import Any
 from huggingface_hub import save_torch_model
 from safetensors import SafetensorError, safe_open
 from torch import nn
-from transformers import TrainerState
+from transformers import TrainerCallback, TrainerState
 
 from processing.batching.account import Account
 from processing.data_error_vlm import DuetError
@@ -54,7 +54,7 @@ def fault(checkpoint: Path) -> str | None:
         return _fault_without_manifest(checkpoint)
     except (OSError, ValueError, TypeError, KeyError):
         return f"{MANIFEST} cannot be read"
-    found = _sizes(checkpoint)
+    found = sizes_of(checkpoint)
     for name, size in manifest.items():
         if name.endswith(_EDITED):
             continue
@@ -65,7 +65,8 @@ def fault(checkpoint: Path) -> str | None:
     return None
 
 
-def _sizes(checkpoint):
+def sizes_of(checkpoint: Path) -> dict[str, int]:
+    """The bytes of every file of a checkpoint but its manifest."""
     files = (path for path in checkpoint.rglob("*") if path.is_file() and path.name != MANIFEST)
     return {path.relative_to(checkpoint).as_posix(): path.stat().st_size for path in sorted(files)}
 
@@ -138,7 +139,7 @@ def newest_whole(folder: Path) -> Path | None:
 
 def seal(checkpoint: Path) -> None:
     """Write the manifest, once the files of all processes are there."""
-    content = json.dumps({"files": _sizes(checkpoint)}, indent=2)
+    content = json.dumps({"files": sizes_of(checkpoint)}, indent=2)
     (checkpoint / MANIFEST).write_text(content, encoding="utf-8")
 
 
@@ -225,6 +226,23 @@ def _is_torn(file):
             return False
     except (OSError, SafetensorError):
         return True
+
+
+class BestCheckpoint(TrainerCallback):
+    """
+    Tells a run that goes on where its best checkpoint is, of which a state names the step and no path.
+
+    Attributes:
+        folders (`list[Path]`): where it may be.
+    """
+
+    def __init__(self):
+        self.folders: list[Path] = []
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        found = [folder / f"checkpoint-{state.best_global_step}" for folder in self.folders]
+        if state.best_model_checkpoint is None:
+            state.best_model_checkpoint = next((str(best) for best in found if best.is_dir()), None)
 
 
 def save_account(account: Account, checkpoint: Path, process: int) -> None:

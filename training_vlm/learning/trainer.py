@@ -1,6 +1,6 @@
 """The Trainer, with what it cannot express for this model: nothing computed in vain, and a loss that weighs tokens.
 
-Thirteen things differ from the stock Trainer. The head is computed at supervised positions only, a part of them at a
+Fourteen things differ from the stock Trainer. The head is computed at supervised positions only, a part of them at a
 time: the same loss and gradients, without the logits of a thousand image positions. The evaluation loss is the mean
 over tokens, summed for each text of a row, where the stock loop averages the means of batches, which makes it depend on
 the batch size. Label smoothing is the model's, with all that its loss has. Batches may be planned ahead in place of a
@@ -10,19 +10,23 @@ Grouping by length reads no item, and its order depends on seed and epoch alone.
 counts when it is whole. A run stops when its loss is no longer finite or nothing reaches what learns. What was learned
 before another error is kept as a checkpoint. Each line of the log says how fast the run is, and how much of it is
 waiting. A run that is resumed at its end takes no further step, and one whose data come in another order says so.
+What goes to the Hub are the files of the model, by name, and neither they nor those beside them tell of this machine.
 
-Six of the Trainer's private methods are overridden, each with its reason beside it; they are the last of the class.
+Seven of the Trainer's private methods are overridden, each with its reason beside it; they are the last of the class.
 """
 
 import copy
+from concurrent.futures import Future
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate.utils import gather_object
+from huggingface_hub import HfApi
 from transformers import Trainer, TrainerState
-from transformers.trainer_utils import EvalLoopOutput, TrainOutput
-from transformers.utils import logging
+from transformers.trainer_utils import EvalLoopOutput, HubStrategy, TrainOutput
+from transformers.utils import PushInProgress, logging
 
 from modeling_vlm.loss_vlm import IGNORE, targets_of, token_costs
 from processing.batching.account import Account, number_of
@@ -32,6 +36,7 @@ from .batches import PlannedBatches, PlannedStream
 from .checkpoints import (
     STATE,
     UNFINISHED,
+    BestCheckpoint,
     discard_unfinished,
     find_checkpoint,
     load_account,
@@ -43,14 +48,19 @@ from .checkpoints import (
     save_order,
     save_weights_at_least,
     seal,
+    sizes_of,
 )
 from .guard import Guard
 from .meter import EVALUATION, SAVING, Meter, spent_on
+from .publishing import CARD, RESULTS, SAMPLES, failure, files_of, files_of_checkpoint, push
 from .sampling import EpochOfData, GroupedOrder, LengthGroupedOrder, change_of_order, order_seed
 from .sharding import saved_whole
 
 
 logger = logging.get_logger(__name__)
+
+TRAINING_ARGS = "training_args.bin"
+OF_A_PROCESS = ("rng_state", "data_account", "optimizer", "scheduler", "scaler")
 
 
 class VLMTrainer(Trainer):
@@ -72,6 +82,10 @@ class VLMTrainer(Trainer):
         self.planned: PlannedBatches | PlannedStream | None = None  # in place of a number of conversations
         self._beside: Path | None = None  # where a checkpoint is being written
         self._save_error: Exception | None = None
+        self._model_files: list[str] = []  # what the last save of the model wrote
+        self._pushed: list[tuple[Path, Future]] = []  # the checkpoints whose push may still go on
+        self.best = BestCheckpoint()
+        self.add_callback(self.best)
         self.add_callback(EpochOfData())
         self.guard = Guard(self)
         self.add_callback(self.guard)
@@ -164,6 +178,7 @@ class VLMTrainer(Trainer):
         if resume_from_checkpoint:
             checkpoint = find_checkpoint(resume_from_checkpoint, self.run_folder, self.is_world_process_zero())
             self._resumed_at = TrainerState.load_from_json(str(checkpoint / STATE)).global_step
+            self.best.folders = [self.run_folder, checkpoint.parent]
             if self.args.world_size > 1 and len(steps := set(gather_object([self._resumed_at]))) > 1:
                 raise DuetError(
                     f"the processes found checkpoints of the steps {', '.join(map(str, sorted(steps)))}; name one that "
@@ -253,6 +268,12 @@ class VLMTrainer(Trainer):
             if self.args.should_save and not (self.is_fsdp_enabled or self.is_deepspeed_enabled):
                 save_weights_at_least(model, Path(folder))
             return error
+        finally:
+            if self.args.should_save:
+                # A pickle of paths, host and token, which nothing here or in the library reads.
+                Path(folder, TRAINING_ARGS).unlink(missing_ok=True)
+                # Other processes may be writing what is theirs of a checkpoint there.
+                self._model_files = [name for name in sizes_of(Path(folder)) if not name.startswith(OF_A_PROCESS)]
         return None
 
     def get_train_dataloader(self) -> torch.utils.data.DataLoader:
@@ -307,7 +328,51 @@ class VLMTrainer(Trainer):
         if self.card is None:
             super().create_model_card(*args, **kwargs)
         elif self.is_world_process_zero():
-            self.card()
+            (self.run_folder / CARD).write_text(self.card.text(), encoding="utf-8")
+
+    def save_state(self) -> None:
+        """See `Trainer.save_state`; the best checkpoint has its name and not its path."""
+        if self.is_world_process_zero():
+            best = self.state.best_model_checkpoint
+            public = replace(self.state, best_model_checkpoint=best and Path(best).name)
+            public.save_to_json(str(self.run_folder / STATE))
+
+    def init_hf_repo(self, *args, **kwargs) -> None:
+        """See `Trainer.init_hf_repo`; the branch that is pushed to is made where there is none."""
+        super().init_hf_repo(*args, **kwargs)
+        branch = self.args.hub_revision
+        if branch and not branch.startswith("refs/") and self.is_world_process_zero():
+            HfApi().create_branch(self.hub_model_id, branch=branch, token=self.args.hub_token, exist_ok=True)
+
+    def push_to_hub(
+        self,
+        commit_message: str | None = "End of training",
+        blocking: bool = True,
+        token: str | None = None,
+        revision: str | None = None,
+        private: bool | None = None,
+        **kwargs,
+    ):
+        """
+        See `Trainer.push_to_hub`; what belongs to the model goes, and nothing else that lies in the output folder.
+
+        Raises:
+            DuetError: the Hub refuses it, or cannot be reached.
+        """
+        self.callback_handler.on_push_begin(self.args, self.state, self.control)
+        token = self.args.hub_token if token is None else token
+        if self.hub_model_id is None:
+            self.init_hf_repo(token=token, private=private)
+        self.save_model(_internal_call=True)
+        if not self.is_world_process_zero():
+            return None
+        kwargs.setdefault("model_name", self.hub_model_id.rpartition("/")[2])
+        self.create_model_card(**kwargs)
+        self._finish_current_push()
+        beside = [*RESULTS, SAMPLES] if getattr(self.card, "shows_samples", False) else RESULTS
+        files = files_of(self.run_folder, [*self._model_files, *beside])
+        where = {"token": token, "revision": revision or self.args.hub_revision}
+        return push(files, self.hub_model_id, commit_message, background=not blocking, **where)
 
     def _add_evaluated(self, texts, keep, costs):
         # A sum and a count for each row that was asked for, whether it came into the batch or was dropped: so those
@@ -351,9 +416,39 @@ class VLMTrainer(Trainer):
         return folder if self._beside is None else str(self._beside)
 
     def _push_from_checkpoint(self, checkpoint_folder):
-        # A push goes on in the background, so it has to wait until the checkpoint has its name.
-        if self._beside is None:
-            super()._push_from_checkpoint(checkpoint_folder)
+        # The stock method leaves out the model's code, and pushes whatever lies in the output folder. A push goes on in
+        # the background, so it has to wait until the checkpoint has its name.
+        strategy, place = self.args.hub_strategy, Path(checkpoint_folder)
+        if self._beside is not None or strategy == HubStrategy.END or not self.is_world_process_zero():
+            return
+        if not self.args.hub_always_push and not all(job.done() for _, job in self._pushed):
+            return
+        self.callback_handler.on_push_begin(self.args, self.state, self.control)
+        where = {"token": self.args.hub_token, "revision": self.args.hub_revision}
+        message = f"Training in progress, step {self.state.global_step}"
+        files = files_of(place, self._model_files)
+        if self.card is not None:
+            files[CARD] = self.card.text().encode()
+        pushes = [(files, message, "")]
+        if strategy != HubStrategy.EVERY_SAVE:
+            under = place.name if strategy == HubStrategy.ALL_CHECKPOINTS else "last-checkpoint"
+            pushes.append((files_of_checkpoint(place), f"{message}, checkpoint", under))
+        self._say_of_pushes()
+        for content, told, under in pushes:
+            self._pushed.append((place, push(content, self.hub_model_id, told, under, background=True, **where)))
+        self.push_in_progress = PushInProgress([job for _, job in self._pushed])
+
+    def _finish_current_push(self):
+        # The stock method waits, and says nothing of a push that failed.
+        super()._finish_current_push()
+        self._say_of_pushes()
+
+    def _say_of_pushes(self):
+        """Say which pushes failed; those that go on are kept."""
+        done = [job for _, job in self._pushed if job.done()]
+        self._pushed = [(place, job) for place, job in self._pushed if job not in done]
+        for error in filter(None, (job.exception() for job in done)):
+            print(failure(self.hub_model_id, error), flush=True)
 
     @spent_on(SAVING)
     def _save_checkpoint(self, model, trial):
@@ -374,7 +469,8 @@ class VLMTrainer(Trainer):
         self.accelerator.wait_for_everyone()
         if self.args.should_save:
             save_order(self.order, beside)
-            self.state.save_to_json(str(beside / STATE))
+            # Which is the best follows from its step, and its path tells of this machine.
+            replace(self.state, best_model_checkpoint=None).save_to_json(str(beside / STATE))
             seal(beside)
             put_in_place(beside, place)
             discard_unfinished(run_folder)
@@ -382,7 +478,7 @@ class VLMTrainer(Trainer):
         if self.args.push_to_hub:
             self._push_from_checkpoint(str(place))
         if self.args.should_save:
-            keep = [place, *filter(None, [self.state.best_model_checkpoint])]
+            keep = [place, *filter(None, [self.state.best_model_checkpoint]), *(folder for folder, _ in self._pushed)]
             rotate(run_folder, self.args.save_total_limit, {Path(checkpoint) for checkpoint in keep})
         if self._save_error is not None:
             error, self._save_error = self._save_error, None

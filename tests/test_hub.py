@@ -1,0 +1,257 @@
+"""What a run leaves on the Hub: models that load by name, a card that the Hub takes, and nothing of the machine."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+import zipfile
+from io import BytesIO
+from pathlib import Path
+
+import pytest
+import torch
+from huggingface_hub import ModelCard
+from PIL import Image
+from safetensors.torch import load_file
+
+from processing.batching.account import Account, Record
+from tests import tiny
+from tests.fake_hub import faults_of_card, hub_environment, start_fake_hub
+from tests.isolated import WITHOUT_PACKAGE
+from training_vlm.learning.checkpoints import fault
+from training_vlm.private import public_account, public_name, without_folders
+
+
+ROOT = Path(__file__).parents[1]
+USER, HOST, TOKEN = "xanthippe", "zephyr-node-17", "hf_NobodyElseMayReadThisToken00001"
+
+RUN = f"""
+import socket
+socket.gethostname = lambda: "{HOST}"
+import os, sys
+from pathlib import Path
+import torch
+torch.set_num_threads(1)
+import train_pretrain, train_sft
+from modeling_vlm import VLMForConditionalGeneration
+from processing import VLMProcessor
+
+home = Path.home()
+common = [
+    "--use_cpu", "--bf16", "False", "--per_device_train_batch_size", "4", "--max_new_tokens", "4", "--logging_steps",
+    "1", "--dataloader_num_workers", "0", "--disable_tqdm", "True", "--push_to_hub", "--hub_token", "{TOKEN}",
+    "--overwrite_output_dir", "--image_dir", str(home / "my pictures"), "--save_strategy", "steps", "--save_steps", "1",
+]
+train_pretrain.main([
+    *common, "--vision_model", "maker/vit", "--text_model", "maker/lm", "--vision_token", "{TOKEN}", "--dataset",
+    str(home / "captions.jsonl"), "--output_dir", str(home / "aligned"), "--max_steps", "3", "--hub_strategy",
+    "all_checkpoints", "--hub_always_push", "True",
+])
+train_sft.main([
+    *common, "--model", "me/aligned", "--trust_remote_code", "--dataset", str(home / "dialogues.jsonl"), "--eval_split",
+    "train[:4]", "--test_split", "train[:3]", "--output_dir", str(home / "assistant"), "--max_steps", "2",
+    "--hub_model_id", "me/chat", "--hub_revision", "try", "--eval_strategy", "steps", "--eval_steps", "1",
+    "--load_best_model_at_end", "True", "--card_samples", "True", "--tune_text", "last:1",
+])
+VLMForConditionalGeneration.from_pretrained(home / "assistant").push_to_hub("by-hand")
+VLMProcessor.from_pretrained(home / "assistant").push_to_hub("by-hand")
+"""
+
+LOAD = """
+import json
+import torch
+from huggingface_hub import snapshot_download
+from PIL import Image
+from transformers import AutoModelForImageTextToText, AutoProcessor
+
+assert not importable, importable
+work, pushed = sys.argv[1], json.loads(sys.argv[2])
+folder = snapshot_download("me/aligned")
+found = {}
+for name, revision in [*pushed, [folder + "/checkpoint-1", None]]:
+    model = AutoModelForImageTextToText.from_pretrained(name, revision=revision, trust_remote_code=True)
+    processor = AutoProcessor.from_pretrained(name, revision=revision, trust_remote_code=True)
+    inputs = processor(images=Image.new("RGB", (32, 32), "red"), text="<image>", return_tensors="pt")
+    said = model.generate(**inputs, max_new_tokens=2, do_sample=False)
+    assert said.shape[1] > inputs["input_ids"].shape[1]
+    with torch.no_grad():
+        found[name.replace(folder + "/", "")] = model(**inputs).logits
+torch.save(found, work + "/found.pt")
+"""
+
+
+@pytest.fixture(scope="module")
+def pushed(folders, tmp_path_factory):
+    """The Hub's folder, the home of somebody who pushed to it from both scripts and by hand, and what was printed."""
+    work = tmp_path_factory.mktemp("work")
+    hub, home = work / "hub", work / "home" / USER
+    (home / "my pictures").mkdir(parents=True)
+    for name, folder in zip(("vit", "lm"), folders("vit-gpt2")):
+        shutil.copytree(folder, hub / "models" / "maker" / name)
+        (hub / "models" / "maker" / name / "README.md").write_text("---\nlicense: mit\n---\n# It\n")
+    captions, dialogues = [], []
+    for number in range(12):
+        Image.new("RGB", (24, 24), (20 * number, 0, 0)).save(home / "my pictures" / f"{number}.png")
+        picture = {"image": f"{number}.png" if number != 5 else "missing.png"}
+        captions.append({**picture, "caption": f"a picture number {number}"})
+        said = [{"role": "user", "content": "what is it?"}, {"role": "assistant", "content": f"number {number}"}]
+        dialogues.append({**picture, "messages": said})
+    for name, rows in (("captions", captions), ("dialogues", dialogues)):
+        (home / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (home / "aligned" / "runs" / f"Nov_{HOST}").mkdir(parents=True)
+    (home / "aligned" / "runs" / f"Nov_{HOST}" / "events").write_text(HOST)
+    (home / "aligned" / "notes.txt").write_text("the notes of somebody")
+    with start_fake_hub(hub) as url:
+        environment = hub_environment(url, home / ".cache") | {
+            "HOME": str(home), "USER": USER, "LOGNAME": USER, "HOSTNAME": HOST, "HF_TOKEN": TOKEN,
+            "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join([str(ROOT), *filter(None, sys.path)]),
+        }  # fmt: skip
+        ran = subprocess.run([sys.executable, "-c", RUN], cwd=home, env=environment, capture_output=True, text=True)
+        assert ran.returncode == 0, ran.stderr[-3000:]
+        (work / "load.py").write_text(WITHOUT_PACKAGE + LOAD)
+        names = json.dumps([["me/aligned", None], ["me/chat", "try"], ["me/by-hand", None]])
+        environment = hub_environment(url, work / "fresh") | {"OMP_NUM_THREADS": "1"}
+        command = [sys.executable, "-I", str(work / "load.py"), str(work), names]
+        loaded = subprocess.run(command, cwd=work, env=environment, capture_output=True, text=True)
+        assert loaded.returncode == 0, loaded.stderr[-3000:]
+    return hub / "models" / "me", home, ran.stdout
+
+
+def contents(file: Path):
+    """What a file says, with what is packed in it."""
+    content = file.read_bytes()
+    yield file.name, content
+    if zipfile.is_zipfile(file):
+        with zipfile.ZipFile(BytesIO(content)) as packed:
+            for name in packed.namelist():
+                yield f"{file.name}/{name}", packed.read(name)
+
+
+def test_no_byte_that_is_pushed_tells_of_the_machine(pushed):
+    hub, home, _ = pushed
+    private = [USER, HOST, TOKEN, str(home), str(home.parent), str(hub), "my pictures"]
+    files = [path for path in hub.rglob("*") if path.is_file()]
+    assert len(files) > 60
+    for file in files:
+        assert not any(word in str(file.relative_to(hub)) for word in private)
+        for name, content in contents(file):
+            assert not [word for word in private if word.encode() in content], f"{file}: {name}"
+
+
+def test_what_lies_beside_a_card_tells_nothing_either(pushed):
+    _, home, _ = pushed
+    for folder in ("aligned", "assistant"):
+        for file in (home / folder).iterdir():
+            if file.is_file() and file.name != "notes.txt":
+                text = file.read_bytes()
+                assert not [word for word in (USER, HOST, TOKEN, str(home)) if word.encode() in text], file
+    report = json.loads((home / "aligned" / "data_report.json").read_text())
+    assert report["sources"].keys() == {"captions.jsonl"}
+    (dropped,) = report["dropped samples"]
+    assert dropped["reason"] == "missing image file" and dropped["detail"].startswith("missing.png")
+
+
+def test_only_what_belongs_to_a_model_is_pushed(pushed):
+    hub, _, _ = pushed
+    top = {path.name for path in (hub / "aligned").iterdir()}
+    assert top >= {"model.safetensors", "config.json", "modeling_vlm.py", "processing_vlm.py", "README.md"}
+    assert not top & {"notes.txt", "runs", "samples.png", "samples.html", "training_args.bin", "data_report.json"}
+    assert {name for name in top if name.startswith("checkpoint-")} == {f"checkpoint-{step}" for step in (1, 2, 3)}
+
+
+def test_what_was_pushed_loads_by_name_without_the_package(pushed):
+    hub, home, _ = pushed
+    found = torch.load(hub.parents[2] / "found.pt")
+    assert set(found) == {"me/aligned", "me/chat", "me/by-hand", "checkpoint-1"}
+    for name, folder in (("aligned", "aligned"), ("chat@try", "assistant"), ("by-hand", "assistant")):
+        here, there = (load_file(place / "model.safetensors") for place in (home / folder, hub / name))
+        assert here.keys() == there.keys() and all(torch.equal(here[key], there[key]) for key in here)
+    assert torch.equal(found["me/chat"], found["me/by-hand"])
+    assert not torch.equal(found["me/aligned"], found["checkpoint-1"])
+
+
+def test_a_pushed_checkpoint_is_whole_and_goes_on(pushed):
+    hub, home, _ = pushed
+    for name in ("checkpoint-1", "checkpoint-3"):
+        assert fault(hub / "aligned" / name) is None and (hub / "aligned" / name / "optimizer.pt").is_file()
+        state = json.loads((hub / "aligned" / name / "data_account_0.json").read_text())
+        assert Account.from_state(state).total["samples"] == 4 * int(name[-1])
+    state = json.loads((home / "assistant" / "trainer_state.json").read_text())
+    assert state["best_model_checkpoint"] == f"checkpoint-{state['best_global_step']}"
+
+
+def test_a_card_is_one_that_the_hub_takes_and_reads(pushed):
+    hub, _, _ = pushed
+    for folder, stage in (("aligned", 1), ("chat@try", 2)):
+        content = (hub / folder / "README.md").read_text()
+        assert not faults_of_card(content)
+        card = ModelCard(content)
+        assert ModelCard(str(card)).data.to_dict() == card.data.to_dict()
+        assert card.data.base_model == ["maker/vit", "maker/lm"] and card.data.license == "mit"
+        assert (card.data.pipeline_tag, card.data.library_name) == ("image-text-to-text", "transformers")
+        assert f"stage-{stage}" in card.data.tags and f"Stage {stage} of 2" in content
+        assert "| projector |" in content and "| learning rate |" in content and "## Limits" in content
+        assert f"transformers {__import__('transformers').__version__}" in content
+        assert "no finished model" not in content
+    scores = {result.metric_type: result for result in ModelCard(content).data.eval_results}
+    assert scores["loss"].metric_value > 0 and 0 <= scores["exact_match"].metric_value <= 1
+    assert scores["exact_match"].dataset_split == "train[:3]"
+    assert scores["exact_match"].dataset_type == "dialogues.jsonl" and card.data.datasets is None
+    assert 'from_pretrained("me/chat", trust_remote_code=True)' in content
+
+
+def test_samples_of_the_data_are_shown_where_that_is_agreed_to(pushed):
+    hub, home, said = pushed
+    assert (home / "aligned" / "samples.png").is_file() and "--card_samples agrees to it" in said
+    for text in ("## Samples", "samples.png", "a picture number"):
+        assert text not in (hub / "aligned" / "README.md").read_text()
+    agreed = (hub / "chat@try" / "README.md").read_text()
+    assert "## Samples" in agreed and "(samples.png)" in agreed and "what is it" in agreed
+    assert (hub / "chat@try" / "samples.png").is_file()
+
+
+# -- names for others -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "text, public",
+    [
+        ("/mnt/anna/rows.jsonl", "rows.jsonl"),
+        ("/mnt/anna's data/my rows.jsonl", "my rows.jsonl"),
+        ("/mnt/a b/c d.png: no such image file; and/or another", "c d.png: no such image file; and/or another"),
+        ("rows.jsonl, row 5: '../other/x.png' is cut", "rows.jsonl, row 5: 'x.png' is cut"),
+        (r"C:\Users\anna\x.png", "x.png"),
+        ("~/data/x.png", "x.png"),
+        ("maker/talk", "maker/talk"),
+        ("maker/talk (train[:5])", "maker/talk (train[:5])"),
+        ("http://example.com/a/b.png", "http://example.com/a/b.png"),
+        ("1 / 2 of them, either/or", "1 / 2 of them, either/or"),
+        (str(Path.home()), "~"),
+    ],
+)  # fmt: skip
+def test_a_path_is_named_by_its_last_part(text, public):
+    assert without_folders(text) == public
+
+
+def test_data_of_one_name_in_two_folders_stay_two_in_an_account():
+    account = Account()
+    for source in ("/mnt/anna/rows.jsonl", "/mnt/b/rows.jsonl", "/mnt/b/other.jsonl"):
+        account.add([Record(source, 1, tokens=3), Record(source, 2, "malformed row", f"{source}, row 2: no")])
+    public = public_account(account)
+    assert list(public.sources) == ["rows.jsonl", "rows.jsonl (2)", "other.jsonl"]
+    assert public.total == account.total and len(public.named) == 3
+    assert "mnt" not in json.dumps(public.state()) + json.dumps(public.report())
+    # As a run that goes on from a pushed checkpoint has it.
+    public.merge(account)
+    again = public_account(public)
+    assert list(again.sources) == list(public_account(account).sources)
+    assert again.total["samples"] == 2 * account.total["samples"]
+
+
+def test_a_model_has_its_name_on_the_hub_or_that_of_its_folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "maker" / "here").mkdir(parents=True)
+    names = {"maker/vit": "maker/vit", "gpt2": "gpt2", "maker/here": "here", str(tmp_path / "maker"): "maker"}
+    for name, public in names.items():
+        assert public_name(name) == public
