@@ -22,6 +22,7 @@ from modeling_vlm.generation_vlm import savable
 from tests import tiny
 from training_vlm import finish
 from training_vlm.learning.trainer import VLMTrainer
+from training_vlm.model_card import RunCard
 
 
 ROOT = Path(__file__).parents[1]
@@ -218,7 +219,7 @@ AFTER = {
     "the test questions": (finish, "judge"),
     "the samples": (finish, "answer"),
     "samples.png": (finish, "draw_gallery"),
-    "the model card": (finish, "write_model_card"),
+    "the model card": (RunCard, "text"),
 }
 
 
@@ -309,7 +310,7 @@ def test_the_best_checkpoint_is_what_is_saved(backbones, data, tmp_path):
         "steps", "--save_steps", "1", "--load_best_model_at_end", "True", "--output_dir", str(out),
     ])  # fmt: skip
     state = json.loads((out / "trainer_state.json").read_text())
-    best = VLMForConditionalGeneration.from_pretrained(state["best_model_checkpoint"]).state_dict()
+    best = VLMForConditionalGeneration.from_pretrained(out / state["best_model_checkpoint"]).state_dict()
     last = VLMForConditionalGeneration.from_pretrained(out / "checkpoint-3").state_dict()
     found = VLMForConditionalGeneration.from_pretrained(out).state_dict()
     assert state["best_global_step"] < 3

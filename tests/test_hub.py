@@ -16,7 +16,6 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from processing.batching.account import Account, Record
-from tests import tiny
 from tests.fake_hub import faults_of_card, hub_environment, start_fake_hub
 from tests.isolated import WITHOUT_PACKAGE
 from training_vlm.learning.checkpoints import fault
@@ -149,7 +148,7 @@ def test_what_lies_beside_a_card_tells_nothing_either(pushed):
     report = json.loads((home / "aligned" / "data_report.json").read_text())
     assert report["sources"].keys() == {"captions.jsonl"}
     (dropped,) = report["dropped samples"]
-    assert dropped["reason"] == "missing image file" and dropped["detail"].startswith("missing.png")
+    assert dropped["reason"] == "missing image file" and "row 5: missing.png:" in dropped["detail"]
 
 
 def test_only_what_belongs_to_a_model_is_pushed(pushed):
@@ -198,7 +197,7 @@ def test_a_card_is_one_that_the_hub_takes_and_reads(pushed):
     assert scores["loss"].metric_value > 0 and 0 <= scores["exact_match"].metric_value <= 1
     assert scores["exact_match"].dataset_split == "train[:3]"
     assert scores["exact_match"].dataset_type == "dialogues.jsonl" and card.data.datasets is None
-    assert 'from_pretrained("me/chat", trust_remote_code=True)' in content
+    assert 'from_pretrained("me/chat", trust_remote_code=True, revision="try")' in content
 
 
 def test_samples_of_the_data_are_shown_where_that_is_agreed_to(pushed):

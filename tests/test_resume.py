@@ -5,6 +5,7 @@ import os
 import shutil
 import signal
 import sys
+from concurrent.futures import Future
 
 import pytest
 import torch
@@ -24,6 +25,7 @@ from training_vlm.learning.checkpoints import (
     finish_renaming,
     newest_whole,
     numbered,
+    sizes_of,
 )
 from training_vlm.run import prepare
 
@@ -161,7 +163,8 @@ def test_rotation_keeps_the_newest_and_the_best(run, tmp_path):
     ))  # fmt: skip
     for checkpoint in numbered(tmp_path):
         state = json.loads((checkpoint / "trainer_state.json").read_text())
-        assert UNFINISHED not in state["best_model_checkpoint"] and fault(checkpoint) is None
+        # Its step tells which is the best, and no path is in it.
+        assert state["best_model_checkpoint"] is None and state["best_global_step"] and fault(checkpoint) is None
     saved = VLMForConditionalGeneration.from_pretrained(best)
     assert same(weights(trainer), {name: parameter.detach() for name, parameter in saved.named_parameters()})
 
@@ -185,19 +188,51 @@ def test_a_checkpoint_of_the_model_alone_resumes_with_its_weights(run, tmp_path,
 def test_a_checkpoint_is_pushed_under_its_name_when_it_is_whole(run, tmp_path, monkeypatch, strategy):
     pushed = []
 
-    def upload_folder(self, *, folder_path, path_in_repo=None, **kwargs):
-        pushed.append((path_in_repo, str(folder_path), fault(tmp_path / "checkpoint-2"), names(tmp_path)))
+    def create_commit(self, repo_id, operations, **kwargs):
+        files = {operation.path_in_repo for operation in operations}
+        pushed.append((files, fault(tmp_path / "checkpoint-2"), names(tmp_path)))
+        done = Future()
+        done.set_result(None)
+        return done
 
-    monkeypatch.setattr(HfApi, "upload_folder", upload_folder)
+    monkeypatch.setattr(HfApi, "create_commit", create_commit)
+    monkeypatch.setattr(HfApi, "list_repo_files", lambda self, repo_id, **kwargs: [])
     monkeypatch.setattr(HfApi, "create_repo", lambda self, name, **kwargs: type("Repo", (), {"repo_id": name}))
-    trainer = run(tmp_path, max_steps=2, push_to_hub=True, hub_strategy=strategy, hub_model_id="me/it")
-    trainer.push_in_progress = type("Done", (), {"is_done": lambda self: True, "wait_until_done": lambda self: None})()
-    monkeypatch.setattr("transformers.trainer.PushInProgress", lambda jobs: trainer.push_in_progress)
-    trainer.train()
+    run(tmp_path, max_steps=2, push_to_hub=True, hub_strategy=strategy, hub_model_id="me/it").train()
     place = {"checkpoint": "last-checkpoint", "all_checkpoints": "checkpoint-2"}.get(strategy)
-    expected = [(None, str(tmp_path))] + ([(place, str(tmp_path / "checkpoint-2"))] if place else [])
-    assert [entry[:2] for entry in pushed] == expected
-    assert all(reason is None and UNFINISHED not in found for _, _, reason, found in pushed)
+    (model, *_), *checkpoints = pushed
+    assert {"model.safetensors", "config.json", "modeling_vlm.py", "tokenizer.json"} <= model
+    assert not [name for name in model if name.startswith(("optimizer", "rng_state", "trainer_state", "training_args"))]
+    assert len(checkpoints) == (place is not None)
+    for files, *_ in checkpoints:
+        assert files == {f"{place}/{name}" for name in [*sizes_of(tmp_path / "checkpoint-2"), MANIFEST]}
+    assert all(reason is None and UNFINISHED not in found for _, reason, found in pushed)
+
+
+def test_a_push_in_the_background_that_fails_is_said_and_stops_nothing(run, tmp_path, monkeypatch, capsys):
+    def create_commit(self, repo_id, operations, **kwargs):
+        failed = Future()
+        failed.set_exception(OSError("the line is cut"))
+        return failed
+
+    monkeypatch.setattr(HfApi, "create_commit", create_commit)
+    monkeypatch.setattr(HfApi, "list_repo_files", lambda self, repo_id, **kwargs: [])
+    monkeypatch.setattr(HfApi, "create_repo", lambda self, name, **kwargs: type("Repo", (), {"repo_id": name}))
+    trainer = run(tmp_path, max_steps=4, push_to_hub=True, hub_model_id="me/it")
+    trainer.train()
+    assert trainer.state.global_step == 4
+    assert capsys.readouterr().out.count("the push to me/it failed: the line is cut") == 2
+
+
+def test_a_checkpoint_that_is_being_pushed_is_not_removed(run, tmp_path, monkeypatch):
+    going_on = Future()
+    monkeypatch.setattr(HfApi, "create_commit", lambda self, repo_id, operations, **kwargs: going_on)
+    monkeypatch.setattr(HfApi, "list_repo_files", lambda self, repo_id, **kwargs: [])
+    monkeypatch.setattr(HfApi, "create_repo", lambda self, name, **kwargs: type("Repo", (), {"repo_id": name}))
+    trainer = run(tmp_path, max_steps=6, push_to_hub=True, hub_model_id="me/it", save_total_limit=1)
+    monkeypatch.setattr(trainer, "_finish_current_push", lambda: None)
+    trainer.train()
+    assert names(tmp_path) == ["checkpoint-2", "checkpoint-6"]
 
 
 # What is left to do at the end.

@@ -230,6 +230,7 @@ def test_the_seeds_stage_2_recipe_runs_on_a_stand_in(folders, tmp_path, image):
     train_sft.main([
         "--config", "flickr30k_vit_distilgpt2", "--vision_model", str(vision), "--text_model", str(text),
         "--dataset", str(tmp_path / "flickr"), "--output_dir", str(out), "--use_cpu", "--bf16", "False",
+        "--card_samples", "True",
     ])  # fmt: skip
     saved = json.loads((out / "generation_config.json").read_text())
     assert saved["do_sample"] is True and saved["temperature"] == 0.9

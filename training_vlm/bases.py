@@ -6,7 +6,7 @@ model's too, where they differ it is `other` and the card names each, and where 
 
 import re
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import yaml
 from huggingface_hub import ModelCard, ModelCardData, hf_hub_download
@@ -54,8 +54,8 @@ def find_bases(model_args: ModelArguments) -> list[Base]:
         listed = data.base_model if isinstance(data.base_model, list) else [data.base_model] if data.base_model else []
         if names := [name for name in listed if isinstance(name, str) and is_hub_name(name)]:
             return [Base("backbone", name, True, _terms(name, _read_card(name))) for name in names]
-        name = model_args.model
-        return [Base("model", public_name(name), is_hub_name(name), _terms(name, data))]
+        own = model_args.model
+        return [Base("model", public_name(own), is_hub_name(own), _terms(own, data))]
     named = {
         "vision encoder": (model_args.vision_model, "vision"),
         "second vision encoder": (model_args.second_vision_model, "vision"),
@@ -80,17 +80,14 @@ def licence_of(bases: list[Base]) -> dict[str, str]:
     return {"license": "other", "license_name": re.sub(r"[^\w.-]+", "-", "-and-".join(names)).lower()}
 
 
-def _read_card(name: str, revision: str | None = None, token: str | None = None) -> ModelCardData:
+def _read_card(name: str, revision: str | None = None, token: str | bool | None = None) -> ModelCardData:
     """What the card of a model says of it; nothing where there is none, or where it cannot be had."""
     try:
-        local = Path(name)
-        file = (
-            local / "README.md"
-            if local.is_dir()
-            else hf_hub_download(name, "README.md", revision=revision, token=token)
-        )
-        content = Path(file).read_text(encoding="utf-8")
-        return ModelCard(content, ignore_metadata_errors=True).data
+        file = Path(name, "README.md")
+        if not Path(name).is_dir():
+            file = Path(hf_hub_download(name, "README.md", revision=revision, token=token))
+        card = ModelCard(file.read_text(encoding="utf-8"), ignore_metadata_errors=True)
+        return cast(ModelCardData, card.data)
     except (OSError, ValueError, TypeError, HfHubHTTPError, httpx.HTTPError, yaml.YAMLError):
         return ModelCardData()
 

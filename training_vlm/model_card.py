@@ -13,9 +13,12 @@ import subprocess
 from dataclasses import fields
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
+from torch import nn
+from transformers import SchedulerType
+from transformers.training_args import OptimizerNames
 
 from evaluation_vlm.judgement import Judgement, mean_of
 from modeling_vlm.configuration_vlm import DUET_VERSION
@@ -88,7 +91,7 @@ class RunCard:
             ValueError: its metadata are none that huggingface_hub takes.
         """
         trainer = self.trainer
-        config, folder = composed(trainer.model).config, trainer.run_folder
+        config, folder = self._model.config, trainer.run_folder
         card = ModelCard.from_template(
             self._data(),
             template_path=str(TEMPLATE),
@@ -121,6 +124,10 @@ class RunCard:
         if self._bases is None:
             self._bases = find_bases(self.arguments.model)
         return self._bases
+
+    @property
+    def _model(self) -> Any:
+        return composed(cast(nn.Module, self.trainer.model))
 
     def _sources(self) -> list[SourceSettings]:
         return self.arguments.data.sources()
@@ -165,26 +172,29 @@ class RunCard:
 
     def _use(self) -> str:
         name = json.dumps(self.name, ensure_ascii=False).replace("`", "'")
-        return _USE.format(name=name, ask=self.stage.ask)
+        branch = self.trainer.args.hub_revision
+        trust = "trust_remote_code=True" + (f", revision={json.dumps(branch)}" if branch else "")
+        return _USE.format(name=name, trust=trust, ask=self.stage.ask)
 
     def _components(self) -> str:
         lines = ["| part | parameters | learned |", "|---|---:|---:|"]
         lines += [
             f"| {part.name} | {part.parameters:,} | {f'{part.trained:,}' if part.trained else 'frozen'} |"
-            for part in describe_components(composed(self.trainer.model))
+            for part in describe_components(self._model)
         ]
         return "\n".join(lines)
 
     def _settings(self) -> dict[str, Any]:
         """What decided the run: the Trainer's settings that every run has, and of ours those that were chosen."""
         args = self.trainer.args
+        schedule = SchedulerType(args.lr_scheduler_type).value
         warm_up = args.get_warmup_steps(max(1, self.trainer.state.max_steps))
         settings = {
             "data": ", ".join(_told_of(source) for source in self._sources()),
             "epochs": f"{args.num_train_epochs:g}" if args.max_steps < 0 else f"{args.max_steps} steps",
             "batch": self.trainer.conversations_a_step(),
-            "learning rate": f"{args.learning_rate:g}, {args.lr_scheduler_type.value}, {warm_up} steps of warm-up",
-            "optimizer": f"{args.optim.value}, betas {args.adam_beta1:g} and {args.adam_beta2:g}",
+            "learning rate": f"{args.learning_rate:g}, {schedule}, {warm_up} steps of warm-up",
+            "optimizer": f"{OptimizerNames(args.optim).value}, betas {args.adam_beta1:g} and {args.adam_beta2:g}",
             "weight decay": args.weight_decay,
             "gradient clipping": args.max_grad_norm,
             "precision": precision_of(args),
@@ -223,7 +233,7 @@ class RunCard:
         return "\n".join(lines)
 
     def _limits(self) -> list[str]:
-        config = composed(self.trainer.model).config
+        config = self._model.config
         height, width = config.image_size
         tiles = f", or up to {config.max_tiles} tiles of that size" if config.max_tiles > 1 else ""
         limits = [
@@ -241,8 +251,8 @@ class RunCard:
 _USE = """from PIL import Image
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
-model = AutoModelForImageTextToText.from_pretrained({name}, trust_remote_code=True)
-processor = AutoProcessor.from_pretrained({name}, trust_remote_code=True)
+model = AutoModelForImageTextToText.from_pretrained({name}, {trust})
+processor = AutoProcessor.from_pretrained({name}, {trust})
 {ask}
 output = model.generate(**inputs)
 print(processor.decode(output[0, inputs["input_ids"].shape[1]:], skip_special_tokens=True).strip())"""
@@ -294,11 +304,13 @@ def _shown(base: Base) -> dict[str, str]:
 
 def _licence_in_words(bases: list[Base]) -> str:
     terms = licence_of(bases)
+    if not bases:
+        return "No licence is claimed for this model."
     if not terms:
         return "No licence is claimed for this model, because not all that it is made of states one."
     if terms.get("license") == "other" and len({base.licence for base in bases}) > 1:
         return "What it is made of has different licences; this model can be used as far as each of them allows."
-    return f"All that it is made of is under {_cell(bases[0].licence)}, and so is this model."
+    return f"All that it is made of states the licence {_cell(bases[0].licence)}, and so does this card."
 
 
 def _versions() -> str:

@@ -77,7 +77,8 @@ def push(files: Files, repository: str, message: str, under: str = "", backgroun
             there = api.list_repo_files(repository, **where)
             stale = [name for name in there if any(fnmatch(name, kind) for kind in _REPLACED) and name not in files]
             operations += [CommitOperationDelete(name) for name in stale]
-        done: CommitInfo | Future = api.create_commit(
+        commit: Any = api.create_commit  # whose overloads know no flag that is not written out
+        done: CommitInfo | Future = commit(
             repository, operations, commit_message=message, run_as_future=background, **where
         )
     except (HfHubHTTPError, httpx.HTTPError, OSError, ValueError, RuntimeError) as error:

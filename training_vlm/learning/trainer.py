@@ -19,7 +19,7 @@ import copy
 from concurrent.futures import Future
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from accelerate.utils import gather_object
@@ -99,6 +99,11 @@ class VLMTrainer(Trainer):
         """Where checkpoints and the trained model are written."""
         assert self.args.output_dir is not None  # where none is given, the library has a name
         return Path(self.args.output_dir)
+
+    @property
+    def repository(self) -> str:
+        """The name on the Hub that is pushed to, once the repository is there."""
+        return cast(str, self.hub_model_id)
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         """See `Trainer.compute_loss`; logits are left out where nobody reads them."""
@@ -342,7 +347,7 @@ class VLMTrainer(Trainer):
         super().init_hf_repo(*args, **kwargs)
         branch = self.args.hub_revision
         if branch and not branch.startswith("refs/") and self.is_world_process_zero():
-            HfApi().create_branch(self.hub_model_id, branch=branch, token=self.args.hub_token, exist_ok=True)
+            HfApi().create_branch(self.repository, branch=branch, token=self.args.hub_token, exist_ok=True)
 
     def push_to_hub(
         self,
@@ -366,13 +371,13 @@ class VLMTrainer(Trainer):
         self.save_model(_internal_call=True)
         if not self.is_world_process_zero():
             return None
-        kwargs.setdefault("model_name", self.hub_model_id.rpartition("/")[2])
+        kwargs.setdefault("model_name", self.repository.rpartition("/")[2])
         self.create_model_card(**kwargs)
         self._finish_current_push()
         beside = [*RESULTS, SAMPLES] if getattr(self.card, "shows_samples", False) else RESULTS
         files = files_of(self.run_folder, [*self._model_files, *beside])
-        where = {"token": token, "revision": revision or self.args.hub_revision}
-        return push(files, self.hub_model_id, commit_message, background=not blocking, **where)
+        where: dict[str, Any] = {"token": token, "revision": revision or self.args.hub_revision}
+        return push(files, self.repository, commit_message or "End of training", background=not blocking, **where)
 
     def _add_evaluated(self, texts, keep, costs):
         # A sum and a count for each row that was asked for, whether it came into the batch or was dropped: so those
@@ -424,7 +429,7 @@ class VLMTrainer(Trainer):
         if not self.args.hub_always_push and not all(job.done() for _, job in self._pushed):
             return
         self.callback_handler.on_push_begin(self.args, self.state, self.control)
-        where = {"token": self.args.hub_token, "revision": self.args.hub_revision}
+        where: dict[str, Any] = {"token": self.args.hub_token, "revision": self.args.hub_revision}
         message = f"Training in progress, step {self.state.global_step}"
         files = files_of(place, self._model_files)
         if self.card is not None:
@@ -435,7 +440,7 @@ class VLMTrainer(Trainer):
             pushes.append((files_of_checkpoint(place), f"{message}, checkpoint", under))
         self._say_of_pushes()
         for content, told, under in pushes:
-            self._pushed.append((place, push(content, self.hub_model_id, told, under, background=True, **where)))
+            self._pushed.append((place, push(content, self.repository, told, under, background=True, **where)))
         self.push_in_progress = PushInProgress([job for _, job in self._pushed])
 
     def _finish_current_push(self):
@@ -448,7 +453,7 @@ class VLMTrainer(Trainer):
         done = [job for _, job in self._pushed if job.done()]
         self._pushed = [(place, job) for place, job in self._pushed if job not in done]
         for error in filter(None, (job.exception() for job in done)):
-            print(failure(self.hub_model_id, error), flush=True)
+            print(failure(self.repository, error), flush=True)
 
     @spent_on(SAVING)
     def _save_checkpoint(self, model, trial):
