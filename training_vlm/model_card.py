@@ -26,10 +26,10 @@ from processing.batching.account import Account, number_of
 from processing.reading.settings import SourceSettings
 
 from .arguments import precision_of
-from .bases import Base, find_bases, licence_of
 from .learning.adapters import composed
 from .learning.trainer import VLMTrainer
 from .learning.tuning import describe_components
+from .licences import Base, find_bases, licence_of
 from .private import is_hub_name, public_name, without_folders
 from .settings import Arguments
 from .stages import Stage
