@@ -4,19 +4,37 @@ import itertools
 
 import pytest
 import torch
+from transformers import AutoTokenizer, MixtralConfig, MixtralForCausalLM
 
 from modeling_vlm import VLMForConditionalGeneration
 from tests import tiny
-from training_vlm.learning.tuning import apply_tuning, describe_components, find_blocks
+from training_vlm.learning.tuning import apply_tuning, find_blocks, make_plan
 
 
 CHOICES = ["frozen", "last:1", "last:2", "full"]
+MIXTURE = MixtralConfig(
+    vocab_size=420, hidden_size=32, intermediate_size=48, num_hidden_layers=3, num_attention_heads=4,
+    num_key_value_heads=2, max_position_embeddings=128, num_local_experts=4, num_experts_per_tok=2,
+)  # fmt: skip
+
+
+@pytest.fixture(params=[*tiny.PAIRS, "siglip-mixtral"])
+def composed_of_any(request, folders, tmp_path_factory):
+    """A model with GPT-2, with Llama, or with a mixture of experts, and its processor."""
+    if request.param in tiny.PAIRS:
+        return tiny.compose(*folders(request.param), tiny.PAIRS[request.param][2])
+    vision, text = folders("siglip-llama")
+    folder = tmp_path_factory.getbasetemp() / "mixtral"
+    if not folder.is_dir():
+        MixtralForCausalLM(MIXTURE).save_pretrained(folder)
+        AutoTokenizer.from_pretrained(text).save_pretrained(folder)
+    return tiny.compose(vision, folder, "patch")
 
 
 def declared(model, vision, text, freeze_embeddings):
     """Written from the names of the two pairs' own modules, on purpose another way than the rule itself."""
-    layers = {"vit": "layers", "siglip_vision_model": "encoder.layers", "gpt2": "h", "llama": "layers"}
-    embeddings = {"gpt2": "wte", "llama": "embed_tokens"}[model.config.text_config.model_type]
+    layers = {"vit": "layers", "siglip_vision_model": "encoder.layers", "gpt2": "h"}
+    embeddings = "wte" if model.config.text_config.model_type == "gpt2" else "embed_tokens"
     tied = model.config.tie_word_embeddings
     names = set()
     for name, _ in model.named_parameters():
@@ -27,7 +45,7 @@ def declared(model, vision, text, freeze_embeddings):
             if not part.startswith(prefix) or choice == "frozen":
                 continue
             config = model.config.vision_config if prefix == "vision_tower." else model.config.text_config
-            blocks = prefix + layers[config.model_type] + "."
+            blocks = prefix + layers.get(config.model_type, "layers") + "."
             if choice == "full":
                 # A classifier's pooler and SigLIP's attention head are no part of the features.
                 if ".pooler." not in name and ".head." not in name:
@@ -55,8 +73,8 @@ def one_step(model, batch, optimizer=torch.optim.AdamW):
 
 @pytest.mark.parametrize("vision, text", itertools.product(CHOICES, CHOICES))
 @pytest.mark.parametrize("freeze_embeddings", [False, True])
-def test_exactly_the_declared_parameters_move(composed, image, vision, text, freeze_embeddings):
-    model, processor = composed
+def test_exactly_the_declared_parameters_move(composed_of_any, image, vision, text, freeze_embeddings):
+    model, processor = composed_of_any
     buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
     apply_tuning(model, vision, text, freeze_embeddings)
     moved = one_step(model, tiny.collate(processor, tiny.ragged_dialogues(image)[:3]))
@@ -133,7 +151,7 @@ def test_blocks_are_found_by_their_number(composed):
 def test_the_table_counts_every_parameter_once(composed, text):
     model, _ = composed
     apply_tuning(model, "last:1", text)
-    parts = describe_components(model)
+    parts = make_plan(model, None).components()
     assert (
         sum(part.parameters for part in parts) == model.num_parameters() == sum(p.numel() for p in model.parameters())
     )

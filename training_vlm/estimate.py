@@ -26,7 +26,7 @@ from processing.data_error_vlm import DuetError
 
 from .arguments import precision_of
 from .learning.originals import shown_size
-from .learning.tuning import describe_components
+from .learning.tuning import make_plan
 from .run import one_line_errors
 from .settings import Arguments, parse_arguments, split_config, stages_of
 from .sketch import Sketch, StandIn
@@ -89,9 +89,9 @@ def lines_of(sketch: Sketch, options: argparse.Namespace) -> Iterator[str]:
     found = sketch.rehearsed
     args, account = sketch.arguments.training, found.account
     yield f"Stage {sketch.stage.number}, {sketch.stage.name}\n"
-    yield f"{'part':<18}{'parameters':>16}{'learn':>16}"
-    for part in describe_components(sketch.model):
-        yield f"{part.name:<18}{part.parameters:>16,}{part.trained:>16,}"
+    yield f"{'part':<18}{'parameters':>16}{'learn':>16}   how"
+    for part in make_plan(sketch.model, sketch.arguments.tuning, args).components():
+        yield f"{part.name:<18}{part.parameters:>16,}{part.trained:>16,}   {part.policy}"
     learned = [record for record in account.records if record.dropped is None]
     supervised = sum(record.supervised for record in learned)
     yield f"\n{sketch.described}"

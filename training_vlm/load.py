@@ -21,7 +21,7 @@ from processing.tokenizer import train_tokenizer
 
 from .arguments import DataArguments, ModelArguments, backbone_of
 from .data import Data, training_texts
-from .learning.tuning import apply_tuning
+from .learning.tuning import make_plan
 from .settings import Arguments
 from .stages import Stage
 
@@ -87,23 +87,15 @@ def check_named(model_args: ModelArguments, sees: bool = True) -> None:
 
 def choose_what_learns(model: VLMForConditionalGeneration, arguments: Arguments) -> None:
     """
-    Apply what is said of tuning; a backbone of which nothing is said learns where it starts from scratch.
+    Have learn what is declared.
 
     Raises:
         DuetError: nothing would learn, or something is said that cannot be.
     """
-    tuning = arguments.tuning
-    scratch = {side: isinstance(getattr(arguments.model, f"{side}_model"), dict) for side in ("vision", "text")}
-    starts = {side: "full" if scratch[side] else "frozen" for side in scratch}
-    apply_tuning(
-        model,
-        tuning.tune_vision or starts["vision"],
-        tuning.tune_text or starts["text"],
-        tuning.freeze_embeddings,
-        tuning.tune_projector or "full",
-    )
-    if not any(parameter.requires_grad for parameter in model.parameters()):
-        projector = "has no parameters" if tuning.tune_projector != "frozen" else "is frozen"
+    plan = make_plan(model, arguments.tuning, arguments.training)
+    plan.apply(model)
+    if not plan.learning:
+        projector = "is frozen" if arguments.tuning.tune_projector == "frozen" else "has no parameters"
         raise DuetError(
             f"nothing would learn: both backbones are frozen, and the projector {model.config.projector_type} "
             f"{projector}; add --tune_text or --tune_vision, or choose another projector_type."

@@ -28,7 +28,6 @@ from processing.reading.settings import SourceSettings
 from .arguments import precision_of
 from .learning.adapters import composed
 from .learning.trainer import VLMTrainer
-from .learning.tuning import describe_components
 from .licences import Base, find_bases, licence_of
 from .private import is_hub_name, public_name, without_folders
 from .settings import Arguments
@@ -180,7 +179,7 @@ class RunCard:
         lines = ["| part | parameters | learned |", "|---|---:|---:|"]
         lines += [
             f"| {part.name} | {part.parameters:,} | {f'{part.trained:,}' if part.trained else 'frozen'} |"
-            for part in describe_components(self._model)
+            for part in self.trainer.declared().components()
         ]
         return "\n".join(lines)
 

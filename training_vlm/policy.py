@@ -81,8 +81,6 @@ class TuningArguments:
         ):
             if not fits:
                 raise DuetError(f"{name}={getattr(self, name)}: expected {wanted}.")
-        if told := [name for name in _OF_A_PART if getattr(self, name) is not None]:
-            raise DuetError(f"{told[0]} is not possible here yet; leave it out.")
         # Adapters, quantised weights and merging are refused until they are there.
         if "lora" in (self.tune_vision, self.tune_text):
             raise DuetError("lora is no policy here yet; expected frozen, full, or last:N.")

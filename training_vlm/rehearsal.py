@@ -32,6 +32,7 @@ from .flops import Work, windows_of, work_of
 from .learning.adapters import composed
 from .learning.originals import autocast_dtype, cast_anyway, frozen_dtype_of
 from .learning.trainer import VLMTrainer
+from .learning.verify import Verification
 from .run import build_trainer
 from .settings import Arguments
 from .weightless import ACTIVATIONS, OPTIMIZER, Watch, blank, weightless
@@ -196,8 +197,8 @@ def _views(batch) -> int:
 
 def _steps(trainer: VLMTrainer, batch: dict[str, Any], cached: bool) -> tuple[Counter, Counter]:
     """The peak of the second step, and what is alive before it."""
-    for printer in (PrinterCallback, ProgressCallback):
-        trainer.remove_callback(printer)
+    for callback in (PrinterCallback, ProgressCallback, Verification):  # there are no weights to be verified
+        trainer.remove_callback(callback)
     accumulated = trainer.args.gradient_accumulation_steps
     batches = cast(DataLoader, [batch] * (2 * accumulated))
     trainer.get_train_dataloader = lambda: batches  # type: ignore[method-assign]  # this one trainer's own

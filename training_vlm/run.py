@@ -25,7 +25,6 @@ from processing.data_error_vlm import DuetError, in_a_line
 
 from .arguments import GenerationArguments, VLMTrainingArguments, precision_of
 from .cache_features import train_on_features
-from .learning.adapters import composed
 from .learning.checkpoints import discard_unfinished, find_checkpoint, numbered
 from .learning.originals import hold_frozen
 from .learning.probe import why_not_packed
@@ -33,7 +32,7 @@ from .learning.sampling import order_of
 from .learning.savings import Probe, choose_savings, plan_batches
 from .learning.sharding import cut_at_blocks
 from .learning.trainer import VLMTrainer
-from .learning.tuning import describe_components
+from .learning.tuning import make_plan
 from .machines import check_launch
 from .settings import Arguments
 from .stages import Stage
@@ -133,6 +132,7 @@ def build_trainer(
     except (ValueError, OSError, ImportError) as error:  # such as fsdp in one process, or a Hub that cannot be reached
         raise DuetError(f"the Trainer cannot be made with these settings: {in_a_line(error)}") from error
     cut_at_blocks(trainer)
+    trainer.plan = make_plan(model, arguments.tuning, training_args)
     if originals.is_holding and (trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled):
         raise DuetError("--frozen_dtype: FSDP and DeepSpeed hold and save the weights themselves; leave it out.")
     if (folder := arguments.efficiency.cache_vision_features) is not None:
@@ -177,11 +177,12 @@ def report(stage: Stage, trainer: VLMTrainer, surveys: dict[str, Survey]) -> Non
     """Say what will learn, at which rate, and from what; in one process."""
     if not trainer.is_world_process_zero():
         return
-    args, rate = trainer.args, f"{trainer.args.learning_rate:g}"
+    args = trainer.args
     print(f"\nStage {stage.number}, {stage.name}\n")
-    print(f"{'part':<18}{'parameters':>14}{'learn':>14}   rate")
-    for part in describe_components(composed(trainer.model)):
-        print(f"{part.name:<18}{part.parameters:>14,}{part.trained:>14,}   {rate if part.trained else '-'}")
+    print(f"{'part':<18}{'parameters':>16}{'learn':>16}   {'how':<8}  {'rate':<8}  decay")
+    for part in trainer.declared().components():
+        rate, decay = (f"{part.learning_rate:g}", f"{part.weight_decay:g}") if part.trained else ("-", "-")
+        print(f"{part.name:<18}{part.parameters:>16,}{part.trained:>16,}   {part.policy:<8}  {rate:<8}  {decay}")
     print(f"\n{report_data(surveys)}")
     print(trainer.savings)
     print(f"{trainer.conversations_a_step()}, {precision_of(args)}, {args.device}, to {args.output_dir}\n", flush=True)

@@ -18,6 +18,7 @@ from transformers import HfArgumentParser
 from processing.data_error_vlm import DuetError, NotFound
 
 from .arguments import DataArguments, GenerationArguments, ModelArguments, VLMTrainingArguments, suggest
+from .defaults import fill_in
 from .efficiency import EfficiencyArguments
 from .policy import TuningArguments
 from .stages import STAGES, Stage
@@ -79,6 +80,7 @@ def parse_arguments(
         options = [option for action in parser._actions for option in action.option_strings]
         raise DuetError(f"unknown argument {unknown[0]!r}{suggest(unknown[0], options)}; --help lists all.")
     adjust(settings := vars(namespace))
+    fill_in(settings)
     parsed = Arguments(*parser.parse_dict(settings, allow_extra_keys=True))
     parsed.efficiency.settle(parsed.data, parsed.training)
     return parsed

@@ -3,10 +3,9 @@
 from typing import Any
 
 from accelerate.utils import extract_model_from_parallel
-from torch import nn
 
 
-def composed(model: nn.Module) -> Any:
+def composed(model: Any) -> Any:
     """
     The `VLMForConditionalGeneration` in a model.
 

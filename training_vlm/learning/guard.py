@@ -15,9 +15,7 @@ from transformers import TrainerCallback
 from processing.batching.account import Record
 from processing.data_error_vlm import DuetError
 
-from .adapters import composed
 from .checkpoints import newest_whole
-from .tuning import describe_components
 
 
 if TYPE_CHECKING:
@@ -143,7 +141,7 @@ class Guard(TrainerCallback):
 
     def _stop_unreached(self, state) -> None:
         self.stopped = True
-        parts = ", ".join(part.name for part in describe_components(composed(self.trainer.model)) if part.trained)
+        parts = ", ".join(part.name for part in self.trainer.declared().parts if part.learning)
         raise DuetError(
             f"no sample has reached what learns ({parts}) in the first {state.global_step - self._began} steps: every "
             "gradient was 0. A projector or an encoder learns from images alone, and a sample only from what is "

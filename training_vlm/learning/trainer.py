@@ -32,6 +32,7 @@ from modeling_vlm.loss_vlm import IGNORE, targets_of, token_costs
 from processing.batching.account import Account, number_of
 from processing.data_error_vlm import DuetError
 
+from .adapters import composed
 from .batches import PlannedBatches, PlannedStream
 from .checkpoints import (
     STATE,
@@ -55,6 +56,8 @@ from .meter import EVALUATION, SAVING, Meter, spent_on
 from .publishing import CARD, RESULTS, SAMPLES, failure, files_of, files_of_checkpoint, push
 from .sampling import EpochOfData, GroupedOrder, LengthGroupedOrder, change_of_order, order_seed
 from .sharding import saved_whole
+from .tuning import RatesOfParts, TuningPlan, make_plan
+from .verify import Verification
 
 
 logger = logging.get_logger(__name__)
@@ -69,6 +72,7 @@ class VLMTrainer(Trainer):
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
         self.savings = None  # which ones a run makes, see `savings.py`
+        self.plan: TuningPlan | None = None  # what was declared to learn; `None` where the parameters alone say it
         self.card = None  # what writes the model card, once there is something to say
         self.account = Account()  # what this process has seen
         self.order: dict[str, Any] = {}  # what the order of the data follows from, see `sampling.py`
@@ -91,6 +95,9 @@ class VLMTrainer(Trainer):
         self.add_callback(self.guard)
         self.meter = Meter(self)
         self.add_callback(self.meter)
+        self.rates = RatesOfParts(self)
+        self.add_callback(self.rates)
+        self.add_callback(Verification(self))
         # It would hide from the log what the guard looks at; the steps that a scaler skips are to be hidden.
         self.args.logging_nan_inf_filter = self.accelerator.scaler is not None
 
@@ -104,6 +111,35 @@ class VLMTrainer(Trainer):
     def repository(self) -> str:
         """The name on the Hub that is pushed to, once the repository is there."""
         return cast(str, self.hub_model_id)
+
+    def declared(self) -> TuningPlan:
+        """What learns, each part with its rate and decay."""
+        return make_plan(cast(Any, self.model), None, self.args) if self.plan is None else self.plan
+
+    def create_optimizer(self, model=None) -> torch.optim.Optimizer:
+        """
+        See `Trainer.create_optimizer`; parts with rates and decays of their own are groups of their own.
+
+        Raises:
+            DuetError: the optimizer makes its groups itself.
+        """
+        opt_model: Any = self.model if model is None else model
+        plan = self.declared()
+        if self.optimizer is not None or plan.is_stock(self.args):
+            return super().create_optimizer(model)
+        kind, kwargs = self.optimizer_cls_and_kwargs or self.get_optimizer_cls_and_kwargs(self.args, opt_model)
+        if not isinstance(kind, type) or not issubclass(kind, torch.optim.Optimizer) or {*kwargs} & _OWN_GROUPS:
+            raise DuetError(
+                f"optim={self.args.optim} makes its groups itself, so that vision encoder and projector cannot have "
+                "rates or decays of their own; leave these out, or choose another optim."
+            )
+        groups = plan.groups(opt_model, self.get_decay_parameter_names(composed(opt_model)))
+        before = self.optimizer_cls_and_kwargs
+        self.optimizer_cls_and_kwargs = kind, {**kwargs, "params": groups}
+        try:
+            return super().create_optimizer(model)
+        finally:
+            self.optimizer_cls_and_kwargs = before
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         """See `Trainer.compute_loss`; logits are left out where nobody reads them."""
@@ -221,7 +257,7 @@ class VLMTrainer(Trainer):
         if "train_loss" in logs and isinstance(self.planned, PlannedStream):
             logs.pop("train_samples_per_second", None)  # they would be batches
         if "loss" in logs:
-            logs.update(self.meter.log_line())
+            logs.update(self.rates.rates, **self.meter.log_line())
         super().log(logs, *args, **kwargs)
 
     @spent_on(SAVING)
@@ -488,6 +524,10 @@ class VLMTrainer(Trainer):
         if self._save_error is not None:
             error, self._save_error = self._save_error, None
             raise error
+
+
+_OWN_GROUPS = {"params", "model", "optimizer_dict"}
+"""Settings by which some optimizers of `Trainer.get_optimizer_cls_and_kwargs` are given what they optimise."""
 
 
 def _rows_of_texts(targets, segments, account) -> torch.Tensor:

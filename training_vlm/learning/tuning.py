@@ -1,53 +1,220 @@
-"""Which parameters learn: one declared policy, found from the model's own modules and not from their names.
+"""What learns, as one object: a part of the model, its parameters, how they learn, at which rate, and who said so.
 
-The projector always learns. Nothing, everything or the last N blocks of each backbone learn (without the final
-norm). The blocks are the one list of modules that is as long as the config says the backbone is deep, so the rule holds
-for any encoder and any language model.
+What is special: everything is found from the model's own modules and not from their names. The blocks of a backbone are
+the one list of modules that is as long as its config says that it is deep, adapters are what peft's layers say of
+themselves; so the rule holds for any encoder and any language model. The optimizer's groups, the table before training,
+the model card and the check after the first step are all read off one plan.
 """
 
 import re
-from typing import NamedTuple
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from torch import nn
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, TrainerCallback, TrainingArguments
 
 from processing.data_error_vlm import DuetError
 
+from ..policy import TuningArguments
+from .adapters import composed
+
+
+if TYPE_CHECKING:
+    from .trainer import VLMTrainer
+
+VISION, PROJECTOR, EMBEDDINGS, TEXT, HEAD = "vision encoder", "projector", "token embeddings", "language model", "head"
+SIDES = {VISION: "vision", PROJECTOR: "projector"}
+"""Parts that may have a rate and a decay of their own, and what these are called by."""
+
+
+class Component(NamedTuple):
+    """One line of the table shown before training."""
+
+    name: str
+    parameters: int
+    trained: int
+    policy: str
+    learning_rate: float
+    weight_decay: float
+
+
+@dataclass(frozen=True)
+class PartPlan:
+    """
+    A part of the model, and what becomes of it.
+
+    Args:
+        policy: the word that was declared: frozen, full, last:N, lora; `as set` where only the parameters say it.
+        parameters: all of the part's, by their name in the composed model.
+        learning: names of those that learn.
+        learning_rate, weight_decay: theirs.
+    """
+
+    name: str
+    policy: str
+    parameters: dict[str, nn.Parameter]
+    learning: frozenset[str]
+    learning_rate: float
+    weight_decay: float
+
+
+@dataclass(frozen=True)
+class TuningPlan:
+    """What learns of a model; every parameter is in exactly one part."""
+
+    parts: tuple[PartPlan, ...]
+
+    @property
+    def learning(self) -> frozenset[str]:
+        """The names of all that learns."""
+        return frozenset().union(*(part.learning for part in self.parts))
+
+    def apply(self, model: nn.Module) -> None:
+        """Have the parameters of a model, or of what is wrapped around it, learn as it was declared."""
+        learning = self.learning
+        for name, parameter in composed(model).named_parameters():
+            parameter.requires_grad_(name in learning)
+
+    def is_stock(self, args: TrainingArguments) -> bool:
+        """Whether all that learns has the rate and the decay of `TrainingArguments`."""
+        own = {(part.learning_rate, part.weight_decay) for part in self.parts if part.learning}
+        return own <= {(args.learning_rate, args.weight_decay)}
+
+    def groups(self, model: nn.Module, decaying: Iterable[str]) -> list[dict[str, Any]]:
+        """
+        The optimizer's groups, those of the language model's rate first.
+
+        Args:
+            decaying: names of the parameters that decay, where their part does.
+        """
+        decaying, groups = set(decaying), dict[tuple[float, float], list[nn.Parameter]]()
+        for name, parameter in _in_order(self.parts, composed(model)):
+            part = next(part for part in self.parts if name in part.parameters)
+            key = part.learning_rate, part.weight_decay if name in decaying else 0.0
+            groups.setdefault(key, []).append(parameter)
+        return [{"params": found, "lr": rate, "weight_decay": decay} for (rate, decay), found in groups.items()]
+
+    def components(self) -> list[Component]:
+        """How many parameters each part has, and how many of them learn; a part without any is left out."""
+        lines = []
+        for part in self.parts:
+            count = {name: _count(name, parameter) for name, parameter in part.parameters.items()}
+            trained = sum(count[name] for name in part.learning)
+            line = Component(
+                part.name, sum(count.values()), trained, part.policy, part.learning_rate, part.weight_decay
+            )
+            lines += [line] * (line.parameters > 0)
+        return lines
+
+
+def make_plan(model: nn.Module, tuning: TuningArguments | None, args: TrainingArguments | None = None) -> TuningPlan:
+    """
+    What learns of a composed model, by what is said; a backbone of which nothing is said is frozen.
+
+    Args:
+        model: a `VLMForConditionalGeneration`, or what is wrapped around it.
+        tuning: `None` where `requires_grad` says it.
+        args: with the rate and the decay of what has none of its own.
+
+    Raises:
+        DuetError: another word, more blocks than there are, or something said of what is not there or does not learn.
+    """
+    inner = composed(model)
+    names = {id(parameter): name for name, parameter in inner.named_parameters()}
+    found: dict[str, dict[str, nn.Parameter]] = {}
+    for part, parameters in _owners(inner):
+        found[part] = {names.pop(id(p)): p for p in parameters if id(p) in names}
+    words = _words(tuning, inner)
+    rate, decay = (0.0, 0.0) if args is None else (args.learning_rate, args.weight_decay)
+    parts = []
+    for part, own in found.items():
+        learning = _learning(tuning, part, words[part], inner, own)
+        rates = [_own(tuning, part, what, bool(learning)) for what in ("learning_rate", "weight_decay")]
+        settled = (default if value is None else value for value, default in zip(rates, (rate, decay)))
+        parts.append(PartPlan(part, words[part], own, frozenset(learning), *settled))
+    return TuningPlan(tuple(parts))
+
 
 def apply_tuning(
-    model: PreTrainedModel, vision: str, text: str, freeze_embeddings: bool = False, projector: str = "full"
+    model: PreTrainedModel, vision: str = "frozen", text: str = "frozen", freeze_embeddings: bool = False
 ) -> None:
     """
-    Set `requires_grad` on every parameter of a composed model.
+    Set `requires_grad` on every parameter of a composed model, for any Trainer; the projector learns.
 
     Args:
         model: a `VLMForConditionalGeneration`.
         vision, text: `"frozen"`, `"full"` or `"last:N"`.
         freeze_embeddings: keep the token embeddings (and a head tied to them) as they are.
-        projector: `"full"` or `"frozen"`.
 
     Raises:
         DuetError: another word, or more blocks than there are.
     """
+    make_plan(model, TuningArguments(vision, "full", text, freeze_embeddings)).apply(model)
+
+
+def _owners(inner) -> Iterator[tuple[str, Iterable[nn.Parameter]]]:
+    newline = inner.model.image_newline
+    yield VISION, inner.model.vision_tower.parameters()
+    yield PROJECTOR, [*inner.model.multi_modal_projector.parameters(), *([] if newline is None else [newline])]
+    yield EMBEDDINGS, inner.get_input_embeddings().parameters()  # and a head tied to them
+    yield TEXT, inner.model.language_model.parameters()
+    yield HEAD, inner.get_output_embeddings().parameters()
+
+
+def _words(tuning: TuningArguments | None, inner) -> dict[str, str]:
+    if tuning is None:
+        return dict.fromkeys((VISION, PROJECTOR, EMBEDDINGS, TEXT, HEAD), "as set")
+    told = tuning.tune_vision, tuning.tune_projector, tuning.tune_text
+    vision, projector, text = (word if said is None else said for said, word in zip(told, ("frozen", "full", "frozen")))
     if projector not in ("full", "frozen"):
         raise DuetError(f"tune_projector={projector!r}: expected full or frozen.")
-    model.requires_grad_(False)
-    for parameter in _projector_parameters(model):
-        parameter.requires_grad_(projector == "full")
-    for encoder in _encoders(model):
-        for parameter in _chosen("tune_vision", vision, encoder):
-            parameter.requires_grad_(True)
-    for parameter in _chosen("tune_text", text, model.model.language_model):
-        parameter.requires_grad_(True)
-    if text == "full":
-        model.get_output_embeddings().requires_grad_(True)
-    if freeze_embeddings:
-        model.get_input_embeddings().requires_grad_(False)
+    embeddings = "frozen" if tuning.freeze_embeddings or text.startswith("last:") else text
+    head = "frozen" if text.startswith("last:") else text
+    return {VISION: vision, PROJECTOR: projector, EMBEDDINGS: embeddings, TEXT: text, HEAD: head}
 
 
-def _projector_parameters(model):
-    newline = model.model.image_newline
-    return [*model.model.multi_modal_projector.parameters(), *([] if newline is None else [newline])]
+def _learning(tuning, part: str, word: str, inner, own: dict[str, nn.Parameter]) -> set[str]:
+    """Names of what learns of a part."""
+    if word == "as set":
+        return {name for name, parameter in own.items() if parameter.requires_grad}
+    if word == "frozen":
+        return set()
+    brought, replaced = _adapters(inner)
+    if word == "full":
+        return {name for name, parameter in own.items() if id(parameter) not in replaced}
+    if word == "lora":
+        return {name for name, parameter in own.items() if id(parameter) in brought}
+    backbones = _encoders(inner) if part == VISION else [inner.model.language_model]
+    chosen = {id(p) for backbone in backbones for p in _last(f"tune_{SIDES.get(part, 'text')}", word, backbone)}
+    return {name for name, parameter in own.items() if id(parameter) in chosen}
+
+
+def _own(tuning: TuningArguments | None, part: str, what: str, learns: bool) -> float | None:
+    """A part's own rate or decay, where it has one."""
+    option = f"{SIDES.get(part)}_{what}"
+    value = getattr(tuning, option, None)
+    if value is not None and not learns:
+        raise DuetError(f"{option}={value:g}: nothing of the {part} learns; let it learn, or leave this out.")
+    if value == 0 and what == "learning_rate":
+        raise DuetError(f"{option}=0: the {part} would not learn; say so with tune_{SIDES[part]}: frozen.")
+    return value
+
+
+def _adapters(model: nn.Module) -> tuple[set[int], set[int]]:
+    """Ids of the parameters that adapters in force brought, and of those that a copy to be trained stands for."""
+    brought: set[int] = set()
+    replaced: set[int] = set()
+    for module in model.modules():
+        for kind in getattr(module, "adapter_layer_names", ()):
+            held: Any = getattr(module, kind, None)
+            for adapter in getattr(module, "active_adapters", ()):
+                if isinstance(held, (nn.ModuleDict, nn.ParameterDict)) and adapter in held:
+                    one = held[adapter]
+                    brought.update(map(id, one.parameters() if isinstance(one, nn.Module) else [one]))
+            if kind == "modules_to_save":
+                replaced.update(map(id, module.original_module.parameters()))  # type: ignore[union-attr,operator]
+    return brought, replaced
 
 
 def _encoders(model):
@@ -55,16 +222,12 @@ def _encoders(model):
     return getattr(model.model.vision_tower, "encoders", (model.model.vision_tower,))
 
 
-def _chosen(option: str, choice: str, backbone: PreTrainedModel) -> list[nn.Parameter]:
-    if choice == "frozen":
-        return []
-    if choice == "full":
-        return list(backbone.parameters())
-    match = re.fullmatch(r"last:(\d+)", choice)
+def _last(option: str, word: str, backbone: PreTrainedModel) -> list[nn.Parameter]:
+    match = re.fullmatch(r"last:(\d+)", word)
     blocks = find_blocks(backbone)
     if match is None or not 1 <= int(match[1]) <= len(blocks):
         raise DuetError(
-            f"{option}={choice!r}: expected frozen, full, or last:N with N from 1 to {len(blocks)}, the number of "
+            f"{option}={word!r}: expected frozen, full, lora, or last:N with N from 1 to {len(blocks)}, the number of "
             f"blocks of the {backbone.config.model_type}."
         )
     return [parameter for block in blocks[-int(match[1]) :] for parameter in block.parameters()]
@@ -79,32 +242,44 @@ def find_blocks(backbone: PreTrainedModel) -> nn.ModuleList:
     return lists[0]
 
 
-class Component(NamedTuple):
-    """One line of the table shown before training."""
+def _in_order(parts, inner) -> Iterator[tuple[str, nn.Parameter]]:
+    """What learns, as the model has it now, in its own order; the language model's first, whose rate is the run's."""
+    own = {name for part in parts if part.name in SIDES for name in part.learning}
+    shared = {name for part in parts if part.name not in SIDES for name in part.learning}
+    for chosen in (shared, own):
+        yield from ((name, parameter) for name, parameter in inner.named_parameters() if name in chosen)
 
-    name: str
-    parameters: int
-    trained: int
+
+def _count(name: str, parameter: nn.Parameter) -> int:
+    if ".original_module." in name:  # which its copy stands for
+        return 0
+    state = getattr(parameter, "quant_state", None)  # of 4 bit, where a number holds two
+    return parameter.numel() if state is None else state.shape.numel()
 
 
-def describe_components(model: PreTrainedModel) -> list[Component]:
-    """How many parameters each component has, and how many of them learn; a head tied to the embeddings counts once."""
-    embeddings = list(model.get_input_embeddings().parameters())
-    groups = {
-        "vision encoder": list(model.model.vision_tower.parameters()),
-        "projector": _projector_parameters(model),
-        "token embeddings": embeddings,
-        "language model": list(model.model.language_model.parameters()),
-        "head": list(model.get_output_embeddings().parameters()),
-    }
-    seen: set[int] = set()
-    components = []
-    for name, parameters in groups.items():
-        if name == "language model":
-            parameters = [p for p in parameters if id(p) not in {id(e) for e in embeddings}]
-        parameters = [p for p in parameters if id(p) not in seen]
-        seen.update(id(p) for p in parameters)
-        trained = sum(p.numel() for p in parameters if p.requires_grad)
-        if parameters:
-            components.append(Component(name, sum(p.numel() for p in parameters), trained))
-    return components
+class RatesOfParts(TrainerCallback):
+    """
+    Knows the rates of the step that was made, for the log: of the parts that have one of their own.
+
+    Attributes:
+        rates (`dict[str, float]`): by name, as `projector_learning_rate`.
+    """
+
+    def __init__(self, trainer: "VLMTrainer"):
+        self.trainer = trainer
+        self.rates: dict[str, float] = {}
+
+    def on_optimizer_step(self, args, state, control, model=None, optimizer=None, **kwargs):
+        """Look at the groups before the schedule goes on, as the stock loop does for `learning_rate`."""
+        plan = self.trainer.plan
+        if plan is None or plan.is_stock(args):
+            return
+        rate_of = {id(parameter): group["lr"] for group in optimizer.param_groups for parameter in group["params"]}
+        parameters = dict(composed(model).named_parameters())
+        for part in plan.parts:
+            found = [rate_of[key] for name in part.learning if (key := id(parameters[name])) in rate_of]
+            if part.name in SIDES and found:
+                self.rates[f"{SIDES[part.name]}_learning_rate"] = float(found[0])
+
+
+__all__ = ["Component", "PartPlan", "RatesOfParts", "TuningPlan", "apply_tuning", "find_blocks", "make_plan"]
