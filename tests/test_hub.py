@@ -1,5 +1,6 @@
 """What a run leaves on the Hub: models that load by name, a card that the Hub takes, and nothing of the machine."""
 
+import html
 import json
 import os
 import shutil
@@ -11,15 +12,27 @@ from pathlib import Path
 
 import pytest
 import torch
-from huggingface_hub import ModelCard
+from huggingface_hub import ModelCard, ModelCardData
 from PIL import Image
 from safetensors.torch import load_file
 
+from evaluation_vlm.judgement import judge
+from evaluation_vlm.metrics import METRICS
+from evaluation_vlm.predictions import Prediction
+from evaluation_vlm.questions import Question
+from inference_vlm.answering import Prompt
 from processing.batching.account import Account, Record
+from tests import tiny
 from tests.fake_hub import faults_of_card, hub_environment, start_fake_hub
 from tests.isolated import WITHOUT_PACKAGE
+from tests.test_trainer import trainer_of
+from training_vlm.arguments import ModelArguments
 from training_vlm.learning.checkpoints import fault
+from training_vlm.licences import Base, find_bases, licence_of
+from training_vlm.model_card import RunCard
 from training_vlm.private import public_account, public_name, without_folders
+from training_vlm.settings import parse_arguments
+from training_vlm.stages import SFT
 
 
 ROOT = Path(__file__).parents[1]
@@ -254,3 +267,122 @@ def test_a_model_has_its_name_on_the_hub_or_that_of_its_folder(tmp_path, monkeyp
     names = {"maker/vit": "maker/vit", "gpt2": "gpt2", "maker/here": "here", str(tmp_path / "maker"): "maker"}
     for name, public in names.items():
         assert public_name(name) == public
+
+
+# -- licences ---------------------------------------------------------------------------------------------------------
+
+
+def base(name, **terms):
+    return Base("language model", name, True, terms)
+
+
+def test_a_licence_is_claimed_as_far_as_all_bases_state_one():
+    apache, mit = base("a/b", license="apache-2.0"), base("c/d", license="mit")
+    own = base("e/f", license="other", license_name="their-own", license_link="https://example.com/terms")
+    assert licence_of([apache, base("c/d", license="apache-2.0")]) == {"license": "apache-2.0"}
+    assert licence_of([apache, mit]) == {"license": "other", "license_name": "apache-2.0-and-mit"}
+    assert licence_of([own, own]) == own.terms
+    assert licence_of([apache, own]) == {"license": "other", "license_name": "apache-2.0-and-their-own"}
+    assert licence_of([apache, base("c/d")]) == {} == licence_of([])
+
+
+@pytest.mark.parametrize(
+    "card, terms",
+    [
+        ("---\nlicense: mit\n---\n", {"license": "mit"}),
+        ("---\nlicense: [mit]\n---\n", {"license": "mit"}),
+        ("---\nlicense: My Own <b>\n---\n", {"license": "other", "license_name": "my-own-b"}),
+        ("---\nlicense: other\nlicense_name: x\nlicense_link: A\n---\n", {"license": "other", "license_name": "x"}),
+        ("---\nlicense: 3\n---\n", {}),
+        ("---\n- no\n---\n", {}),
+        ("---\na: [\n---\n", {}),
+        ("no metadata", {}),
+        (None, {}),
+    ],
+)  # fmt: skip
+def test_the_licence_of_a_folder_is_what_its_card_says(card, terms, tmp_path):
+    if card is not None:
+        (tmp_path / "README.md").write_text(card)
+    (found,) = find_bases(ModelArguments(model=str(tmp_path)))
+    assert found == Base("model", tmp_path.name, False, terms)
+    if terms:
+        content = str(
+            ModelCard.from_template(ModelCardData(**licence_of([found])), template_str="---\n{{ card_data }}\n---\n")
+        )
+        assert not faults_of_card(content)
+
+
+# -- the card ---------------------------------------------------------------------------------------------------------
+
+
+HOSTILE = "x | y`</table><script>alert(1)</script> {{ 7 * 7 }} {% raw %}\n---\n[a](http://evil) ![b](http://evil/b.png)"
+
+
+@pytest.fixture
+def card(folders, image, tmp_path):
+    """`card(*argv, **found)` is the card of a run with these settings, as a text, and what it found."""
+    trainer = trainer_of("vit-gpt2", folders, tiny.ragged_dialogues(image), tmp_path / "out")
+
+    def text(*argv, **found):
+        arguments = parse_arguments(SFT, ["--use_cpu", "--output_dir", str(tmp_path / "out"), *argv])
+        made = RunCard(SFT, arguments, trainer)
+        made.done = True
+        for name, value in found.items():
+            setattr(made, name, value)
+        return made.text()
+
+    return text
+
+
+def predictions(*right, subset="all", kind="all"):
+    question = Question(Prompt([1], []), ("a",), kind, subset)
+    return [Prediction(question, "a" if one else "b") for one in right]
+
+
+def test_a_card_names_data_sets_of_the_hub_and_their_scores(card):
+    judged = judge(predictions(True, False, subset="new") + predictions(True, subset="old"), [METRICS["exact_match"]])
+    content = card(
+        "--dataset", "maker/talk", "--dataset_name", "en", "--dataset_revision", "v2", "--test_split", "test",
+        "--model", "me/nothing", judgement=judged, losses={"train_loss": 2.0, "eval_loss": float("nan")},
+    )  # fmt: skip
+    assert not faults_of_card(content)
+    data = ModelCard(content).data
+    assert data.datasets == ["maker/talk"] and data.base_model == ["me/nothing"] and data.license is None
+    scores = {result.metric_name: result for result in data.eval_results}
+    assert {name: score.metric_value for name, score in scores.items()} == {
+        "exact_match": pytest.approx(2 / 3), "exact_match, new": 0.5, "exact_match, old": 1.0
+    }  # fmt: skip
+    one = scores["exact_match"]
+    assert (one.dataset_type, one.dataset_config, one.dataset_split) == ("maker/talk", "en", "test")
+    assert one.dataset_revision == "v2" and one.task_type == "image-text-to-text"
+    assert "33.3% of its answers" in content and "No licence is claimed" in content
+    assert "maker/talk &#40;en, v2&#41;" in content
+
+
+def test_what_data_say_is_text_and_nothing_else_in_a_card(card, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    file = 'a "b" `c` <i> {{ 1 + 1 }}.jsonl'
+    judged = judge(predictions(True, subset=HOSTILE, kind=HOSTILE), [METRICS["exact_match"]])
+    content = card(
+        "--dataset", file, "--test_split", "test", "--card_samples", "True", "--prompt", HOSTILE,
+        "--model", HOSTILE[:9], judgement=judged, samples=[(HOSTILE, HOSTILE, HOSTILE)],
+    )  # fmt: skip
+    assert not faults_of_card(content)
+    body = ModelCard(content).text
+    for mark in ("<script", "</table", "](http://evil", "49", "<i>"):
+        assert mark not in body
+    assert body.count("```") == 4 and "{{ 7 * 7 }}" in html.unescape(body)
+    samples = body[body.index("| asked |") :].splitlines()
+    assert samples[2].count("|") == 4 and not samples[3]  # one row, of three cells
+
+
+def test_an_unfinished_run_says_so_in_its_card(card):
+    assert "this is no finished model" in card("--dataset", "shapes", done=False)
+    assert "this is no finished model" not in card("--dataset", "shapes")
+
+
+def test_samples_of_the_built_in_data_need_no_consent(card):
+    shown = {"samples": [("what?", "a cat", "a dog")]}
+    assert "a cat" in card("--dataset", "shapes", **shown)
+    assert "a cat" not in card("--dataset", "shapes", "--card_samples", "False", **shown)
+    assert "a cat" not in card("--dataset", "maker/talk", **shown)
