@@ -203,7 +203,7 @@ def test_a_card_is_one_that_the_hub_takes_and_reads(pushed):
         assert card.data.base_model == ["maker/vit", "maker/lm"] and card.data.license == "mit"
         assert (card.data.pipeline_tag, card.data.library_name) == ("image-text-to-text", "transformers")
         assert f"stage-{stage}" in card.data.tags and f"Stage {stage} of 2" in content
-        assert "| projector |" in content and "| learning rate |" in content and "## Limits" in content
+        assert "| projector |" in content and "| schedule |" in content and "## Limits" in content
         assert f"transformers {__import__('transformers').__version__}" in content
         assert "no finished model" not in content
     scores = {result.metric_type: result for result in ModelCard(content).data.eval_results}
@@ -304,7 +304,7 @@ def test_the_licence_of_a_folder_is_what_its_card_says(card, terms, tmp_path):
     if card is not None:
         (tmp_path / "README.md").write_text(card)
     (found,) = find_bases(ModelArguments(model=str(tmp_path)))
-    assert found == Base("model", tmp_path.name, False, terms)
+    assert found == Base("earlier model", tmp_path.name, False, terms)
     if terms:
         content = str(
             ModelCard.from_template(ModelCardData(**licence_of([found])), template_str="---\n{{ card_data }}\n---\n")

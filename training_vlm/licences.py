@@ -55,7 +55,7 @@ def find_bases(model_args: ModelArguments) -> list[Base]:
         if names := [name for name in listed if isinstance(name, str) and is_hub_name(name)]:
             return [Base("backbone", name, True, _terms(name, _read_card(name))) for name in names]
         own = model_args.model
-        return [Base("model", public_name(own), is_hub_name(own), _terms(own, data))]
+        return [Base("earlier model", public_name(own), is_hub_name(own), _terms(own, data))]
     named = {
         "vision encoder": (model_args.vision_model, "vision"),
         "second vision encoder": (model_args.second_vision_model, "vision"),

@@ -176,11 +176,10 @@ class RunCard:
         return _USE.format(name=name, trust=trust, ask=self.stage.ask)
 
     def _components(self) -> str:
-        lines = ["| part | parameters | learned |", "|---|---:|---:|"]
-        lines += [
-            f"| {part.name} | {part.parameters:,} | {f'{part.trained:,}' if part.trained else 'frozen'} |"
-            for part in self.trainer.declared().components()
-        ]
+        lines = ["| part | parameters | learned | how | rate | decay |", "|---|---:|---:|---|---|---|"]
+        for part in self.trainer.declared().components():
+            rates = f"{part.learning_rate:g} | {part.weight_decay:g}" if part.trained else "- | -"
+            lines.append(f"| {part.name} | {part.parameters:,} | {part.trained:,} | {part.policy} | {rates} |")
         return "\n".join(lines)
 
     def _settings(self) -> dict[str, Any]:
@@ -192,9 +191,8 @@ class RunCard:
             "data": ", ".join(_told_of(source) for source in self._sources()),
             "epochs": f"{args.num_train_epochs:g}" if args.max_steps < 0 else f"{args.max_steps} steps",
             "batch": self.trainer.conversations_a_step(),
-            "learning rate": f"{args.learning_rate:g}, {schedule}, {warm_up} steps of warm-up",
+            "schedule": f"{schedule}, {number_of(warm_up, 'step')} of warm-up",
             "optimizer": f"{OptimizerNames(args.optim).value}, betas {args.adam_beta1:g} and {args.adam_beta2:g}",
-            "weight decay": args.weight_decay,
             "gradient clipping": args.max_grad_norm,
             "precision": precision_of(args),
             "seed": args.seed,
@@ -204,7 +202,7 @@ class RunCard:
         for part in (part for part in self.arguments if part is not self.arguments.training):
             for field in fields(part):
                 value = getattr(part, field.name)
-                if value != field.default and field.name not in _NOT_TOLD and isinstance(value, _PLAIN):
+                if value != field.default and field.name not in _NOT_TOLD and isinstance(value, _TOLD):
                     settings[field.name] = without_folders(str(value))
         return settings
 
@@ -256,12 +254,14 @@ processor = AutoProcessor.from_pretrained({name}, {trust})
 output = model.generate(**inputs)
 print(processor.decode(output[0, inputs["input_ids"].shape[1]:], skip_special_tokens=True).strip())"""
 
-_PLAIN = (str, int, float, bool)
+_TOLD = (str, int, float, bool, list)
 _NOT_TOLD = {
     "model", "vision_model", "second_vision_model", "text_model", "vision_token", "text_token", "trust_remote_code",
     "vision_trust_remote_code", "text_trust_remote_code", "dataset", "datasets", "dataset_name", "dataset_revision",
     "image_dir", "allow_urls", "allow_local_urls", "allow_links", "train_split", "eval_split", "test_split",
-    "test_dataset", "download", "encode_ahead", "cache_vision_features",
+    "test_dataset", "download", "encode_ahead", "cache_vision_features", "tune_vision", "tune_projector", "tune_text",
+    "freeze_embeddings", "vision_learning_rate", "projector_learning_rate", "vision_weight_decay",
+    "projector_weight_decay",
 }  # fmt: skip
 """Settings that the card tells elsewhere, or that are nobody else's business."""
 
