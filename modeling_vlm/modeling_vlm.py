@@ -237,11 +237,7 @@ class VLMModel(VLMPreTrainedModel):
         )
 
     def has_to_see(self) -> bool:
-        """
-        Whether a batch without images runs a blank one: the encoder's weights are gathered for each call.
-
-        All processes have to make such a call, or one waits for the others for ever.
-        """
+        """Whether the encoder's weights are gathered for each call, which all processes have to make, or one waits."""
         return self.tower_runs and is_gathered(self.vision_tower)
 
     def image_positions(self, input_ids: torch.LongTensor | None, inputs_embeds: torch.Tensor | None) -> torch.Tensor:
@@ -286,6 +282,7 @@ class VLMModel(VLMPreTrainedModel):
         vision_features: torch.Tensor | None = None,
         feature_index: torch.LongTensor | None = None,
         segments: Sequence[Segment] | None = None,
+        see_blank: bool = False,
         **kwargs,
     ) -> VLMModelOutputWithPast:
         """
@@ -305,6 +302,8 @@ class VLMModel(VLMPreTrainedModel):
             segments (`list` of `(start, end, parent, text)`): of one row of many texts, who sees whom: positions
                 [start, end) see those of the segment numbered `parent`, of its parent and so on, and themselves.
                 Positions in the language model go on after the parent's. See `attention_vlm`.
+            see_blank (`bool`): where no image is given, run a blank one that counts 0 times if the encoder's weights are
+                gathered for each call, which all processes have to make; a model that trains does so in any case.
             **kwargs: for the language model, the cache of the tokens before these among them, under the name that the
                 library has for it (`cache`, before transformers 5.24 `past_key_values`).
 
@@ -337,7 +336,7 @@ class VLMModel(VLMPreTrainedModel):
         image_outputs = (mm_encoder_outputs or {}).get("image")
         if pixel_values is not None or vision_features is not None:
             image_outputs = self.get_image_features(pixel_values, image_grids, vision_features, return_dict=True)
-        elif image_outputs is None and self.has_to_see():
+        elif image_outputs is None and (self.training or see_blank) and self.has_to_see():
             blank = blank_image(self.vision_tower, self.config.image_size)
             unseen = in_one_row(self.get_image_features(blank, return_dict=True).pooler_output)
             inputs_embeds = inputs_embeds + 0 * unseen.sum().to(inputs_embeds.device, inputs_embeds.dtype)
@@ -588,6 +587,7 @@ class VLMForConditionalGeneration(VLMPreTrainedModel, VLMGenerationMixin):
             vision_features=vision_features,
             feature_index=feature_index,
             segments=segments,
+            see_blank=targets is not None,  # in an evaluation, and not where answers are written
             return_dict=True,
             **kwargs,
         )

@@ -5,24 +5,30 @@ A worker that torchrun starts runs each case as the process of the test runs it 
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+import psutil
 import pytest
 import torch
 from accelerate import DistributedType
+from accelerate.commands.launch import launch_command_parser
 from accelerate.state import AcceleratorState, PartialState
 from PIL import Image
 from safetensors.torch import load_file
 from torch.distributed.tensor import DTensor
 
+from modeling_vlm import VLMForConditionalGeneration
 from processing import VLMDataCollator
 from tests import tiny
+from training_vlm import machines
 from training_vlm.arguments import VLMTrainingArguments
-from training_vlm.learning.sharding import cut_at_blocks
+from training_vlm.learning.checkpoints import fault
+from training_vlm.learning.sharding import block_names, cut_at_blocks
 from training_vlm.learning.trainer import VLMTrainer
 from training_vlm.learning.tuning import apply_tuning
 from training_vlm.settings import RECIPES
@@ -91,7 +97,7 @@ def trainer_of(case, backbones, folder, processes, **changes):
         train_sampling_strategy="sequential", per_device_train_batch_size=4 // processes,
         per_device_eval_batch_size=3, ddp_find_unused_parameters=False, output_dir=str(folder),
     )  # fmt: skip
-    if case.cut and processes > 1:
+    if case.cut and "TORCHELASTIC_RUN_ID" in os.environ:
         settings.update(fsdp=True)
     else:
         changes.pop("fsdp_config", None)
@@ -221,3 +227,234 @@ def test_two_processes_take_the_steps_of_one_with_images_on_either_or_neither_an
     said = launch(tmp_path, f"worker({str(tmp_path)!r}, {QUICK})")
     assert "returned a view" not in said and "unused" not in said
     assert_as_in_one(tmp_path, QUICK)
+
+
+@pytest.mark.slow
+def test_two_processes_take_the_steps_of_one_in_every_form(tmp_path):
+    """Weights whole and cut, packed and not, with tiles and without, with gradient checkpointing and without."""
+    save_backbones(tmp_path)
+    names = [name for name in CASES if name not in QUICK]
+    launch(tmp_path, f"worker({str(tmp_path)!r}, {names})", limit=900)
+    assert_as_in_one(tmp_path, names)
+
+
+# -- going on with more or fewer processes ----------------------------------------------------------------------------
+
+
+def run_jobs(root, name, jobs, processes, **changes):
+    """Train to step 4 into each folder, from a checkpoint where one is named, with checkpoints at 2 and 4."""
+    for out, resumed in jobs:
+        settings = {**CASES[name].changes, "optim": "adamw_torch", "learning_rate": 1e-3, "save_strategy": "steps"}
+        trainer = trainer_of(
+            CASES[name], backbones_in(root), root / out, processes, **settings, save_steps=2, **changes
+        )
+        trainer.train(resume_from_checkpoint=None if resumed is None else str(root / resumed))
+        assert trainer.args.world_size == processes and trainer.state.global_step == 4
+        trainer.save_model()
+        trainer.accelerator.wait_for_everyone()
+    return trainer
+
+
+def going_on_worker(root, name, jobs):
+    """The same in the processes that torchrun started."""
+    shard_here()
+    processes = int(os.environ["WORLD_SIZE"])
+    for job in jobs:
+        between_cases()
+        trainer = run_jobs(Path(root), name, [job], processes, ddp_backend="gloo")
+    trainer.accelerator.end_training()
+
+
+def go_on(root, name, jobs, processes):
+    if processes == 1 and not CASES[name].cut:
+        run_jobs(root, name, jobs, 1)
+    else:
+        launch(root, f"going_on_worker({str(root)!r}, {name!r}, {jobs})", processes)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["whole", "cut", "cut, in parts on disk"])
+def test_a_run_goes_on_to_the_same_weights_with_more_or_fewer_processes(tmp_path, name):
+    save_backbones(tmp_path)
+    go_on(tmp_path, name, [("one", None)], 1)
+    jobs = [("two", None), ("two after two", "two/checkpoint-2"), ("two after one", "one/checkpoint-2")]
+    go_on(tmp_path, name, jobs, 2)
+    go_on(tmp_path, name, [("one after two", "two/checkpoint-2")], 1)
+    for checkpoint in ("one/checkpoint-2", "two/checkpoint-2", "two/checkpoint-4"):
+        assert fault(tmp_path / checkpoint) is None
+        assert (tmp_path / checkpoint / "model.safetensors").is_file()
+    assert_same_weights(tmp_path / "two after two", tmp_path / "two", rtol=0, atol=0)
+    for out in ("two", "two after one", "one after two"):
+        assert_same_weights(tmp_path / out, tmp_path / "one", rtol=1e-4, atol=2e-5)
+    first = load_file(tmp_path / "one" / "checkpoint-2" / "model.safetensors")
+    last = load_file(tmp_path / "one" / "model.safetensors")
+    assert max(float((last[key] - first[key]).abs().max()) for key in first) > 1e-3
+
+
+# -- what a launch gave -----------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def arguments(tmp_path):
+    """Those of a run in this process, on its CPU; `arguments(fsdp=True)` asks for more."""
+    return lambda **changes: VLMTrainingArguments(output_dir=str(tmp_path), use_cpu=True, report_to=[], **changes)
+
+
+@pytest.fixture
+def started_by(monkeypatch):
+    """`started_by(*command)`: the process whose child this one would be."""
+
+    def start(*command):
+        monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "no")
+        parent = psutil.Process()
+        monkeypatch.setattr(parent, "cmdline", lambda: list(command), raising=False)
+        shell = psutil.Process()
+        monkeypatch.setattr(shell, "cmdline", lambda: ["bash", "run.sh"], raising=False)
+        monkeypatch.setattr(psutil.Process, "parents", lambda self: [shell, parent])
+
+    return start
+
+
+def test_a_run_without_a_launcher_is_let_in(arguments, monkeypatch):
+    for name in (*machines.COUNTS, *machines.SHARDING.values(), "ACCELERATE_MIXED_PRECISION"):
+        monkeypatch.delenv(name, raising=False)
+    assert machines.check_launch(arguments()) is None
+
+
+@pytest.mark.parametrize("name", machines.COUNTS)
+def test_processes_that_do_not_know_of_each_other_are_refused(arguments, monkeypatch, name):
+    args = arguments()
+    monkeypatch.setenv(name, "4")
+    with pytest.raises(
+        ValueError, match="was asked for 4 processes, and this one knows of no other: .*torchrun"
+    ) as said:
+        machines.check_launch(args)
+    assert machines.COUNTS[name] in str(said.value)
+    monkeypatch.setenv(name, "1")
+    assert machines.check_launch(args) is None
+
+
+PARENTS = [
+    ["python", "/usr/bin/accelerate", "launch"],
+    ["/usr/bin/accelerate-launch"],
+    ["python", "-m", "accelerate.commands.launch"],
+    ["python", "-u", "-m", "accelerate.commands.accelerate_cli", "launch"],
+]
+
+
+@pytest.mark.parametrize("parent", PARENTS, ids=lambda parent: parent[-1])
+def test_accelerate_launch_that_started_fewer_processes_than_it_was_asked_for_is_refused(
+    arguments, started_by, parent, tmp_path
+):
+    args = arguments()
+    started_by(*parent, "--cpu", "--num_processes", "2", "train_sft.py", "--num_processes", "9")
+    with pytest.raises(ValueError, match="accelerate launch was asked for 2 processes, and this one knows of no other"):
+        machines.check_launch(args)
+    (tmp_path / "two.yaml").write_text("distributed_type: MULTI_CPU\nuse_cpu: true\nnum_processes: 3\n")
+    started_by(*parent, f"--config_file={tmp_path / 'two.yaml'}", "-m", "train_sft")
+    with pytest.raises(ValueError, match="accelerate launch was asked for 3 processes"):
+        machines.check_launch(args)
+    started_by(*parent, "--cpu", "--num-processes", "1", "train_sft.py")
+    assert machines.check_launch(args) is None
+
+
+def test_weights_that_would_not_be_cut_over_processes_are_refused(arguments, started_by, monkeypatch):
+    expected = "was asked for, and accelerate cuts weights over accelerators alone, of which there is none here"
+    args, with_option = arguments(), arguments(fsdp=True)
+    monkeypatch.delenv("ACCELERATE_USE_FSDP", raising=False)
+    with pytest.raises(ValueError, match=f"FSDP {expected}"):
+        machines.check_launch(with_option)
+    for file, kind in (("fsdp2", "FSDP"), ("zero3", "DeepSpeed")):
+        started_by("accelerate", "launch", "--config_file", str(RECIPES / "accelerate" / f"{file}.yaml"), "--cpu",
+                   "--num_processes", "1", "train_sft.py")  # fmt: skip
+        with pytest.raises(ValueError, match=f"{kind} {expected}"):
+            machines.check_launch(args)
+    started_by("accelerate", "launch", "--cpu", "--num_processes", "1", "train_sft.py")
+    for kind, name in machines.SHARDING.items():
+        with monkeypatch.context() as patch:
+            patch.setenv(name, "true")
+            with pytest.raises(ValueError, match=f"{kind} {expected}"):
+                machines.check_launch(args)
+
+
+def test_accelerate_itself_starts_one_process_on_a_cpu_and_the_script_says_so(tmp_path):
+    command = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2"]
+    environment = {**os.environ, "HF_HOME": str(tmp_path / "home"), "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(
+        [*command, str(ROOT / "train_sft.py"), "--output_dir", "out", "--model", "none"],
+        cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=200,
+    )  # fmt: skip
+    assert done.returncode != 0
+    [line] = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
+    assert "accelerate launch was asked for 2 processes, and this one knows of no other" in line
+    assert "torchrun --nproc_per_node 2" in line
+
+
+# -- how many machines ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("file", LAUNCHES, ids=lambda file: file.stem)
+def test_accelerate_reads_what_is_written_for_it_as_it_is_meant(file, monkeypatch):
+    """Through its own parser, its own config classes and its own environment of a launch."""
+    from accelerate.commands.launch import _validate_launch_command
+    from accelerate.utils import (
+        DeepSpeedPlugin,
+        FullyShardedDataParallelPlugin,
+        prepare_deepspeed_cmd_env,
+        prepare_multi_gpu_env,
+    )
+
+    nodes = 2 if "two_machines" in file.stem else 1
+    kind = {"f": "FSDP", "z": "DeepSpeed"}.get(file.stem[0])
+    told = launch_command_parser().parse_args(
+        ["--config_file", str(file), "--main_process_port", "0", "train_sft.py", "--model", "aligned"]
+    )
+    assert machines.read_launch(told) == (8 * nodes, "accelerate launch", kind)
+    told, config, _ = _validate_launch_command(told)
+    assert (told.num_machines, told.training_script_args) == (nodes, ["--model", "aligned"])
+    if kind == "DeepSpeed":
+        told.deepspeed_fields_from_accelerate_config = ",".join(config.deepspeed_config)
+        command, environment = prepare_deepspeed_cmd_env(told)
+        assert command is None  # torchrun's own, where DeepSpeed's would want SSH
+    else:
+        environment = prepare_multi_gpu_env(told)
+    assert told.nproc_per_node == "8" and int(getattr(told, "nnodes", 1)) == nodes
+    for name, value in environment.items():
+        if name.startswith(("ACCELERATE_", "FSDP_")):
+            monkeypatch.setenv(name, value)
+    assert [name for name, at in machines.SHARDING.items() if os.environ.get(at) == "true"] == ([kind] if kind else [])
+    if kind == "FSDP":
+        plugin = FullyShardedDataParallelPlugin()
+        assert plugin.fsdp_version == 2 and plugin.auto_wrap_policy is not None and plugin.reshard_after_forward
+        assert plugin.transformer_cls_names_to_wrap is None and not plugin.cpu_ram_efficient_loading
+        assert plugin.state_dict_type.name == "FULL_STATE_DICT"
+    if kind == "DeepSpeed":
+        cut = DeepSpeedPlugin().deepspeed_config
+        assert cut["gradient_accumulation_steps"] == cut["gradient_clipping"] == "auto"
+        assert cut["zero_optimization"]["stage"] == int(file.stem[4])
+        assert cut["zero_optimization"]["stage3_gather_16bit_weights_on_model_save"] == (file.stem[4] == "3")
+
+
+def test_each_of_them_is_named_with_its_command_and_no_other_is():
+    names = {file.name for file in LAUNCHES}
+    for page in ("README.md", "docs/machines.md"):
+        text = (ROOT / page).read_text(encoding="utf-8")
+        assert set(re.findall(r"accelerate/([a-z0-9_]+\.yaml)", text)) == names, page
+    said = (ROOT / "docs" / "machines.md").read_text(encoding="utf-8")
+    for file in LAUNCHES:
+        own = file.read_text(encoding="utf-8")
+        assert f"--config_file recipes/accelerate/{file.name}" in own
+        assert f"--config_file recipes/accelerate/{file.name}" in said
+        assert ("not run" in own) == file.name.startswith("zero")
+
+
+def test_weights_are_cut_at_the_blocks_of_every_backbone(folders):
+    found = {
+        pair: block_names(tiny.compose(*folders(pair), strategy)[0]) for pair, (*_, strategy) in tiny.PAIRS.items()
+    }
+    assert found == {
+        "vit-gpt2": ["GPT2Block", "ViTLayer"], "siglip-llama": ["LlamaDecoderLayer", "SiglipEncoderLayer"]
+    }  # fmt: skip
+    vision = tuple(str(folders(pair)[0]) for pair in tiny.PAIRS)
+    both = VLMForConditionalGeneration.from_backbones(vision, str(folders("siglip-llama")[1]))
+    assert block_names(both) == ["LlamaDecoderLayer", "SiglipEncoderLayer", "ViTLayer"]

@@ -466,6 +466,8 @@ class VLMTrainingArguments(TrainingArguments):
             cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
             processes = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
             self.dataloader_num_workers = min(8, cores // processes) if accelerator else min(2, cores // processes // 2)
+        if self.ddp_find_unused_parameters is None:
+            self.ddp_find_unused_parameters = False  # whatever learns has a gradient, of 0 where nothing reaches it
         self._refuse_what_cannot_be()
         try:
             super().__post_init__()

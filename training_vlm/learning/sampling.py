@@ -32,7 +32,7 @@ def order_seed(args: TrainingArguments) -> int:
 
 def order_of(trainer: "VLMTrainer", data_args: "DataArguments", efficiency: "EfficiencyArguments") -> dict[str, Any]:
     """
-    What the order of a run's data follows from, by name, but the batch size, which the library looks after.
+    What the order of a run's data follows from, by name, but the batch size of a process, which the library looks after.
 
     What has an effect beside another setting only is there with it alone. The data themselves are what the order reads
     of them: their number, their lengths where batches follow from these, and which of them belong together.
@@ -45,8 +45,6 @@ def order_of(trainer: "VLMTrainer", data_args: "DataArguments", efficiency: "Eff
         "streaming": streamed,
         "seed of the data": order_seed(args),
         "train_sampling_strategy": args.train_sampling_strategy,
-        "gradient_accumulation_steps": args.gradient_accumulation_steps,
-        "processes": args.world_size,
         "share_prefix": "on" if collator.share_prefix else "off",
         "max_tokens_per_batch": budget,
         "max_images_per_batch": efficiency.max_images_per_batch,
@@ -54,6 +52,11 @@ def order_of(trainer: "VLMTrainer", data_args: "DataArguments", efficiency: "Eff
         "caption_choice": data_args.caption_choice,
         f"weights of {'streams' if streamed else 'datasets'}": getattr(dataset, "weights", None),
     }
+    if budget is None and not (by_length or streamed or collator.share_prefix):  # however they are cut into batches
+        a_step = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
+        found["conversations of a step"] = a_step
+    else:
+        found["processes"], found["gradient_accumulation_steps"] = args.world_size, args.gradient_accumulation_steps
     if budget is not None:
         found["padding_free"] = "on" if collator.padding_free else "off"
         found["pad_to_multiple_of"] = data_args.pad_to_multiple_of

@@ -8,6 +8,7 @@ look for them in vain.
 import contextlib
 import warnings
 from collections.abc import Iterator
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from torch.distributed.fsdp.wrap import transformer_auto_wrap_policy
@@ -22,6 +23,10 @@ from .tuning import find_blocks
 
 if TYPE_CHECKING:
     from .trainer import VLMTrainer
+
+
+_STATES = {"FSDP": "pytorch_model_fsdp*", "DeepSpeed": "global_step*"}
+"""What cuts weights, and the files of its own that a run goes on from."""
 
 
 def cut_at_blocks(trainer: "VLMTrainer") -> None:
@@ -67,6 +72,23 @@ class SeesWeightsCut(TrainerCallback):
             raise DuetError("FSDP was asked for, and no weight is cut over the processes; leave it out.")
 
 
+def check_goes_on(trainer: "VLMTrainer", checkpoint: Path) -> None:
+    """
+    Refuse a checkpoint whose weights were cut otherwise than those of this run: its states could not be read.
+
+    Raises:
+        DuetError: they were.
+    """
+    wrote = next((kind for kind, files in _STATES.items() if any(checkpoint.glob(files))), None)
+    now = "FSDP" if trainer.is_fsdp_enabled else "DeepSpeed" if trainer.is_deepspeed_enabled else None
+    if wrote != now:
+        raise DuetError(
+            f"{checkpoint} is of a run {f'with {wrote}' if wrote else 'of whole weights'}, and this one is "
+            f"{f'with {now}' if now else 'of whole weights'}, which cannot read its states; launch it as that was, or "
+            f"start anew from its model, --model {checkpoint}."
+        )
+
+
 @contextlib.contextmanager
 def saved_whole(trainer: "VLMTrainer") -> Iterator[None]:
     """Within, the model is saved whole, whatever FSDP was told of the states that a run goes on from."""
@@ -81,4 +103,4 @@ def saved_whole(trainer: "VLMTrainer") -> Iterator[None]:
             plugin.set_state_dict_type(kept.name)
 
 
-__all__ = ["SeesWeightsCut", "block_names", "cut_at_blocks", "saved_whole"]
+__all__ = ["SeesWeightsCut", "block_names", "check_goes_on", "cut_at_blocks", "saved_whole"]

@@ -55,7 +55,7 @@ from .guard import Guard
 from .meter import EVALUATION, SAVING, Meter, spent_on
 from .publishing import CARD, RESULTS, SAMPLES, failure, files_of, files_of_checkpoint, push
 from .sampling import EpochOfData, GroupedOrder, LengthGroupedOrder, change_of_order, order_seed
-from .sharding import saved_whole
+from .sharding import check_goes_on, saved_whole
 from .tuning import RatesOfParts, TuningPlan, make_plan
 from .verify import Verification
 
@@ -218,6 +218,7 @@ class VLMTrainer(Trainer):
         checkpoint, self._resumed_at, self._skip_batches = None, 0, 0
         if resume_from_checkpoint:
             checkpoint = find_checkpoint(resume_from_checkpoint, self.run_folder, self.is_world_process_zero())
+            check_goes_on(self, checkpoint)
             self._resumed_at = TrainerState.load_from_json(str(checkpoint / STATE)).global_step
             self.best.folders = [self.run_folder, checkpoint.parent]
             if self.args.world_size > 1 and len(steps := set(gather_object([self._resumed_at]))) > 1:
