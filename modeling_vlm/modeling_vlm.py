@@ -302,8 +302,8 @@ class VLMModel(VLMPreTrainedModel):
             segments (`list` of `(start, end, parent, text)`): of one row of many texts, who sees whom: positions
                 [start, end) see those of the segment numbered `parent`, of its parent and so on, and themselves.
                 Positions in the language model go on after the parent's. See `attention_vlm`.
-            see_blank (`bool`): where no image is given, run a blank one that counts 0 times if the encoder's weights are
-                gathered for each call, which all processes have to make; a model that trains does so in any case.
+            see_blank (`bool`): where no image is given, run a blank one that counts 0 times if the encoder's weights
+                are gathered for each call, which all processes have to make; a model that trains does so in any case.
             **kwargs: for the language model, the cache of the tokens before these among them, under the name that the
                 library has for it (`cache`, before transformers 5.24 `past_key_values`).
 

@@ -9,6 +9,7 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -26,9 +27,11 @@ from modeling_vlm import VLMForConditionalGeneration
 from processing import VLMDataCollator
 from tests import tiny
 from training_vlm import machines
-from training_vlm.arguments import VLMTrainingArguments
+from training_vlm.arguments import DataArguments, VLMTrainingArguments
+from training_vlm.efficiency import EfficiencyArguments
 from training_vlm.learning.checkpoints import fault
-from training_vlm.learning.sharding import block_names, cut_at_blocks
+from training_vlm.learning.sampling import change_of_order, order_of
+from training_vlm.learning.sharding import SeesWeightsCut, block_names, check_goes_on, cut_at_blocks
 from training_vlm.learning.trainer import VLMTrainer
 from training_vlm.learning.tuning import apply_tuning
 from training_vlm.settings import RECIPES
@@ -289,6 +292,57 @@ def test_a_run_goes_on_to_the_same_weights_with_more_or_fewer_processes(tmp_path
     first = load_file(tmp_path / "one" / "checkpoint-2" / "model.safetensors")
     last = load_file(tmp_path / "one" / "model.safetensors")
     assert max(float((last[key] - first[key]).abs().max()) for key in first) > 1e-3
+
+
+@pytest.mark.parametrize(
+    "files, fsdp, deepspeed, told",
+    [
+        (["optimizer.pt"], False, False, None),
+        (["pytorch_model_fsdp.bin", "optimizer.bin"], True, False, None),
+        (["pytorch_model_fsdp_0/", "optimizer_0/"], True, False, None),
+        (["global_step2/"], False, True, None),
+        (["optimizer.pt"], True, False, "is of a run of whole weights, and this one is with FSDP"),
+        (["pytorch_model_fsdp.bin"], False, False, "is of a run with FSDP, and this one is of whole weights"),
+        (["global_step2/"], True, False, "is of a run with DeepSpeed, and this one is with FSDP"),
+    ],
+)
+def test_a_checkpoint_is_gone_on_from_as_its_weights_were_cut(tmp_path, files, fsdp, deepspeed, told):
+    for name in files:
+        (tmp_path / name).mkdir() if name.endswith("/") else (tmp_path / name).touch()
+    trainer = SimpleNamespace(is_fsdp_enabled=fsdp, is_deepspeed_enabled=deepspeed)
+    if told is None:
+        assert check_goes_on(trainer, tmp_path) is None
+    else:
+        with pytest.raises(ValueError, match=f"{told}, .*--model"):
+            check_goes_on(trainer, tmp_path)
+
+
+def test_the_order_of_data_is_that_of_a_step_however_many_processes_share_it():
+    def order(processes, batch, strategy="random"):
+        args = SimpleNamespace(
+            train_sampling_strategy=strategy, data_seed=1, gradient_accumulation_steps=1, world_size=processes,
+            train_batch_size=batch,
+        )  # fmt: skip
+        dataset = type("Rows", (list,), {"lengths": [3, 4], "groups": [0, 1]})([0, 1])
+        collator = SimpleNamespace(share_prefix=False, encoder=SimpleNamespace(max_length=None))
+        trainer = SimpleNamespace(args=args, train_dataset=dataset, data_collator=collator, planned=None)
+        return order_of(trainer, DataArguments(dataset="x"), EfficiencyArguments())
+
+    assert change_of_order(order(1, 8), order(4, 2)) == ""
+    assert "conversations of a step=16 (it had 8)" in change_of_order(order(1, 8), order(4, 4))
+    assert "processes=4 (it had 1)" in change_of_order(order(1, 8, "group_by_length"), order(4, 2, "group_by_length"))
+
+
+def test_weights_are_cut_by_the_second_version_and_looked_at(monkeypatch):
+    plugin = SimpleNamespace(fsdp_version=1)
+    trainer = SimpleNamespace(
+        is_fsdp_enabled=True, accelerator=SimpleNamespace(state=SimpleNamespace(fsdp_plugin=plugin))
+    )
+    with pytest.raises(ValueError, match="fsdp_version is 1.*set fsdp_version: 2"):
+        cut_at_blocks(trainer)
+    trainer.model = torch.nn.Linear(2, 2)
+    with pytest.raises(ValueError, match="FSDP was asked for, and no weight is cut"):
+        SeesWeightsCut(trainer).on_train_begin(None, None, None)
 
 
 # -- what a launch gave -----------------------------------------------------------------------------------------------

@@ -32,7 +32,7 @@ def order_seed(args: TrainingArguments) -> int:
 
 def order_of(trainer: "VLMTrainer", data_args: "DataArguments", efficiency: "EfficiencyArguments") -> dict[str, Any]:
     """
-    What the order of a run's data follows from, by name, but the batch size of a process, which the library looks after.
+    What the order of a run's data follows from, by name; a process's batch size alone is looked after by the library.
 
     What has an effect beside another setting only is there with it alone. The data themselves are what the order reads
     of them: their number, their lengths where batches follow from these, and which of them belong together.
