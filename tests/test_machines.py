@@ -65,7 +65,7 @@ CASES = {
     "whole, tiles": Case("siglip-llama", tiles=4),
     "whole, tiles, packed": Case(tiles=4, packed=True, changes=CHECKPOINTED),
     "cut": Case(cut=True),
-    "cut, last block": Case(text="last:1", cut=True),
+    "cut, last block, evaluated first": Case(text="last:1", cut=True, changes={"eval_on_start": True}),
     "cut, packed": Case("siglip-llama", packed=True, cut=True, changes=CHECKPOINTED),
     "cut, tiles": Case("siglip-llama", tiles=4, cut=True),
     "cut, in parts on disk": Case(

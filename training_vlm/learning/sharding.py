@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from torch.distributed.fsdp import FSDPModule
 from torch.distributed.fsdp.wrap import transformer_auto_wrap_policy
 from transformers import TrainerCallback
 
@@ -60,7 +61,7 @@ def block_names(model: VLMForConditionalGeneration) -> list[str]:
 
 
 class SeesWeightsCut(TrainerCallback):
-    """Stops a run on weights that were to be cut over processes, and are not."""
+    """Stops a run on weights that were to be cut over processes, and are not; they are so whenever a step begins."""
 
     def __init__(self, trainer: "VLMTrainer"):
         self.trainer = trainer
@@ -70,6 +71,13 @@ class SeesWeightsCut(TrainerCallback):
         assert self.trainer.model is not None
         if not any(hasattr(parameter, "placements") for parameter in self.trainer.model.parameters()):
             raise DuetError("FSDP was asked for, and no weight is cut over the processes; leave it out.")
+
+    def on_evaluate(self, args, state, control, **kwargs):
+        """Cut again what a forward pass that no backward pass followed has left whole."""
+        assert self.trainer.model is not None
+        for module in self.trainer.model.modules():
+            if isinstance(module, FSDPModule):
+                module.reshard()
 
 
 def check_goes_on(trainer: "VLMTrainer", checkpoint: Path) -> None:
