@@ -45,7 +45,7 @@ def version_of(code: dict[str, bytes]) -> str:
 
 def update(folder: str | Path) -> list[str]:
     """
-    Bring the code in a saved folder, and in the checkpoints inside, up to date.
+    Bring the code in a saved folder, in the checkpoints inside, and in the base of adapters, up to date.
 
     Returns:
         `list[str]`: what was done with each, a line.
@@ -56,7 +56,7 @@ def update(folder: str | Path) -> list[str]:
     folder = Path(folder)
     if not folder.is_dir():
         raise NotFound(f"there is no folder {folder}; expected one that Duet saved, or a name on the Hub with --out.")
-    places = [folder, *sorted(path for path in folder.glob("checkpoint-*") if path.is_dir())]
+    places = [folder, folder / "base", *sorted(path for path in folder.glob("checkpoint-*") if path.is_dir())]
     saved = {place: config for place in places if (config := _read_config(place)) is not None}
     if not saved:
         raise DuetError(_no_duet(folder, folder / CONFIG))

@@ -6,6 +6,7 @@
 checkpoint, so it imports torch and transformers only.
 """
 
+import os
 from collections.abc import Sequence
 from contextlib import nullcontext
 
@@ -17,6 +18,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPooling, ModelOutpu
 from transformers.utils import can_return_tuple, logging, torch_compilable_check
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
+from .adapters_vlm import find_adapter, from_adapter, is_adapted, save_adapter
 from .attention_vlm import Segment, attending, readers_of, row_of
 from .backbones_vlm import CACHE, BackboneKwargs, learned_positions, leave_out_image_parts, scale_logits
 from .compose_vlm import check_positions, check_room, compose, count_visual_tokens, fit_vision_tower
@@ -64,33 +66,49 @@ class VLMPreTrainedModel(PreTrainedModel):
     @classmethod
     def from_pretrained(
         cls,
+        pretrained_model_name_or_path: str | os.PathLike | None = None,
         *args,
         trust_remote_code: bool | None = None,
         quantization_config: QuantizationConfigMixin | dict | None = None,
+        merge_adapter: bool = False,
         **kwargs,
     ) -> PreTrainedModel:
         """
-        The library's, with care for two things.
+        The library's, with care for three things.
 
         Args:
+            pretrained_model_name_or_path: folder or repository of a model, or of an adapter, whose base comes with it.
             trust_remote_code: whether a projector class that comes with the checkpoint may be run.
             quantization_config: where it does not say what is left whole, vision tower, projector and head are, and it
                 is saved so; the library would quantise the first two.
+            merge_adapter: of an adapter, give a plain model that computes the same.
         """
+        if (adapter := find_adapter(pretrained_model_name_or_path, kwargs)) is not None:
+            how = {"quantization_config": quantization_config, "trust_remote_code": trust_remote_code}
+            return from_adapter(cls, adapter, *args, merge=merge_adapter, **how, **kwargs)
         if quantization_config is not None:
             quantization_config = leave_out_image_parts(quantization_config)
         with trusting(trust_remote_code, **kwargs):
-            return super().from_pretrained(*args, quantization_config=quantization_config, **kwargs)
+            return super().from_pretrained(
+                pretrained_model_name_or_path, *args, quantization_config=quantization_config, **kwargs
+            )
 
-    def save_pretrained(self, *args, **kwargs):
-        """See `PreTrainedModel.save_pretrained`; one whose weights are cut over processes is saved as what it is."""
+    def save_pretrained(self, save_directory: str | os.PathLike, *args, **kwargs):
+        """
+        See `PreTrainedModel.save_pretrained`; of a model with adapters what it has learned, without its base.
+
+        One whose weights are cut over processes is saved as what it is.
+        """
         made, own = type(self), next(kind for kind in type(self).__mro__ if not kind.__module__.startswith("torch."))
         self.__class__ = own  # `fully_shard` makes a class of its own, whose code would be saved in place of this
         if self.config.tie_word_embeddings and (state := kwargs.get("state_dict")) is not None:
             # Weights that were gathered one by one no longer show that they are one.
             kwargs["state_dict"] = {name: state[name] for name in state if name not in (self._tied_weights_keys or ())}
         try:
-            super().save_pretrained(*args, **kwargs)
+            if is_adapted(self):
+                save_adapter(self, save_directory, kwargs.get("state_dict"))
+            else:
+                super().save_pretrained(save_directory, *args, **kwargs)
         finally:
             self.__class__ = made
 

@@ -13,14 +13,17 @@ from torch import nn
 from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
 from modeling_vlm import VLMConfig, VLMForConditionalGeneration
+from modeling_vlm.adapters_vlm import CONFIG, WEIGHTS, base_of
 from modeling_vlm.backbones_vlm import find_image_token_id, load_backbone_config
 from modeling_vlm.files_vlm import TEXT_FILES, VISION_FILES, check_files
 from processing import VLMProcessor
 from processing.data_error_vlm import DuetError, in_a_line
 from processing.tokenizer import train_tokenizer
 
+from .adapting import adapter_named, begun_with, check_adapters, settle_adapter, with_adapters
 from .arguments import DataArguments, ModelArguments, backbone_of
 from .data import Data, training_texts
+from .learning.adapters import composed
 from .learning.tuning import make_plan
 from .settings import Arguments
 from .stages import Stage
@@ -33,11 +36,12 @@ def load_model(stage: Stage, arguments: Arguments, data: Data) -> tuple[VLMForCo
     Raises:
         DuetError: neither or both are named, a checkpoint of another kind, or parts that do not fit together.
     """
-    model_args = arguments.model
-    check_named(model_args)
-    dtype = weights_dtype(model_args)
+    check_named(arguments.model)
+    dtype, adapter = weights_dtype(arguments.model), settle_adapter(arguments)
+    check_adapters(arguments)
+    model_args = begun_with(arguments)
     if model_args.model is not None:
-        model, processor = _load_composed(model_args, dtype)
+        model, processor = _load_composed(model_args, dtype, arguments.tuning.merge_first)
     else:
         model, processor = _compose(stage, model_args, arguments.data, data, dtype)
     check_fit(model, processor)
@@ -48,6 +52,7 @@ def load_model(stage: Stage, arguments: Arguments, data: Data) -> tuple[VLMForCo
             setattr(model.config.text_config, name, value)
             if name == "bos_token_id":
                 model.generation_config.bos_token_id = value
+    model = with_adapters(model, processor, arguments, adapter)
     choose_what_learns(model, arguments)
     return model, processor
 
@@ -182,6 +187,11 @@ def _check_folder(folder: Path, weights: bool) -> None:
             )
         state = "holds no config.json" if any(folder.iterdir()) else "is empty"
         raise DuetError(f"there is no model in {folder}, which {state}; {_run_stage_1(folder)}")
+    if (folder / CONFIG).is_file():  # an adapter's weights, and those of its base, which has to be there
+        check_files("adapter", folder, [CONFIG, WEIGHTS], weights=False)
+        base, hub = base_of(str(folder), {})
+        check_files("base", base, [*TEXT_FILES, *VISION_FILES], hub.get("revision"), weights)
+        weights = False
     for file in ("processor_config.json", "tokenizer_config.json", "tokenizer.json"):
         if not (folder / file).is_file() and _is_composed(folder):
             raise DuetError(f"the model in {folder} is not whole: it has no {file}; take all files that stage 1 saved.")
@@ -210,14 +220,19 @@ def _causes(error: BaseException | None, *kinds: type[BaseException]) -> bool:
     return error is not None
 
 
-def _load_composed(model_args, dtype):
-    name = model_args.model
+def _load_composed(model_args, dtype, merge):
+    """A composed model, or the base of an adapter, whole."""
+    name, revision = model_args.model, {"revision": model_args.model_revision}
+    adapter = None if merge else adapter_named(model_args)
+    if adapter is not None:
+        name, revision = adapter.base, adapter.base_hub
     attention = {f"{side}_config": getattr(model_args, f"{side}_attn_implementation") for side in ("vision", "text")}
     model = VLMForConditionalGeneration.from_pretrained(
         name,
-        revision=model_args.model_revision,
+        **revision,
         dtype=dtype,
         attn_implementation=attention,
+        merge_adapter=merge,
         trust_remote_code=Path(name).is_dir() or model_args.trust_remote_code,
     )
     return model, saved_processor(model_args)
@@ -300,6 +315,7 @@ def choose_max_length(model: VLMForConditionalGeneration, asked: int | None) -> 
     Raises:
         DuetError: more than were learned, or not even room for an image and a token.
     """
+    model = composed(model)
     learned = model.model.max_positions
     limit = learned or getattr(model.config.text_config, "max_position_embeddings", None) or 1 << 20
     if asked is not None and learned is not None and asked > learned:

@@ -47,7 +47,10 @@ class TuningArguments:
     )
     lora_r: int = field(default=16, metadata={"help": "Rank of the adapters, where a part's policy is lora."})
     lora_alpha: int = field(default=32, metadata={"help": "What the adapters' output is scaled by, times the rank."})
-    lora_dropout: float = field(default=0.05, metadata={"help": "Dropout of the adapters' inputs."})
+    lora_dropout: float | None = field(
+        default=None,
+        metadata={"help": "Dropout of the adapters' inputs; 0.05 if not given, 0 where peft cannot (experts)."},
+    )
     lora_target_modules: list[str] | None = field(
         default=None,
         metadata={
@@ -77,16 +80,11 @@ class TuningArguments:
         for name, fits, wanted in (
             ("lora_r", self.lora_r >= 1, "1 or more"),
             ("lora_alpha", self.lora_alpha > 0, "more than 0"),
-            ("lora_dropout", 0 <= self.lora_dropout < 1, "0 or more, and less than 1"),
+            ("lora_dropout", 0 <= (self.lora_dropout or 0) < 1, "0 or more, and less than 1"),
         ):
             if not fits:
                 raise DuetError(f"{name}={getattr(self, name)}: expected {wanted}.")
-        # Adapters, quantised weights and merging are refused until they are there.
-        if "lora" in (self.tune_vision, self.tune_text):
-            raise DuetError("lora is no policy here yet; expected frozen, full, or last:N.")
-        if told := [name for name in ("load_in_4bit", "load_in_8bit", "merge_first") if getattr(self, name)]:
-            raise DuetError(f"{told[0]} is not possible here yet; leave it out.")
-        if told := self.told_of_lora():
+        if not self.has_adapters and (told := self.told_of_lora()):
             raise DuetError(f"{told[0]} is about adapters, and no part's policy is lora; leave it out.")
 
     @property

@@ -25,6 +25,7 @@ from processing.data_error_vlm import DuetError, in_a_line
 
 from .arguments import GenerationArguments, VLMTrainingArguments, precision_of
 from .cache_features import train_on_features
+from .learning.adapters import composed
 from .learning.checkpoints import discard_unfinished, find_checkpoint, numbered
 from .learning.originals import hold_frozen
 from .learning.probe import why_not_packed
@@ -168,6 +169,7 @@ def check_batch(arguments: Arguments, conversations: int, processes: int) -> Non
 
 def settle_generation(model: VLMForConditionalGeneration, generation_args: GenerationArguments) -> None:
     """Put what was told of generation over what the language model brings: the defaults saved with the model."""
+    model = composed(model)
     config = model.generation_config
     vars(config).update(generation_args.told(), max_length=None)  # which counted the prompt, and not its images
     model.generation_config, _ = savable(config)

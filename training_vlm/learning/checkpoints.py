@@ -30,7 +30,7 @@ MANIFEST = "checkpoint_manifest.json"
 STATE = "trainer_state.json"
 ORDER = "data_order.json"
 _EDITED = (".py", ".md", ".jinja", "config.json")  # what a person, or an update of the code, may change since
-_WEIGHTS = re.compile(r"model(-\d+-of-\d+)?\.safetensors|model\.safetensors\.index\.json")
+_WEIGHTS = re.compile(r"model(-\d+-of-\d+)?\.safetensors|model\.safetensors\.index\.json|adapter_(model|config)\..+")
 
 
 def numbered(folder: Path) -> list[Path]:
@@ -196,11 +196,12 @@ def replace_files(source: Path, target: Path) -> None:
     """
     Move the files of a saved model over those of an earlier one, whole file by whole file.
 
-    Weights come first and the config, without which no model is found, last; then go shards that were replaced.
+    Weights come first and the config, without which no model is found, last; then go shards that were replaced, and an
+    adapter where a whole model takes its place, or the other way round.
     """
     files = sorted(source.rglob("*"), key=lambda path: (path.name == "config.json", not _holds_weights(path.name)))
     files = [path.relative_to(source) for path in files if path.is_file()]
-    stale = [path for path in target.glob("model*") if _WEIGHTS.fullmatch(path.name)]
+    stale = [path for path in target.glob("*") if _WEIGHTS.fullmatch(path.name)]
     for file in files:
         (target / file).parent.mkdir(parents=True, exist_ok=True)
         os.replace(source / file, target / file)

@@ -1,0 +1,99 @@
+"""Make one plain model of an adapter and its base.
+
+    python -m inference_vlm.merge outputs/assistant/checkpoint-500 outputs/merged
+    python -m inference_vlm.merge me/my-adapter merged --dtype bfloat16
+
+The folder that is written is a composed model like any other: it needs no peft and no base, and computes what the
+adapter on its base did. What is special: a base that was held in 4 or 8 bit when the adapter learned is quantised
+again, and its weights are what these bits stand for, so that the answers are those that were trained; and the folder
+has its name once all of it is written.
+"""
+
+import argparse
+import contextlib
+import os
+import shutil
+import sys
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor
+
+from processing.data_error_vlm import DuetError, in_a_line
+
+
+ADAPTER = "adapter_config.json"
+DTYPES = ("float32", "bfloat16", "float16")
+_BESIDE = "{}.unfinished"
+
+
+def merge(name: str, out: str | Path, dtype: str | None = None, revision: str | None = None) -> str:
+    """
+    Write the plain model that an adapter and its base are.
+
+    Args:
+        name: folder or repository of the adapter; its own code is run.
+        out: the folder, which must not hold anything.
+        dtype: of the weights, that of the base if not given.
+        revision: of a repository.
+
+    Returns:
+        `str`: what was written, in a line.
+
+    Raises:
+        DuetError: there is no such adapter, its base is not there, or the folder cannot be written.
+    """
+    out = Path(out)
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise DuetError(f"{out} holds something already; name another folder.")
+    if Path(name).is_dir() and not Path(name, ADAPTER).is_file():
+        raise DuetError(f"{name} holds no {ADAPTER}: it is no adapter, and there is nothing to merge.")
+    asked = {} if dtype is None else {"dtype": getattr(torch, dtype)}
+    try:
+        config = AutoConfig.from_pretrained(name, revision=revision, trust_remote_code=True)
+        quantised = getattr(config, "quantization_config", None) is not None
+        processor = AutoProcessor.from_pretrained(name, revision=revision, trust_remote_code=True)
+        model = AutoModelForImageTextToText.from_pretrained(
+            name, revision=revision, trust_remote_code=True, merge_adapter=True, **asked
+        )
+    except (OSError, ValueError, ImportError, SafetensorError) as error:
+        if getattr(error, "is_duet_error", False):
+            raise DuetError(in_a_line(error)) from error
+        raise DuetError(
+            f"the adapter {name!r} could not be loaded: expected a folder of a run with adapters, or a Hub name; "
+            f"{in_a_line(error)}"
+        ) from error
+    beside = out.with_name(_BESIDE.format(out.name))
+    try:
+        shutil.rmtree(beside, ignore_errors=True)  # of a run that was killed
+        model.save_pretrained(beside)
+        processor.save_pretrained(beside)
+        with contextlib.suppress(FileNotFoundError):
+            out.rmdir()
+        os.replace(beside, out)
+    except OSError as error:
+        raise DuetError(f"{out} could not be written: {in_a_line(error)}.") from error
+    count = sum(parameter.numel() for parameter in model.parameters())
+    said = f"{out} is a plain model: {count:,} parameters, {str(model.dtype).removeprefix('torch.')}"
+    return f"{said}; its base, which was held in few bits, is dequantised." if quantised else f"{said}."
+
+
+def main(argv: list[str] | None = None) -> int:
+    """The command line; 1 where it could not be done."""
+    parser = argparse.ArgumentParser(prog="python -m inference_vlm.merge", description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("adapter", help="a folder of a run with adapters, a checkpoint of it, or a name on the Hub")
+    parser.add_argument("out", type=Path, help="the folder that is written")
+    parser.add_argument("--dtype", choices=DTYPES, help="of the weights; that of the base if not given")
+    parser.add_argument("--revision", help="branch, tag or commit of an adapter on the Hub")
+    args = parser.parse_args(argv)
+    try:
+        print(merge(args.adapter, args.out, args.dtype, args.revision))
+    except DuetError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

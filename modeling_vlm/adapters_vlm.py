@@ -1,0 +1,261 @@
+"""Adapters of peft and their base become one model, and lie in folders that load wherever both of them went.
+
+What is special: a folder holds all that was learned by the names that peft gives it, LoRA's weights and beside them
+what learned as a whole, so that peft's own `PeftModel` loads both. Its base is the folder `base` in it or beside it, or
+a repository; so that a run's folder may be moved, copied or pushed. The file travels with every checkpoint, and needs
+peft only where there is an adapter.
+"""
+
+import contextlib
+import copy
+import json
+import warnings
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from huggingface_hub import save_torch_state_dict
+from torch import nn
+from transformers import GenerationConfig, PreTrainedModel
+from transformers.dynamic_module_utils import custom_object_save
+from transformers.pytorch_utils import Conv1D
+from transformers.utils import find_adapter_config_file, logging
+from transformers.utils.quantization_config import QuantizationConfigMixin
+
+from .model_error_vlm import DuetError, in_a_line
+
+
+logger = logging.get_logger(__name__)
+
+BASE, CONFIG, WEIGHTS, PREFIX = "base", "adapter_config.json", "adapter_model.safetensors", "base_model.model."
+_HUB = ("cache_dir", "local_files_only", "revision", "token")
+_OF_ADAPTERS = "lora_"
+
+
+class Adapter(NamedTuple):
+    """
+    Where an adapter lies, and its base.
+
+    Attributes:
+        name: folder or repository.
+        hub: how the repository is asked: revision, token and the like.
+        base: folder or repository.
+        base_hub: how that repository is asked, and its `subfolder`.
+    """
+
+    name: str
+    hub: dict[str, Any]
+    base: str
+    base_hub: dict[str, Any]
+
+
+def find_adapter(name: str | Path | None, kwargs: dict[str, Any]) -> Adapter | None:
+    """
+    What the arguments of `from_pretrained` say of an adapter, `None` where they name a model.
+
+    Args:
+        name: folder or repository that is loaded.
+        kwargs: its other arguments; those that only the library's own loader of adapters would read are taken out.
+
+    Raises:
+        `DuetError`: there is no base to it.
+    """
+    given = kwargs.pop("adapter_kwargs", None) or {}
+    adapter = given.get("_adapter_model_path")  # found by an auto class, which may name the base already
+    hub = {key: kwargs[key] for key in _HUB if kwargs.get(key) is not None}
+    if name is None or kwargs.get("subfolder"):
+        return None
+    name = str(name)
+    if adapter is not None:
+        hub = {key: given[key] for key in _HUB if given.get(key) is not None}
+    else:
+        found = Path(name, CONFIG).is_file() if Path(name).is_dir() else find_adapter_config_file(name, **hub)
+        if not found:
+            return None
+    adapter = str(adapter or name)
+    base, base_hub = base_of(adapter, hub)
+    if adapter != name and not Path(adapter).is_dir() and base != adapter:
+        base = name
+    return Adapter(adapter, hub, base, {**{key: value for key, value in hub.items() if key != "revision"}, **base_hub})
+
+
+def base_of(name: str, hub: dict[str, Any]) -> tuple[str, dict[str, Any]]:
+    """
+    Folder or repository of an adapter's base, with its revision and subfolder.
+
+    Args:
+        name: folder or repository of the adapter.
+        hub: how the repository is asked.
+
+    Raises:
+        `DuetError`: there is none.
+    """
+    file = Path(name, CONFIG) if Path(name).is_dir() else find_adapter_config_file(name, **hub)
+    settings = json.loads(Path(file).read_text(encoding="utf-8"))
+    named = settings.get("base_model_name_or_path") or BASE
+    if not Path(name).is_dir():
+        if named == name:
+            return name, {"subfolder": BASE, "revision": hub.get("revision")}
+        return named, {"revision": settings.get("revision")}
+    folder = Path(name).resolve()
+    for place in (folder / named, folder / BASE, folder.parent / BASE):
+        if (place / "config.json").is_file():
+            return str(place), {}
+    if named.count("/") == 1 and not named.startswith(("/", ".")):
+        return named, {"revision": settings.get("revision")}
+    raise DuetError(
+        f"the adapter in {name} has no base: expected a composed model in {folder / BASE} or {folder.parent / BASE} "
+        f"(it names {named!r}); move or copy the whole output folder of its run, base and all."
+    )
+
+
+def from_adapter(
+    model_class: type[PreTrainedModel],
+    adapter: Adapter,
+    *args,
+    merge: bool,
+    quantization_config: QuantizationConfigMixin | dict | None,
+    **kwargs,
+) -> Any:
+    """
+    What `from_pretrained` gives for an adapter: its base, held as it was when the adapter learned, with all in it.
+
+    Args:
+        merge: give a plain model, its weights those that the adapter makes of them; what was quantised is not any more.
+        quantization_config, **kwargs: of `from_pretrained`.
+
+    Raises:
+        `DuetError`: peft is not installed, or the adapter is another model's.
+    """
+    try:
+        config = model_class.config_class.from_pretrained(adapter.name, **adapter.hub)
+    except OSError:  # one of peft's own making
+        config = kwargs.pop("config", None)
+    if config is not None:
+        held = config.__dict__.pop("quantization_config", None)  # the base itself lies whole on disk
+        quantization_config, kwargs["config"] = quantization_config or held, config
+    kwargs = {name: value for name, value in kwargs.items() if name not in _HUB} | adapter.base_hub
+    loaded = model_class.from_pretrained(adapter.base, *args, quantization_config=quantization_config, **kwargs)
+    model, *others = loaded if isinstance(loaded, tuple) else (loaded,)
+    keep_bits(model)
+    if merge and quantization_config is not None:
+        logger.warning("the base is quantised: it is dequantised, and the adapter merged into what that gives.")
+        model = _dequantised(model)
+    model = put_on(model, adapter, merge)
+    return (model, *others) if others else model
+
+
+def _dequantised(model: PreTrainedModel) -> PreTrainedModel:
+    """A base in whole precision, of the numbers that its bits stand for, with GPT-2's layers as they are saved."""
+    model = model.dequantize()
+    with torch.device("meta"):
+        plain = type(model)(copy.deepcopy(model.config))
+    for name, layer in list(plain.named_modules()):
+        linear = model.get_submodule(name)
+        if isinstance(layer, Conv1D) and isinstance(linear, nn.Linear):
+            layer.weight, layer.bias = nn.Parameter(linear.weight.data.T.contiguous()), linear.bias
+            model.set_submodule(name, layer)
+    return model
+
+
+def put_on(model: PreTrainedModel, adapter: Adapter, merge: bool) -> PreTrainedModel:
+    """
+    Put an adapter, and what learned beside it, into its base.
+
+    Args:
+        model: the base.
+        merge: give a plain model, its weights those that the adapter makes of them.
+
+    Raises:
+        `DuetError`: peft is not installed, or the adapter is another model's.
+    """
+    peft = _peft()
+    hub = {key: value for key, value in adapter.hub.items() if key != "local_files_only"}
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "fan_in_fan_out")  # peft sets it right for each layer, and says so
+            warnings.filterwarnings("ignore", ".*is_gradient_checkpointing", FutureWarning)
+            adapted = peft.PeftModel.from_pretrained(model, adapter.name, **hub)
+    except (RuntimeError, ValueError, KeyError) as error:
+        raise DuetError(
+            f"the adapter in {adapter.name} does not fit the base in {adapter.base}: {in_a_line(error, 300)}"
+        ) from error
+    weights = peft.load_peft_weights(adapter.name, device="cpu", **hub)
+    beside = {name.removeprefix(PREFIX) for name in weights if f".{_OF_ADAPTERS}" not in name}
+    if merge:
+        model = adapted.merge_and_unload()
+        model.__dict__.pop("peft_config", None)
+    else:
+        model._hf_peft_config_loaded = True  # as the library's own loader of adapters has it
+        model._learned_beside = beside
+        for config in model.peft_config.values():  # it may be saved anywhere
+            config.base_model_name_or_path, config.revision = adapter.base, adapter.base_hub.get("revision")
+    with contextlib.suppress(OSError):  # there may be none with it
+        model.generation_config = GenerationConfig.from_pretrained(adapter.name, **adapter.hub)
+    return model.eval()
+
+
+def keep_bits(model: nn.Module) -> None:
+    """
+    Have bitsandbytes leave 4-bit weights as they are quantised.
+
+    On a CPU that multiplies bfloat16 it would write them anew when they are first used in evaluation, with scales
+    rounded to 16 bits, in a form through which no gradient goes.
+    """
+    for module in model.modules():
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            module.support_avx512bf16_for_cpu = False
+
+
+def is_adapted(model: nn.Module) -> bool:
+    """Whether a composed model has adapters of peft in it."""
+    return bool(getattr(model, "peft_config", None))
+
+
+def learned_beside(model: PreTrainedModel) -> set[str]:
+    """Names of the parameters of a model with adapters that are no adapters, and that learn, or did."""
+    names = {name for name, tensor in model.named_parameters() if tensor.requires_grad}
+    return getattr(model, "_learned_beside", set()) | {name for name in names if f".{_OF_ADAPTERS}" not in name}
+
+
+def save_adapter(model: PreTrainedModel, folder: str | Path, state_dict: dict[str, torch.Tensor] | None = None) -> None:
+    """
+    Save what a model with adapters has learned, with all that loading it needs but its base.
+
+    Args:
+        state_dict: of the model, where it is not whole in this process.
+    """
+    peft, (name, config) = _peft(), next(iter(model.peft_config.items()))
+    state = model.state_dict() if state_dict is None else state_dict
+    adapters = peft.get_peft_model_state_dict(model, state, name, save_embedding_layers=False)
+    weights = adapters | {name: state[name] for name in sorted(learned_beside(model)) if name in state}
+    Path(folder).mkdir(parents=True, exist_ok=True)
+    save_torch_state_dict(
+        {PREFIX + name: tensor for name, tensor in weights.items()},
+        folder,
+        filename_pattern="adapter_model{suffix}.safetensors",
+        max_shard_size="1TB",  # peft reads one file
+    )
+    config = copy.copy(config)
+    config.inference_mode = True
+    config.save_pretrained(str(folder))
+    model.config.architectures = [type(model).__name__]
+    model.config.dtype = str(model.dtype).removeprefix("torch.")
+    if model._auto_class is not None:
+        custom_object_save(model, folder, config=model.config)
+    model.config.save_pretrained(folder)
+    model.generation_config.save_pretrained(folder)
+
+
+def _peft():
+    try:
+        import peft
+    except ImportError as error:
+        raise DuetError("this is an adapter, and peft is not installed; run `pip install peft`.") from error
+    return peft
+
+
+__all__ = [
+    "Adapter", "base_of", "find_adapter", "from_adapter", "is_adapted", "keep_bits", "learned_beside", "put_on",
+    "save_adapter",
+]  # fmt: skip

@@ -1,0 +1,274 @@
+"""A run with adapters: its base lies on disk before anything learns, may be held in 4 or 8 bit, and gets its adapters.
+
+What is special: a base is written once, whole and in whole precision, as `base` in the output folder, and checkpoints
+hold what learns alone; a repository that is named as the model is its own base. A run that goes on takes the base that
+it began with, and is refused on another.
+"""
+
+import gc
+import hashlib
+import json
+from dataclasses import asdict, replace
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import PartialState
+from huggingface_hub import try_to_load_from_cache
+from peft import PeftConfig
+from transformers import BitsAndBytesConfig
+
+from modeling_vlm import VLMForConditionalGeneration
+from modeling_vlm.adapters_vlm import BASE, CONFIG, Adapter, find_adapter, keep_bits
+from processing import VLMProcessor
+from processing.data_error_vlm import DuetError, in_a_line
+
+from .arguments import ModelArguments
+from .learning.checkpoints import UNFINISHED, fault, put_in_place, seal
+from .learning.lora import AdaptedVLM, adapt, load_adapters, sides_in
+from .learning.originals import autocast_dtype
+from .policy import TuningArguments
+from .settings import Arguments
+
+
+SOURCE = "base_source.json"
+SIDES = {"vision": "vision encoder", "text": "language model"}
+
+
+def adapter_named(model_args: ModelArguments) -> Adapter | None:
+    """
+    The adapter that `model` is, or `None`.
+
+    Raises:
+        DuetError: it has no base.
+    """
+    if model_args.model is None:
+        return None
+    return find_adapter(model_args.model, {"revision": model_args.model_revision})
+
+
+def sides_of(tuning: TuningArguments) -> list[str]:
+    """The backbones that learn through adapters."""
+    return [side for side in SIDES if getattr(tuning, f"tune_{side}") == "lora"]
+
+
+def settle_adapter(arguments: Arguments) -> Adapter | None:
+    """
+    The adapter that a run goes on with, or `None`.
+
+    Raises:
+        DuetError: the run asks for something that cannot be with the adapter that `model` is, or it is none.
+    """
+    adapter, tuning = adapter_named(arguments.model), arguments.tuning
+    if tuning.merge_first and adapter is None:
+        raise DuetError(f"merge_first: {arguments.model.model} is no adapter; leave it out.")
+    if adapter is None or tuning.merge_first:
+        return None
+    config, has = PeftConfig.from_pretrained(adapter.name, **adapter.hub), sides_in(adapter)
+    mend = "add --merge_first to go on without it"
+    for side, what in SIDES.items():
+        word = getattr(tuning, f"tune_{side}")
+        if word == "lora" and side not in has:
+            raise DuetError(f"tune_{side}=lora: the adapter in {adapter.name} has nothing in the {what}; {mend}.")
+        if word not in ("lora", "frozen") and side in has:
+            raise DuetError(f"tune_{side}={word}: the adapter in {adapter.name} is in the {what}; {mend}.")
+    for name in tuning.told_of_lora():
+        found = getattr(config, {"lora_r": "r", "lora_target_modules": "target_modules"}.get(name, name))
+        if found != getattr(tuning, name):
+            raise DuetError(f"{name}: the adapter in {adapter.name} was made with {found}; leave it out, or {mend}.")
+    return adapter
+
+
+def check_adapters(arguments: Arguments) -> None:
+    """
+    Refuse what cannot be of adapters and of weights in few bits, before anything is read.
+
+    Raises:
+        DuetError: what it is.
+    """
+    tuning, sides = arguments.tuning, sides_of(arguments.tuning)
+    for bits in ("load_in_4bit", "load_in_8bit"):
+        if getattr(tuning, bits):
+            if not sides or tuning.tune_text not in (None, "lora", "frozen"):
+                raise DuetError(
+                    f"{bits}: weights in few bits cannot learn, adapters on them do; add --tune_text lora, or leave it "
+                    "out."
+                )
+            if find_spec("bitsandbytes") is None:
+                raise DuetError(f"{bits} needs bitsandbytes, which is not here; run `pip install bitsandbytes`.")
+    if "vision" in sides and arguments.efficiency.cache_vision_features is not None:
+        raise DuetError(
+            "tune_vision=lora: the features of an encoder that learns cannot be cached; leave out "
+            "--cache_vision_features, or freeze the encoder (--tune_vision frozen)."
+        )
+
+
+def begun_with(arguments: Arguments) -> ModelArguments:
+    """
+    The model of a run: as it is named, or the base that a run which goes on began with.
+
+    Raises:
+        DuetError: that base is another model's, or the checkpoint one of a run with another policy.
+    """
+    model_args, args = arguments.model, arguments.training
+    if args.resume_from_checkpoint is None:
+        return model_args
+    checkpoint, sides = Path(args.resume_from_checkpoint), sides_of(arguments.tuning)
+    if bool(sides) != (checkpoint / CONFIG).is_file():
+        found, asked = ("an adapter", "learns whole weights") if not sides else ("a whole model", "learns adapters")
+        raise DuetError(
+            f"{checkpoint} holds {found}, and this run {asked}; go on with the tune_vision and tune_text that it began "
+            "with."
+        )
+    base = Path(args.output_dir or "", BASE)
+    if not sides or fault(base) is not None:
+        return model_args
+    if json.loads((base / SOURCE).read_text(encoding="utf-8")) != _source(arguments):
+        raise DuetError(
+            f"the base in {base} was made of another model, or joined otherwise; go on with the settings that the run "
+            "began with, or name another output folder."
+        )
+    return replace(model_args, model=str(base), model_revision=None)
+
+
+def _source(arguments: Arguments) -> dict[str, str]:
+    """What a base was made of, as a hash: names may be private."""
+    settings = {name: str(value) for name, value in asdict(arguments.model).items() if not name.endswith("_token")}
+    for name in ("model", "vision_model", "second_vision_model", "text_model", "tokenizer", "chat_template"):
+        if Path(settings[name]).exists():
+            settings[name] = str(Path(settings[name]).resolve())
+    settings["merge_first"] = str(arguments.tuning.merge_first)
+    return {"sha256": hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()}
+
+
+def with_adapters(
+    model: VLMForConditionalGeneration, processor: VLMProcessor, arguments: Arguments, adapter: Adapter | None
+) -> Any:
+    """
+    The model that a run trains: with adapters where a backbone learns through them, its base on disk.
+
+    Args:
+        model: the composed model, whole.
+        processor: that belongs to it.
+        adapter: what the run goes on with; its base is `model`.
+
+    Raises:
+        DuetError: what peft, bitsandbytes or the model cannot have.
+    """
+    tuning = arguments.tuning
+    if adapter is None and not sides_of(tuning):
+        return model
+    name, revision = _repository(arguments.model, adapter)
+    if name is None:
+        name = BASE
+        _write_base(model, processor, arguments)
+    if tuning.load_in_4bit or tuning.load_in_8bit:
+        place = name if revision is not None else str(Path(arguments.training.output_dir or "", BASE))
+        model = _quantised(model, arguments, place, revision)
+    if adapter is not None:
+        adapted = load_adapters(model, adapter.name, name, revision, **adapter.hub)
+    else:
+        adapted = adapt(model, tuning, sides_of(tuning), name, revision)
+    if arguments.training.resume_from_checkpoint is not None:
+        _check_same(adapted, Path(arguments.training.resume_from_checkpoint))
+    return adapted
+
+
+def _repository(model_args: ModelArguments, adapter: Adapter | None) -> tuple[str | None, str | None]:
+    """The repository that is the base itself, and its commit."""
+    name, asked = (model_args.model, model_args.model_revision)
+    if adapter is not None:
+        name, asked = adapter.base, adapter.base_hub.get("revision")
+        if adapter.base_hub.get("subfolder"):  # pushed with its adapter
+            return None, None
+    if name is None or Path(name).exists():
+        return None, None
+    config = try_to_load_from_cache(name, "config.json", revision=asked)
+    return (name, Path(config).parent.name) if isinstance(config, str) else (None, None)
+
+
+def _write_base(model, processor, arguments) -> None:
+    folder, state = Path(arguments.training.output_dir or ""), PartialState()
+    place, source = folder / BASE, _source(arguments)
+    for writes in (state.is_main_process, state.is_local_main_process):  # of the others, where disks are not shared
+        if writes and (fault(place) is not None or _read(place / SOURCE) != source):
+            beside = folder / UNFINISHED / BASE
+            try:
+                model.save_pretrained(beside)
+                processor.save_pretrained(beside)
+                (beside / SOURCE).write_text(json.dumps(source), encoding="utf-8")
+            except OSError as error:
+                raise DuetError(f"the base cannot be written to {place}: {in_a_line(error)}") from error
+            seal(beside)
+            put_in_place(beside, place)
+        state.wait_for_everyone()
+
+
+def _read(file):
+    return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else None
+
+
+def quantisation_of(tuning: TuningArguments, cast: torch.dtype | None) -> BitsAndBytesConfig:
+    """
+    How bitsandbytes holds a base: NF4 with its scales quantised too, as QLoRA has it, or 8 bit.
+
+    Args:
+        cast: what autocast computes in, `None` where it is off.
+    """
+    if tuning.load_in_8bit:
+        return BitsAndBytesConfig(load_in_8bit=True)
+    return BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=cast or torch.float32,
+    )
+
+
+def _quantised(model, arguments, place, revision) -> VLMForConditionalGeneration:
+    """The same model with a language model in few bits; tower, projector and head stay whole."""
+    dtype, generation, config = model.dtype, model.generation_config, model.config
+    attention = {f"{side}_config": getattr(arguments.model, f"{side}_attn_implementation") for side in SIDES}
+    model.to("meta")
+    del model
+    gc.collect()
+    asked = quantisation_of(arguments.tuning, autocast_dtype(arguments.training))
+    try:
+        quantised = VLMForConditionalGeneration.from_pretrained(
+            place,
+            revision=revision,
+            dtype=dtype,
+            attn_implementation=attention,
+            quantization_config=asked,
+            trust_remote_code=True,  # it was run already
+        )
+    except (ImportError, ValueError, RuntimeError) as error:
+        raise DuetError(f"bitsandbytes cannot hold this model: {in_a_line(error, 300)}") from error
+    keep_bits(quantised)
+    quantised.generation_config = generation
+    for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
+        setattr(quantised.config.text_config, name, getattr(config.text_config, name, None))
+    return quantised
+
+
+def _check_same(adapted: AdaptedVLM, checkpoint: Path) -> None:
+    """Refuse to go on from a checkpoint of other adapters."""
+    own = adapted.peft_config["default"].to_dict()
+    saved = PeftConfig.from_pretrained(str(checkpoint)).to_dict()
+    names = {
+        "r": "lora_r", "lora_alpha": "lora_alpha", "lora_dropout": "lora_dropout", "use_dora": "use_dora",
+        "use_rslora": "use_rslora", "target_modules": "lora_target_modules", "target_parameters": "lora_target_modules",
+    }  # fmt: skip
+    for name, option in names.items():
+        one, other = ((sorted(v) if isinstance(v, (set, list)) else v) for v in (own[name], saved[name]))
+        if (one or None) != (other or None):
+            raise DuetError(
+                f"{checkpoint} holds adapters with {option}={other}, and this run has {one}; go on with the settings "
+                "that the run began with."
+            )
+
+
+__all__ = [
+    "adapter_named", "begun_with", "check_adapters", "quantisation_of", "settle_adapter", "sides_of", "with_adapters"
+]  # fmt: skip
