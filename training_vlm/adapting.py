@@ -11,7 +11,7 @@ import json
 from dataclasses import asdict, replace
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from accelerate import PartialState
@@ -249,7 +249,7 @@ def _quantised(model, arguments, place, revision) -> VLMForConditionalGeneration
     quantised.generation_config = generation
     for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
         setattr(quantised.config.text_config, name, getattr(config.text_config, name, None))
-    return quantised
+    return cast(VLMForConditionalGeneration, quantised)
 
 
 def _check_same(adapted: AdaptedVLM, checkpoint: Path) -> None:

@@ -88,9 +88,9 @@ def find_targets(model: nn.Module, sides: list[str], asked: list[str] | None = N
     for name in asked:
         if not any(_is_meant(found, [name]) for names in chosen for found in names):
             ends = sorted({found.rpartition(".")[2] for found in modules + parameters})
+            where = " and ".join(_NAMES[side] for side in sides)
             raise DuetError(
-                f"lora_target_modules: nothing is called {name} in the {' and '.join(map(_NAMES.get, sides))}; found "
-                f"linear layers {', '.join(ends)}."
+                f"lora_target_modules: nothing is called {name} in the {where}; found linear layers {', '.join(ends)}."
             )
     return chosen
 
