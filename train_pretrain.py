@@ -11,6 +11,7 @@ Every option of `TrainingArguments` works; `--help` lists them with Duet's own.
 
 from training_vlm.data import encode_data, encode_test, load_data
 from training_vlm.finish import finish
+from training_vlm.learning.stopping import exiting_when_told
 from training_vlm.load import check_model, choose_max_length, load_model
 from training_vlm.model_card import RunCard
 from training_vlm.run import build_trainer, one_line_errors, prepare, report, train
@@ -20,6 +21,7 @@ from training_vlm.survey import survey_data
 
 
 @one_line_errors
+@exiting_when_told()
 def main(argv: list[str] | None = None) -> None:
     arguments = parse_arguments(PRETRAIN, argv)
     model_args, data_args, training_args = arguments.model, arguments.data, arguments.training

@@ -10,6 +10,7 @@ Every option of `TrainingArguments` works; `--help` lists them with Duet's own.
 
 from training_vlm.data import encode_data, encode_test, load_data
 from training_vlm.finish import finish
+from training_vlm.learning.stopping import exiting_when_told
 from training_vlm.load import check_model, choose_max_length, load_model
 from training_vlm.model_card import RunCard
 from training_vlm.run import build_trainer, one_line_errors, prepare, report, train
@@ -19,6 +20,7 @@ from training_vlm.survey import survey_data
 
 
 @one_line_errors
+@exiting_when_told()
 def main(argv: list[str] | None = None) -> None:
     arguments = parse_arguments(SFT, argv)
     model_args, data_args, training_args = arguments.model, arguments.data, arguments.training

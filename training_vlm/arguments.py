@@ -550,6 +550,7 @@ _BOUNDS = {
 _WITHOUT_EFFECT = {
     "use_liger_kernel": "its kernels are chosen by the name of a model, and leave a composed one as it is",
     "liger_kernel_config": "its kernels are chosen by the name of a model, and leave a composed one as it is",
+    "enable_jit_checkpoint": "SIGTERM and SIGUSR1 have a checkpoint saved anyway, and end the run with 75",
     "do_predict": "questions of --test_split are answered after every training",
     "include_for_metrics": "answers are judged after training, not in the Trainer's loop",
     "batch_eval_metrics": "answers are judged after training, not in the Trainer's loop",

@@ -29,6 +29,7 @@ from processing.image_files_vlm import BadImage, check_image, load_image
 
 from .data import Data, TrainDataset
 from .learning.adapters import composed
+from .learning.lineage import note_run
 from .learning.meter import table
 from .learning.trainer import VLMTrainer
 from .model_card import RunCard
@@ -91,6 +92,10 @@ def finish(
     """
     generation_args, args = arguments.generation, arguments.training
     assert args.output_dir is not None  # where none is given, the library has a name
+    if trainer.is_finished:
+        if trainer.is_world_process_zero():
+            print(f"The model, its card and samples.png are in {args.output_dir}: nothing is left to do.", flush=True)
+        return
     attempts, losses = Attempts(args.output_dir), {"train_loss": result.training_loss}
     speed = trainer.meter.report()
     with attempts.trying("writing the metrics"):
@@ -127,6 +132,8 @@ def finish(
     trainer.accelerator.wait_for_everyone()
     trainer.accelerator.end_training()
     attempts.exit_if_failed()
+    if args.should_save:
+        note_run(Path(args.output_dir), finished=trainer.state.global_step)
     if trainer.is_world_process_zero():
         _say_goodbye(stage, args.output_dir)
 

@@ -182,7 +182,7 @@ def _check_folder(folder: Path, weights: bool) -> None:
         if checkpoints:
             raise DuetError(
                 f"{folder} holds {', '.join(checkpoints[:3])} of a run that has not come to its end, and no model; go "
-                f"on with it, `python train_pretrain.py --output_dir {folder} --resume_from_checkpoint last ...`, or "
+                f"on with it, `python train_pretrain.py --output_dir {folder} --resume_from_checkpoint auto ...`, or "
                 f"take a checkpoint, --model {folder / checkpoints[-1]}."
             )
         state = "holds no config.json" if any(folder.iterdir()) else "is empty"

@@ -6,7 +6,6 @@ mend it.
 
 import functools
 import os
-import shutil
 import sys
 from pathlib import Path
 
@@ -26,7 +25,9 @@ from processing.data_error_vlm import DuetError, in_a_line
 from .arguments import GenerationArguments, VLMTrainingArguments, precision_of
 from .cache_features import train_on_features
 from .learning.adapters import composed
-from .learning.checkpoints import discard_unfinished, find_checkpoint, numbered
+from .learning.checkpoints import find_checkpoint, is_auto, newest_whole
+from .learning.disk import DiskFull
+from .learning.lineage import note_run, read_run
 from .learning.originals import hold_frozen
 from .learning.probe import why_not_packed
 from .learning.sampling import order_of
@@ -65,8 +66,8 @@ def prepare(training_args: VLMTrainingArguments) -> None:
     Check the output folder and the devices, and seed everything.
 
     Raises:
-        DuetError: the folder holds something, there is nothing to resume, several devices without a launcher, or a
-            launcher that did not do as it was told.
+            DuetError: the folder holds something, there is nothing to resume, or several devices without a launcher.
+        SystemExit: the run has come to its end, and there is nothing to go on from.
     """
     check_launch(training_args)
     if training_args.n_gpu > 1:
@@ -78,27 +79,43 @@ def prepare(training_args: VLMTrainingArguments) -> None:
         raise DuetError("no output folder is named; add --output_dir FOLDER.")
     assert training_args.output_dir is not None  # where none is given, the library has a name
     folder = Path(training_args.output_dir)
-    resume = training_args.resume_from_checkpoint
     if folder.exists() and not folder.is_dir():
         raise DuetError(f"the output folder {folder} is a file; name another.")
-    if resume is not None:
-        with training_args.main_process_first(desc="looking for a checkpoint"):
-            found = find_checkpoint(resume, folder, training_args.process_index == 0)
-        training_args.resume_from_checkpoint = str(found)
-    elif folder.is_dir() and any(folder.iterdir()):
-        if not training_args.overwrite_output_dir:
-            raise DuetError(
-                f"the output folder {folder} holds something already; name another, or add --overwrite_output_dir, or "
-                "--resume_from_checkpoint last to go on with it."
-            )
-        with training_args.main_process_first(desc="removing old checkpoints"):
-            discard_unfinished(folder)
-            for checkpoint in numbered(folder):  # or a later resume would take one of them for its own
-                shutil.rmtree(checkpoint, ignore_errors=True)
+    with training_args.main_process_first(desc="looking for a checkpoint"):
+        found = find_checkpoint(training_args.resume_from_checkpoint, folder, say=False)
+    if found is None:
+        _check_start(training_args, folder)
     if training_args.process_index > 0 or training_args.disable_tqdm:
         datasets.disable_progress_bars()
     logging.disable_progress_bar()  # that of loading weights; the Trainer draws its own
     set_seed(training_args.seed)
+
+
+def _check_start(training_args, folder):
+    """See that a run may begin in a folder, and that it does not begin again what is done."""
+    auto, main = is_auto(training_args.resume_from_checkpoint), training_args.process_index == 0
+    if training_args.overwrite_output_dir or not folder.is_dir() or not any(folder.iterdir()):
+        return
+    known = read_run(folder)
+    if auto and known is not None and known.get("finished"):
+        if main:
+            print(
+                f"the run in {folder} has come to its end, step {known['finished']}, and kept no checkpoint: nothing "
+                f"is left to do. --model {folder} trains its model further."
+            )
+        sys.exit(0)
+    if auto and (known is not None or not (folder / "config.json").is_file()):
+        return
+    if auto:
+        raise DuetError(
+            f"the output folder {folder} holds a model, and nothing says that this run wrote it; name another, or add "
+            "--overwrite_output_dir to have it replaced."
+        )
+    whole = newest_whole(folder)
+    go_on = "" if whole is None else f", or --resume_from_checkpoint auto to go on from {whole.name}"
+    raise DuetError(
+        f"the output folder {folder} holds something already; name another, or add --overwrite_output_dir{go_on}."
+    )
 
 
 def build_trainer(
@@ -192,17 +209,21 @@ def report(stage: Stage, trainer: VLMTrainer, surveys: dict[str, Survey]) -> Non
 
 def train(trainer: VLMTrainer) -> TrainOutput:
     """Train, from the checkpoint that `prepare` found where one was asked for; the model is on disk afterwards."""
+    if trainer.args.should_save:
+        note_run(trainer.run_folder)  # what is begun here may be begun again
     first = WeightsFirst(trainer)
     trainer.add_callback(first)
     try:
         result = trainer.train(resume_from_checkpoint=trainer.args.resume_from_checkpoint)
-    except Exception:
+    except Exception as error:
         if first.saved and trainer.is_world_process_zero():
             print(f"All steps are done, and the model is in {trainer.args.output_dir}; what failed came after them.")
-        elif not first.saved:
+        elif not first.saved and not isinstance(error, DiskFull):
             _rescue(trainer)
         raise
     trainer.remove_callback(first)
+    if trainer.is_finished:
+        return result
     best = trainer.args.load_best_model_at_end and trainer.state.best_model_checkpoint is not None
     if best or not first.saved:
         trainer.save_model(_internal_call=True)
@@ -212,7 +233,7 @@ def train(trainer: VLMTrainer) -> TrainOutput:
 def _rescue(trainer):
     try:
         if (checkpoint := trainer.rescue()) is not None:
-            print(f"What was learned until then is in {checkpoint}; go on with --resume_from_checkpoint last.")
+            print(f"What was learned until then is in {checkpoint}; go on with --resume_from_checkpoint auto.")
     except Exception as error:  # the one that ends the run tells more
         print(f"What was learned since the last checkpoint could not be saved: {error}")
 

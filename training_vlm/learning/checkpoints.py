@@ -3,6 +3,7 @@
 What is being written lies in `_unfinished`, a name that no resume, no rotation and no push takes. Its last file is a
 manifest of all others and their sizes, those of every process; then it gets its name. A checkpoint without a manifest,
 of a Duet that wrote none or of another program, is proved by what can be checked. The newest whole one is resumed from.
+Before an older one is removed, another that is whole is on the disk itself, whatever the machine still holds in memory.
 Weights come before everything that describes them: a setting or a file that cannot be saved never keeps them off the
 disk.
 """
@@ -23,6 +24,8 @@ from transformers import TrainerCallback, TrainerState
 
 from processing.batching.account import Account
 from processing.data_error_vlm import DuetError
+
+from .lineage import finish_moving, read_run
 
 
 UNFINISHED = "_unfinished"
@@ -98,27 +101,38 @@ def _holds_weights(name):
     return name.endswith(".safetensors") or name.startswith(("pytorch_model", "adapter_model", "global_step"))
 
 
-def find_checkpoint(asked: str | bool, folder: Path, say: bool = True) -> Path:
+def is_auto(asked: str | bool | None) -> bool:
+    """Whether a run is to go on where there is a checkpoint, and to start where there is none."""
+    return str(asked).lower() == "auto"
+
+
+def is_named(asked: str | bool | None) -> bool:
+    """Whether a person chose a checkpoint, which need not be the newest."""
+    return bool(asked) and str(asked).lower() not in ("auto", "last", "true")
+
+
+def find_checkpoint(asked: str | bool | None, folder: Path, say: bool = True) -> Path | None:
     """
     The checkpoint to resume from.
 
     Args:
-        asked: a checkpoint's folder; or `True`, `"true"` or `"last"`: the newest whole one in `folder`.
+        asked: a checkpoint's folder; `True`, `"true"` or `"last"`: the newest whole one in `folder`; `"auto"`: the
+            same, where there is one; `None` for none.
         folder: the run's output folder.
         say: which were passed over, and why.
 
+    Returns:
+        its folder; `None` where the run is to start anew.
+
     Raises:
-        DuetError: there is none, or the one that is named is not whole.
+        DuetError: there is none that was asked for, or the one that is named is not whole.
     """
     finish_renaming(folder)
-    if (named := str(asked)).lower() not in ("last", "true"):
-        if (reason := fault(Path(named))) is not None:
-            raise DuetError(
-                f"there is no checkpoint to resume from at {asked}: {reason}; expected a folder such as "
-                f"{folder / 'checkpoint-500'}; `--resume_from_checkpoint last` takes the newest whole one, leaving it "
-                "out starts anew."
-            )
-        return Path(named)
+    finish_moving(folder)
+    if not asked:
+        return None
+    if is_named(asked):
+        return _whole(Path(str(asked)), folder)
     passed: list[str] = []
     for checkpoint in numbered(folder):
         if (reason := fault(checkpoint)) is None:
@@ -126,10 +140,41 @@ def find_checkpoint(asked: str | bool, folder: Path, say: bool = True) -> Path:
                 print(f"passed over {line}; {checkpoint.name} is the newest whole checkpoint", flush=True)
             return checkpoint
         passed.append(f"{checkpoint.name}: {reason}")
+    begun = (read_run(folder) or {}).get("from")  # before its own first checkpoint a run has that one
+    if begun is not None:
+        return _whole(Path(begun), folder)
+    if is_auto(asked):
+        for line in passed if say else ():
+            print(f"passed over {line}; no checkpoint is whole", flush=True)
+        return None
     raise DuetError(
         f"there is no checkpoint to resume from at {folder}{f' ({passed[0]})' if passed else ''}; expected a folder "
-        f"such as {folder / 'checkpoint-500'}; leave out --resume_from_checkpoint to start anew."
+        f"such as {folder / 'checkpoint-500'}; `--resume_from_checkpoint auto` starts anew where there is none."
     )
+
+
+def _whole(checkpoint: Path, folder: Path) -> Path:
+    if (reason := fault(checkpoint)) is None:
+        return checkpoint
+    raise DuetError(
+        f"there is no checkpoint to resume from at {checkpoint}: {reason}; expected a folder such as "
+        f"{folder / 'checkpoint-500'}; `--resume_from_checkpoint auto` takes the newest whole one of "
+        "--output_dir and starts anew where there is none."
+    )
+
+
+def left_behind(folder: Path, checkpoint: Path | None) -> list[Path]:
+    """
+    The checkpoints in a run's folder that are none of the run as it is from here on.
+
+    Args:
+        checkpoint: from which it goes on, `None` where it begins: then no other is its own. One that is not whole is
+            where it would come to again, and gives way to the run's.
+    """
+    found = numbered(folder)
+    if checkpoint is None or checkpoint.resolve().parent != folder.resolve():
+        return found
+    return [path for path in found if step_of(path) > step_of(checkpoint) and fault(path) is None]
 
 
 def newest_whole(folder: Path) -> Path | None:
@@ -138,7 +183,14 @@ def newest_whole(folder: Path) -> Path | None:
 
 
 def seal(checkpoint: Path) -> None:
-    """Write the manifest, once the files of all processes are there."""
+    """
+    Write the manifest, once the files of all processes are there.
+
+    Raises:
+        OSError: what was written is not what there is.
+    """
+    if (reason := _fault_without_manifest(checkpoint)) is not None:
+        raise OSError(f"{checkpoint.name} was written and is not whole: {reason}")
     content = json.dumps({"files": sizes_of(checkpoint)}, indent=2)
     (checkpoint / MANIFEST).write_text(content, encoding="utf-8")
 
@@ -166,25 +218,50 @@ def discard_unfinished(folder: Path) -> None:
     shutil.rmtree(folder / UNFINISHED, ignore_errors=True)
 
 
-def rotate(folder: Path, limit: int | None, keep: set[Path]) -> None:
+def surplus(folder: Path, limit: int | None, keep: set[Path], coming: int = 0) -> list[Path]:
     """
-    Remove the oldest checkpoints, those that are not whole first, until `limit` are left.
+    The oldest checkpoints, those that are not whole first, of which `limit` are to be left.
 
     Args:
         folder: the run's output folder; what is no checkpoint in it stays.
         limit: how many may be left; `None` or 0 for all.
-        keep: what stays in any case.
+        keep: what stays in any case, as does the newest that is whole.
+        coming: how many more there will be.
     """
     found = numbered(folder)
-    limit = limit if limit and limit > 0 else len(found)
+    if not limit or limit < 0:
+        return []
     # By time, because a run that went on from an earlier one may find later numbers that are not its own.
-    oldest_first = sorted(found, key=lambda path: (fault(path) is None, _written_at(path), step_of(path)))
-    keep = {path.resolve() for path in keep}
-    removable = [path for path in oldest_first if path.resolve() not in keep]
-    for checkpoint in removable[: max(0, len(found) - limit)]:
+    whole = {path: fault(path) is None for path in found}
+    oldest_first = sorted(found, key=lambda path: (whole[path], _written_at(path), step_of(path)))
+    stays = {path.resolve() for path in [*keep, *[path for path in oldest_first if whole[path]][-1:]]}
+    removable = [path for path in oldest_first if path.resolve() not in stays]
+    return removable[: max(0, len(found) + coming - limit)]
+
+
+def rotate(folder: Path, limit: int | None, keep: set[Path], coming: int = 0) -> None:
+    """Remove what is too much, see `surplus`; one that stays is on the disk by then."""
+    removed = surplus(folder, limit, keep, coming)
+    if removed:
+        stay = [path for path in numbered(folder) if path not in removed and fault(path) is None]
+        newest_first = sorted(stay, key=_written_at, reverse=True)
+        for checkpoint in newest_first[:2][-1:]:  # the one before the newest: the machine has written it long since
+            flush(checkpoint)
+    for checkpoint in removed:
         (folder / UNFINISHED).mkdir(exist_ok=True)
         os.replace(checkpoint, folder / UNFINISHED / f"removed-{checkpoint.name}")  # none is seen half removed
     discard_unfinished(folder)
+
+
+def flush(folder: Path) -> None:
+    """Wait until the files of a folder, and its name, are on the disk itself, where a loss of power leaves them."""
+    for path in (*(path for path in folder.rglob("*") if path.is_file()), folder, folder.parent):
+        with contextlib.suppress(OSError):  # a file system that cannot, such as for folders
+            descriptor = os.open(path, os.O_RDONLY)
+            try:
+                os.fsync(descriptor)
+            finally:
+                os.close(descriptor)
 
 
 def _written_at(checkpoint):
@@ -202,6 +279,7 @@ def replace_files(source: Path, target: Path) -> None:
     files = sorted(source.rglob("*"), key=lambda path: (path.name == "config.json", not _holds_weights(path.name)))
     files = [path.relative_to(source) for path in files if path.is_file()]
     stale = [path for path in target.glob("*") if _WEIGHTS.fullmatch(path.name)]
+    flush(source)
     for file in files:
         (target / file).parent.mkdir(parents=True, exist_ok=True)
         os.replace(source / file, target / file)

@@ -3,7 +3,7 @@
 The stock loop logs a loss that is not a number as the mean of those before it, and goes on to save what came of it.
 Here each step's losses and gradient norm are looked at before the optimiser moves, in one transfer from the device,
 where the stock loop's filter of the log (which is off with this) takes one for every micro-batch. All processes come to
-the same verdict, so all stop.
+the same verdict, so all stop; in the same transfer each hears what signal another got.
 """
 
 from typing import TYPE_CHECKING
@@ -64,10 +64,13 @@ class Guard(TrainerCallback):
         records, self._records = self._records, []
         device = losses[0].device
         norm = torch.as_tensor(1.0 if norm is None else norm, device=device, dtype=torch.float32)
-        seen = torch.stack([*(loss.float() for loss in losses), norm])[None]
+        told = torch.as_tensor(self.trainer.stop.heard, device=device, dtype=torch.float32)
+        seen = torch.stack([*(loss.float() for loss in losses), norm, told])[None]
         if self.trainer.args.world_size > 1:
             seen = self.trainer.accelerator.gather(seen)
         seen = seen.cpu()
+        self.trainer.stop.all_heard(int(seen[:, -1].max()))
+        seen = seen[:, :-1]
         finite = seen.isfinite()
         self._reached = self._reached or bool((seen[:, -1] != 0).any())
         scaler = self.trainer.accelerator.scaler

@@ -9,10 +9,11 @@ added up, and go on with a resumed run. A run on a stream resumes at its next sa
 Grouping by length reads no item, and its order depends on seed and epoch alone. A checkpoint is written beside and
 counts when it is whole. A run stops when its loss is no longer finite or nothing reaches what learns. What was learned
 before another error is kept as a checkpoint. Each line of the log says how fast the run is, and how much of it is
-waiting. A run that is resumed at its end takes no further step, and one whose data come in another order says so.
-What goes to the Hub are the files of the model, by name, and neither they nor those beside them tell of this machine.
+waiting. A run that is resumed at its end takes no further step, and one whose data come in another order says so. What
+goes to the Hub are the files of the model, by name, and neither they nor those beside them tell of this machine. A run
+that is told to stop saves what it has learned.
 
-Seven of the Trainer's private methods are overridden, each with its reason beside it; they are the last of the class.
+Eight of the Trainer's private methods are overridden, each with its reason beside it; they are the last of the class.
 """
 
 import copy
@@ -25,12 +26,12 @@ import torch
 from accelerate.utils import gather_object
 from huggingface_hub import HfApi
 from transformers import Trainer, TrainerState
-from transformers.trainer_utils import EvalLoopOutput, HubStrategy, TrainOutput
+from transformers.trainer_utils import EvalLoopOutput, HubStrategy, SaveStrategy, TrainOutput
 from transformers.utils import PushInProgress, logging
 
 from modeling_vlm.loss_vlm import IGNORE, targets_of, token_costs
 from processing.batching.account import Account, number_of
-from processing.data_error_vlm import DuetError
+from processing.data_error_vlm import DuetError, in_a_line
 
 from .adapters import composed
 from .batches import PlannedBatches, PlannedStream
@@ -40,6 +41,8 @@ from .checkpoints import (
     BestCheckpoint,
     discard_unfinished,
     find_checkpoint,
+    is_named,
+    left_behind,
     load_account,
     load_order,
     put_in_place,
@@ -50,12 +53,16 @@ from .checkpoints import (
     save_weights_at_least,
     seal,
     sizes_of,
+    surplus,
 )
+from .disk import DiskFull, full_disk, is_full
 from .guard import Guard
+from .lineage import leave_behind, note_run, read_run, remove_overwritten
 from .meter import EVALUATION, SAVING, Meter, spent_on
 from .publishing import CARD, RESULTS, SAMPLES, failure, files_of, files_of_checkpoint, push
 from .sampling import EpochOfData, GroupedOrder, LengthGroupedOrder, change_of_order, order_seed
 from .sharding import check_goes_on, saved_whole
+from .stopping import Interrupted, Stop
 from .tuning import RatesOfParts, TuningPlan, make_plan
 from .verify import Verification
 
@@ -83,9 +90,12 @@ class VLMTrainer(Trainer):
         # The model's loss smooths: the stock way knows neither who predicts whom, nor weights, nor a balance loss.
         self.label_smoother = None
         self._resumed_at = 0  # step
+        self._is_late = False  # the evaluation that belongs to that step was not come to
+        self.is_finished = False  # the run had come to its end before, and nothing of it is left to do
         self.planned: PlannedBatches | PlannedStream | None = None  # in place of a number of conversations
         self._beside: Path | None = None  # where a checkpoint is being written
-        self._save_error: Exception | None = None
+        self._save_error: Exception | None = None  # of what is not the weights
+        self._torn: Exception | None = None  # of the weights
         self._model_files: list[str] = []  # what the last save of the model wrote
         self._pushed: list[tuple[Path, Future]] = []  # the checkpoints whose push may still go on
         self.best = BestCheckpoint()
@@ -98,6 +108,8 @@ class VLMTrainer(Trainer):
         self.rates = RatesOfParts(self)
         self.add_callback(self.rates)
         self.add_callback(Verification(self))
+        self.stop = Stop(self)
+        self.add_callback(self.stop)
         # It would hide from the log what the guard looks at; the steps that a scaler skips are to be hidden.
         self.args.logging_nan_inf_filter = self.accelerator.scaler is not None
 
@@ -180,6 +192,7 @@ class VLMTrainer(Trainer):
 
     def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
         """See `Trainer.prediction_step`."""
+        self.stop.between_batches()
         self._only_loss = prediction_loss_only
         try:
             return super().prediction_step(model, inputs, prediction_loss_only, ignore_keys)
@@ -210,44 +223,88 @@ class VLMTrainer(Trainer):
 
     def train(self, resume_from_checkpoint=None, *args, **kwargs) -> TrainOutput:
         """
-        See `Trainer.train`; `True` takes the newest whole checkpoint.
+        See `Trainer.train`; `True` takes the newest whole checkpoint, `"auto"` the same where there is one.
 
         Raises:
             DuetError: there is no whole checkpoint to resume from, processes found others, or the run cannot go on.
+            Stopped: the process was told to stop; what was learned is in a checkpoint.
         """
-        checkpoint, self._resumed_at, self._skip_batches = None, 0, 0
+        checkpoint, self._resumed_at, self._skip_batches, self._is_late = None, 0, 0, False
         if resume_from_checkpoint:
             checkpoint = find_checkpoint(resume_from_checkpoint, self.run_folder, self.is_world_process_zero())
-            check_goes_on(self, checkpoint)
-            self._resumed_at = TrainerState.load_from_json(str(checkpoint / STATE)).global_step
-            self.best.folders = [self.run_folder, checkpoint.parent]
-            if self.args.world_size > 1 and len(steps := set(gather_object([self._resumed_at]))) > 1:
-                raise DuetError(
-                    f"the processes found checkpoints of the steps {', '.join(map(str, sorted(steps)))}; name one that "
-                    "all have with --resume_from_checkpoint FOLDER."
-                )
-            if self.is_world_process_zero() and not any(checkpoint.glob("rng_state*.pth")):
-                print(f"{checkpoint} holds the model alone: optimizer, learning rate and random numbers start anew")
-            change = change_of_order(load_order(checkpoint), self.order)
-            if change and not self.args.ignore_data_skip and self.is_world_process_zero():
-                print(change, flush=True)
-            self._skip_batches = self._batches_to_skip()
-            # One process a disk goes on with what all counted, so that nothing is lost where fewer go on.
-            self.account = load_account(checkpoint) if self.args.should_save else Account()
+        if checkpoint is not None:
+            self._go_on_from(checkpoint)
         if self.args.should_save:
             discard_unfinished(self.run_folder)
+            self._begin(checkpoint, is_named(resume_from_checkpoint))
         self.accelerator.wait_for_everyone()
-        output = super().train(None if checkpoint is None else str(checkpoint), *args, **kwargs)
+        with self.stop.listening():
+            try:
+                output = super().train(None if checkpoint is None else str(checkpoint), *args, **kwargs)
+            except Interrupted:
+                self.stop.restore_random()
+                if self.state.global_step > self._resumed_at and not self._place.exists():
+                    self._save_checkpoint(self.model, trial=None)
+                raise self.stop.stopped() from None
         return output._replace(training_loss=output.metrics["train_loss"])
+
+    @property
+    def _place(self):
+        return self.run_folder / f"checkpoint-{self.state.global_step}"
+
+    def note_late(self, is_missing: bool) -> None:
+        """Note that the step from which a run goes on is still to be evaluated; where none follows, that is done."""
+        self._is_late = is_missing and not self.is_finished and self.state.global_step == self._resumed_at
+        if self._resumed_at >= self.state.max_steps:
+            self._evaluate_late()
+
+    def _go_on_from(self, checkpoint):
+        check_goes_on(self, checkpoint)
+        state = TrainerState.load_from_json(str(checkpoint / STATE))
+        self._resumed_at = state.global_step
+        self.best.folders = [self.run_folder, checkpoint.parent]
+        if self.args.world_size > 1 and len(steps := set(gather_object([self._resumed_at]))) > 1:
+            raise DuetError(
+                f"the processes found checkpoints of the steps {', '.join(map(str, sorted(steps)))}; name one that "
+                "all have with --resume_from_checkpoint FOLDER."
+            )
+        if self.is_world_process_zero():
+            print(f"going on from {checkpoint}", flush=True)
+            if not any(checkpoint.glob("rng_state*.pth")):
+                print(f"{checkpoint} holds the model alone: optimizer, learning rate and random numbers start anew")
+        change = change_of_order(load_order(checkpoint), self.order)
+        if change and not self.args.ignore_data_skip and self.is_world_process_zero():
+            print(change, flush=True)
+        self._skip_batches = self._batches_to_skip()
+        # One process a disk goes on with what all counted, so that nothing is lost where fewer go on.
+        self.account = load_account(checkpoint) if self.args.should_save else Account()
+
+    def _begin(self, checkpoint, is_named):
+        """See that none but this run's checkpoints are taken up from here on."""
+        folder, known = self.run_folder, read_run(self.run_folder)
+        overwrite = self.args.overwrite_output_dir and checkpoint is None
+        left = left_behind(folder, checkpoint)
+        place = leave_behind(folder, left, overwrite)
+        if place is not None and self.is_world_process_zero():
+            names = ", ".join(path.name for path in reversed(left))
+            then = "and is removed when there is a new checkpoint" if overwrite else "where it stays"
+            print(f"{names} of a run that is not gone on with: now in {place}, {then}", flush=True)
+        origin = None if checkpoint is None or checkpoint.resolve().parent == folder.resolve() else str(checkpoint)
+        is_same = checkpoint is not None and not is_named and place is None
+        if known is not None or origin is not None:
+            finished = (known or {}).get("finished") if is_same else None
+            note_run(folder, **{"from": origin, "finished": finished})
 
     def set_initial_training_values(self, *args, **kwargs) -> tuple:
         """See `Trainer.set_initial_training_values`; a run that is at its end has no epoch left to go through."""
         epochs, *others, max_steps = super().set_initial_training_values(*args, **kwargs)
-        if self._resumed_at >= max_steps > 0:
+        known = gather_object([(read_run(self.run_folder) or {}).get("finished")])[0]
+        self.is_finished = known == max_steps
+        if self.is_finished or self._resumed_at >= max_steps > 0:
             if self.is_world_process_zero():
-                print(
-                    f"the checkpoint is of step {self._resumed_at} of {max_steps}: nothing is left to train", flush=True
-                )
+                says = "the run has come to its end" if self.is_finished else "the checkpoint is"
+                step = max_steps if self.is_finished else self._resumed_at
+                print(f"{says} of step {step} of {max_steps}: nothing is left to train", flush=True)
             epochs = 0
         return epochs, *others, max_steps
 
@@ -269,19 +326,34 @@ class VLMTrainer(Trainer):
         What cannot be saved of a model's settings is reported after its weights are on the disk.
 
         Raises:
-            DuetError: the weights are not finite.
+            DuetError: the weights are not finite, or the disk is full.
         """
+        self._torn = None
         if self._beside is not None:  # a checkpoint, which `_save_checkpoint` puts in its place
-            self._save_error = self._write_model(output_dir)
+            try:
+                self._save_error = self._write_model(output_dir)
+            except Exception as error:  # all processes come to where they hear of it
+                self._torn = error
             return
         self.guard.check_weights()
         folder = self.run_folder if output_dir is None else Path(output_dir)
         beside = folder / UNFINISHED / "model"
-        error = self._write_model(beside)
+        try:
+            error = self._write_model(beside)
+        except Exception as failure:
+            error = self._torn = failure
+        if error is not None and is_full(folder, error):
+            full = DiskFull(full_disk(beside, self.args.save_total_limit))
+            discard_unfinished(folder)
+            raise full from error
+        if self._torn is not None:
+            raise error
         if self.is_deepspeed_enabled:  # each process may write a part
             self.accelerator.wait_for_everyone()
         if self.args.should_save:
             replace_files(beside, folder)
+            if folder == self.run_folder:
+                remove_overwritten(folder)
         if error is not None:
             raise error
         if self.args.push_to_hub and not _internal_call:
@@ -294,8 +366,7 @@ class VLMTrainer(Trainer):
         Returns:
             its folder; `None` where nothing new was learned, or where other processes would have to write theirs too.
         """
-        step = self.state.global_step
-        place = self.run_folder / f"checkpoint-{step}"
+        step, place = self.state.global_step, self._place
         if self.args.world_size > 1 or self.guard.stopped or step <= self._resumed_at or place.exists():
             return None
         self._save_checkpoint(self.model, trial=None)
@@ -328,9 +399,13 @@ class VLMTrainer(Trainer):
             self.data_collator = copy.copy(collator)
             self.data_collator.skip_batches = self._skip_batches
         try:
-            return super().get_train_dataloader()
+            return self.stop.shield(super().get_train_dataloader())
         finally:
             self.data_collator, self.train_dataset = collator, dataset
+
+    def get_eval_dataloader(self, *args, **kwargs) -> torch.utils.data.DataLoader:
+        """See `Trainer.get_eval_dataloader`."""
+        return self.stop.shield(super().get_eval_dataloader(*args, **kwargs))
 
     def num_examples(self, dataloader: torch.utils.data.DataLoader) -> int:
         """See `Trainer.num_examples`; of planned batches the conversations."""
@@ -492,39 +567,96 @@ class VLMTrainer(Trainer):
         for error in filter(None, (job.exception() for job in done)):
             print(failure(self.repository, error), flush=True)
 
+    def _load_rng_state(self, checkpoint):
+        # The one place of a resumed run that has the random numbers of where the run before it was.
+        super()._load_rng_state(checkpoint)
+        self._evaluate_late()
+
+    def _evaluate_late(self):
+        if not self._is_late:
+            return
+        self._is_late = False
+        is_best = self._determine_best_metric(self._evaluate(None, None), None)
+        if is_best and self._place.is_dir():
+            self.state.best_model_checkpoint = str(self._place)
+        if is_best and self.args.save_strategy == SaveStrategy.BEST:
+            self._save_checkpoint(self.model, None)
+
     @spent_on(SAVING)
     def _save_checkpoint(self, model, trial):
         # The stock method writes in place, where a kill leaves half a checkpoint for the next resume to take.
         self.guard.check_weights()
         run_folder = Path(self._get_output_dir(trial))
         place = run_folder / f"checkpoint-{self.state.global_step}"
-        self._beside = run_folder / UNFINISHED
-        beside = self._beside / place.name
-        try:
-            super()._save_checkpoint(model, trial)
-        finally:
-            self._beside = None
-        save_account(self.account, beside, self.args.process_index)
-        best = run_folder / f"checkpoint-{self.state.best_global_step}"
-        if best == place or best.is_dir():
-            self.state.best_model_checkpoint = str(best)
-        self.accelerator.wait_for_everyone()
-        if self.args.should_save:
-            save_order(self.order, beside)
-            # Which is the best follows from its step, and its path tells of this machine.
-            replace(self.state, best_model_checkpoint=None).save_to_json(str(beside / STATE))
-            seal(beside)
-            put_in_place(beside, place)
-            discard_unfinished(run_folder)
-        self.accelerator.wait_for_everyone()
+        error = self._write_checkpoint(model, trial, place)
+        if isinstance(error, DiskFull) and self._make_room(run_folder):
+            error = self._write_checkpoint(model, trial, place)
+        if error is not None:
+            raise error
         if self.args.push_to_hub:
             self._push_from_checkpoint(str(place))
         if self.args.should_save:
-            keep = [place, *filter(None, [self.state.best_model_checkpoint]), *(folder for folder, _ in self._pushed)]
-            rotate(run_folder, self.args.save_total_limit, {Path(checkpoint) for checkpoint in keep})
+            remove_overwritten(run_folder)
+            rotate(run_folder, self.args.save_total_limit, self._kept())
         if self._save_error is not None:
             error, self._save_error = self._save_error, None
             raise error
+
+    def _kept(self):
+        best = self.state.best_model_checkpoint
+        return {self._place, *([] if best is None else [Path(best)]), *(folder for folder, _ in self._pushed)}
+
+    def _write_checkpoint(self, model, trial, place) -> Exception | None:
+        """Write a checkpoint beside and put it in its place; what failed in any process, and then it leaves nothing."""
+        run_folder, error = place.parent, None
+        self._beside, self._torn = run_folder / UNFINISHED, None
+        beside = self._beside / place.name
+        try:
+            super()._save_checkpoint(model, trial)
+            save_account(self.account, beside, self.args.process_index)
+        except Exception as failure:
+            error = failure
+        self._beside = None
+        best = run_folder / f"checkpoint-{self.state.best_global_step}"
+        if best == place or best.is_dir():
+            self.state.best_model_checkpoint = str(best)
+        error = self._failed_anywhere(self._torn or error, place)
+        if error is None and self.args.should_save:
+            try:
+                save_order(self.order, beside)
+                # Which is the best follows from its step, and its path tells of this machine.
+                replace(self.state, best_model_checkpoint=None).save_to_json(str(beside / STATE))
+                seal(beside)
+                put_in_place(beside, place)
+            except OSError as failure:
+                error = failure
+        error = self._failed_anywhere(error, place)
+        if self.args.should_save:
+            discard_unfinished(run_folder)
+        return error
+
+    def _failed_anywhere(self, error, place):
+        """The error of this process, or that another has one; a full disk is named as such by all."""
+        if error is None and self._save_error is not None and is_full(place.parent, self._save_error):
+            error = self._save_error
+        if error is not None and not isinstance(error, DiskFull) and is_full(place.parent, error):
+            error = DiskFull(full_disk(place, self.args.save_total_limit))
+        if self.args.world_size == 1:
+            return error
+        found = gather_object([None if error is None else (isinstance(error, DiskFull), in_a_line(error, 400))])
+        failed = next(filter(None, found), None)
+        if failed is None or error is not None:
+            return error
+        is_disk, line = failed
+        return DiskFull(line) if is_disk else RuntimeError(f"another process could not save {place.name}: {line}")
+
+    def _make_room(self, run_folder):
+        """Remove already what is too much when the checkpoint is there, if a whole one stays; whether there was any."""
+        there, limit = [], self.args.save_total_limit
+        if self.args.should_save:
+            there = surplus(run_folder, limit, self._kept(), coming=1)
+            rotate(run_folder, limit, self._kept(), coming=1)
+        return any(gather_object([bool(there)]))
 
 
 _OWN_GROUPS = {"params", "model", "optimizer_dict"}
