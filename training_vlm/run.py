@@ -66,7 +66,8 @@ def prepare(training_args: VLMTrainingArguments) -> None:
     Check the output folder and the devices, and seed everything.
 
     Raises:
-            DuetError: the folder holds something, there is nothing to resume, or several devices without a launcher.
+        DuetError: the folder holds something, there is nothing to resume, several devices without a launcher, or a
+            launcher that did not do as it was told.
         SystemExit: the run has come to its end, and there is nothing to go on from.
     """
     check_launch(training_args)
