@@ -440,6 +440,7 @@ class VLMTrainingArguments(TrainingArguments):
             "not given, those of the built-in data set alone."
         },
     )
+    is_restart: bool = field(default=False, init=False)  # whether --resume_from_checkpoint says auto
     # The collator reads columns that the model does not take.
     remove_unused_columns: bool = field(default=False, metadata={"help": "Must stay off: the collator reads images."})
     # None until the hardware has been asked.

@@ -82,10 +82,12 @@ def prepare(training_args: VLMTrainingArguments) -> None:
     folder = Path(training_args.output_dir)
     if folder.exists() and not folder.is_dir():
         raise DuetError(f"the output folder {folder} is a file; name another.")
+    training_args.is_restart = is_auto(training_args.resume_from_checkpoint)
     with training_args.main_process_first(desc="looking for a checkpoint"):
-        found = find_checkpoint(training_args.resume_from_checkpoint, folder, say=False)
+        found = find_checkpoint(training_args.resume_from_checkpoint, folder, training_args.process_index == 0)
     if found is None:
         _check_start(training_args, folder)
+    training_args.resume_from_checkpoint = None if found is None else str(found)
     if training_args.process_index > 0 or training_args.disable_tqdm:
         datasets.disable_progress_bars()
     logging.disable_progress_bar()  # that of loading weights; the Trainer draws its own
@@ -94,7 +96,7 @@ def prepare(training_args: VLMTrainingArguments) -> None:
 
 def _check_start(training_args, folder):
     """See that a run may begin in a folder, and that it does not begin again what is done."""
-    auto, main = is_auto(training_args.resume_from_checkpoint), training_args.process_index == 0
+    auto, main = training_args.is_restart, training_args.process_index == 0
     if training_args.overwrite_output_dir or not folder.is_dir() or not any(folder.iterdir()):
         return
     known = read_run(folder)

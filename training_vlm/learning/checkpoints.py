@@ -106,11 +106,6 @@ def is_auto(asked: str | bool | None) -> bool:
     return str(asked).lower() == "auto"
 
 
-def is_named(asked: str | bool | None) -> bool:
-    """Whether a person chose a checkpoint, which need not be the newest."""
-    return bool(asked) and str(asked).lower() not in ("auto", "last", "true")
-
-
 def find_checkpoint(asked: str | bool | None, folder: Path, say: bool = True) -> Path | None:
     """
     The checkpoint to resume from.
@@ -131,7 +126,7 @@ def find_checkpoint(asked: str | bool | None, folder: Path, say: bool = True) ->
     finish_moving(folder)
     if not asked:
         return None
-    if is_named(asked):
+    if str(asked).lower() not in ("auto", "last", "true"):
         return _whole(Path(str(asked)), folder)
     passed: list[str] = []
     for checkpoint in numbered(folder):

@@ -41,7 +41,7 @@ from .checkpoints import (
     BestCheckpoint,
     discard_unfinished,
     find_checkpoint,
-    is_named,
+    is_auto,
     left_behind,
     load_account,
     load_order,
@@ -236,7 +236,7 @@ class VLMTrainer(Trainer):
             self._go_on_from(checkpoint)
         if self.args.should_save:
             discard_unfinished(self.run_folder)
-            self._begin(checkpoint, is_named(resume_from_checkpoint))
+            self._begin(checkpoint, is_auto(resume_from_checkpoint) or self.args.is_restart)
         self.accelerator.wait_for_everyone()
         with self.stop.listening():
             try:
@@ -279,7 +279,7 @@ class VLMTrainer(Trainer):
         # One process a disk goes on with what all counted, so that nothing is lost where fewer go on.
         self.account = load_account(checkpoint) if self.args.should_save else Account()
 
-    def _begin(self, checkpoint, is_named):
+    def _begin(self, checkpoint, is_restart):
         """See that none but this run's checkpoints are taken up from here on."""
         folder, known = self.run_folder, read_run(self.run_folder)
         overwrite = self.args.overwrite_output_dir and checkpoint is None
@@ -290,7 +290,7 @@ class VLMTrainer(Trainer):
             then = "and is removed when there is a new checkpoint" if overwrite else "where it stays"
             print(f"{names} of a run that is not gone on with: now in {place}, {then}", flush=True)
         origin = None if checkpoint is None or checkpoint.resolve().parent == folder.resolve() else str(checkpoint)
-        is_same = checkpoint is not None and not is_named and place is None
+        is_same = is_restart and checkpoint is not None and place is None
         if known is not None or origin is not None:
             finished = (known or {}).get("finished") if is_same else None
             note_run(folder, **{"from": origin, "finished": finished})
