@@ -236,7 +236,7 @@ class VLMTrainer(Trainer):
             self._go_on_from(checkpoint)
         if self.args.should_save:
             discard_unfinished(self.run_folder)
-            self._begin(checkpoint, is_auto(resume_from_checkpoint) or self.args.is_restart)
+            self._begin(checkpoint, is_auto(resume_from_checkpoint) or getattr(self.args, "is_restart", False))
         self.accelerator.wait_for_everyone()
         with self.stop.listening():
             try:
@@ -282,7 +282,7 @@ class VLMTrainer(Trainer):
     def _begin(self, checkpoint, is_restart):
         """See that none but this run's checkpoints are taken up from here on."""
         folder, known = self.run_folder, read_run(self.run_folder)
-        overwrite = self.args.overwrite_output_dir and checkpoint is None
+        overwrite = checkpoint is None and getattr(self.args, "overwrite_output_dir", False)  # not of the library
         left = left_behind(folder, checkpoint)
         place = leave_behind(folder, left, overwrite)
         if place is not None and self.is_world_process_zero():
