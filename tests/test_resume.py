@@ -5,7 +5,7 @@ import os
 import shutil
 import signal
 import sys
-from concurrent.futures import Future
+from threading import Event
 
 import pytest
 import torch
@@ -191,13 +191,8 @@ def test_a_checkpoint_is_pushed_under_its_name_when_it_is_whole(run, tmp_path, m
     def create_commit(self, repo_id, operations, **kwargs):
         files = {operation.path_in_repo for operation in operations}
         pushed.append((files, fault(tmp_path / "checkpoint-2"), names(tmp_path)))
-        done = Future()
-        done.set_result(None)
-        return done
 
-    monkeypatch.setattr(HfApi, "create_commit", create_commit)
-    monkeypatch.setattr(HfApi, "list_repo_files", lambda self, repo_id, **kwargs: [])
-    monkeypatch.setattr(HfApi, "create_repo", lambda self, name, **kwargs: type("Repo", (), {"repo_id": name}))
+    no_hub(monkeypatch, create_commit)
     run(tmp_path, max_steps=2, push_to_hub=True, hub_strategy=strategy, hub_model_id="me/it").train()
     place = {"checkpoint": "last-checkpoint", "all_checkpoints": "checkpoint-2"}.get(strategy)
     (model, *_), *checkpoints = pushed
@@ -209,29 +204,30 @@ def test_a_checkpoint_is_pushed_under_its_name_when_it_is_whole(run, tmp_path, m
     assert all(reason is None and UNFINISHED not in found for _, reason, found in pushed)
 
 
-def test_a_push_in_the_background_that_fails_is_said_and_stops_nothing(run, tmp_path, monkeypatch, capsys):
-    def create_commit(self, repo_id, operations, **kwargs):
-        failed = Future()
-        failed.set_exception(OSError("the line is cut"))
-        return failed
-
+def no_hub(monkeypatch, create_commit):
     monkeypatch.setattr(HfApi, "create_commit", create_commit)
     monkeypatch.setattr(HfApi, "list_repo_files", lambda self, repo_id, **kwargs: [])
     monkeypatch.setattr(HfApi, "create_repo", lambda self, name, **kwargs: type("Repo", (), {"repo_id": name}))
-    trainer = run(tmp_path, max_steps=4, push_to_hub=True, hub_model_id="me/it")
+
+
+def test_a_push_in_the_background_that_fails_is_said_and_stops_nothing(run, tmp_path, monkeypatch, capsys):
+    def create_commit(self, repo_id, operations, **kwargs):
+        raise OSError("the line is cut")
+
+    no_hub(monkeypatch, create_commit)
+    trainer = run(tmp_path, max_steps=4, push_to_hub=True, hub_model_id="me/it", hub_always_push=True)
     trainer.train()
     assert trainer.state.global_step == 4
     assert capsys.readouterr().out.count("the push to me/it failed: the line is cut") == 2
 
 
 def test_a_checkpoint_that_is_being_pushed_is_not_removed(run, tmp_path, monkeypatch):
-    going_on = Future()
-    monkeypatch.setattr(HfApi, "create_commit", lambda self, repo_id, operations, **kwargs: going_on)
-    monkeypatch.setattr(HfApi, "list_repo_files", lambda self, repo_id, **kwargs: [])
-    monkeypatch.setattr(HfApi, "create_repo", lambda self, name, **kwargs: type("Repo", (), {"repo_id": name}))
+    going_on = Event()
+    no_hub(monkeypatch, lambda self, repo_id, operations, **kwargs: going_on.wait(60))
     trainer = run(tmp_path, max_steps=6, push_to_hub=True, hub_model_id="me/it", save_total_limit=1)
     monkeypatch.setattr(trainer, "_finish_current_push", lambda: None)
     trainer.train()
+    going_on.set()
     assert names(tmp_path) == ["checkpoint-2", "checkpoint-6"]
 
 

@@ -22,6 +22,7 @@ from ..private import public_account
 from .checkpoints import MANIFEST, sizes_of
 
 
+ADAPTER, BASE = "adapter_config.json", "base"
 CARD, SAMPLES = "README.md", "samples.png"
 RESULTS = (
     CARD, "training.png", "trainer_state.json", "all_results.json", "train_results.json", "eval_results.json",
@@ -29,7 +30,9 @@ RESULTS = (
 )  # fmt: skip
 """What tells of a model and lies beside it, where it was written."""
 
-_REPLACED = ("model*.safetensors", "model.safetensors.index.json", "adapter_model.safetensors", SAMPLES)
+_REPLACED = (
+    "model*.safetensors", "model.safetensors.index.json", "adapter_model.safetensors", ADAPTER, SAMPLES
+)  # fmt: skip
 """What an earlier push may have left and this one has not: other weights would be loaded, and consent was withdrawn."""
 
 Files = dict[str, str | bytes]
@@ -53,42 +56,57 @@ def files_of_checkpoint(checkpoint: Path) -> Files:
     return {**files, MANIFEST: json.dumps({"files": sizes}, indent=2).encode()}
 
 
-def push(files: Files, repository: str, message: str, under: str = "", background: bool = False, **where: Any):
+def with_base(files: Files, base: Path, repository: str, is_there: bool) -> Files:
+    """
+    The files of a model; of one with adapters its base too, under `base/`, so that both have one repository.
+
+    Args:
+        files: of the model.
+        base: where it may lie; an adapter may also be one of a repository's model.
+        repository: where both go.
+        is_there: whether the base was pushed before.
+    """
+    if ADAPTER not in files:
+        return files
+    settings = json.loads(Path(str(files[ADAPTER])).read_text(encoding="utf-8"))
+    if settings["base_model_name_or_path"] != BASE:
+        return files
+    settings |= {"base_model_name_or_path": repository, "revision": None}
+    names = [] if is_there else [name for name in sizes_of(base) if name != "base_source.json"]
+    of_base: Files = {f"{BASE}/{name}": str(base / name) for name in names}
+    return {**files, **of_base, ADAPTER: json.dumps(settings, indent=2, sort_keys=True).encode()}
+
+
+_HUB = HfApi()  # one for all, so that pushes in the background come one after another
+
+
+def push(files: Files, repository: str, message: str, under: str = "", **where: Any) -> CommitInfo:
     """
     Commit files to a model's repository.
 
     Args:
         under: a folder in the repository; at its top, what an earlier model left goes.
-        background: go on at once.
         where: `token` and `revision`.
-
-    Returns:
-        `CommitInfo`, or a `Future` of it.
 
     Raises:
         DuetError: the Hub refuses it, or cannot be reached.
     """
-    api = HfApi()
     operations: list[Any] = [
         CommitOperationAdd(f"{under}/{name}" if under else name, content) for name, content in files.items()
     ]
     try:
         if not under:
-            there = api.list_repo_files(repository, **where)
+            there = _HUB.list_repo_files(repository, **where)
             stale = [name for name in there if any(fnmatch(name, kind) for kind in _REPLACED) and name not in files]
             operations += [CommitOperationDelete(name) for name in stale]
-        commit: Any = api.create_commit  # whose overloads know no flag that is not written out
-        done: CommitInfo | Future = commit(
-            repository, operations, commit_message=message, run_as_future=background, **where
-        )
+        return _HUB.create_commit(repository, operations, commit_message=message, **where)
     except (HfHubHTTPError, httpx.HTTPError, OSError, ValueError, RuntimeError) as error:
-        raise DuetError(failure(repository, error)) from error
-    return done
+        raise DuetError(f"the push to {repository} failed: {in_a_line(error, 400)}") from error
 
 
-def failure(repository: str, error: BaseException) -> str:
-    """What to say of a push that failed."""
-    return f"the push to {repository} failed: {in_a_line(error, 400)}"
+def push_in_background(*args: Any, **kwargs: Any) -> Future:
+    """`push`, while the run goes on."""
+    return _HUB.run_as_future(push, *args, **kwargs)
 
 
-__all__ = ["CARD", "RESULTS", "SAMPLES", "failure", "files_of", "files_of_checkpoint", "push"]
+__all__ = ["CARD", "RESULTS", "SAMPLES", "files_of", "files_of_checkpoint", "push", "push_in_background", "with_base"]

@@ -59,7 +59,7 @@ from .disk import DiskFull, full_disk, is_full
 from .guard import Guard
 from .lineage import leave_behind, note_run, read_run, remove_overwritten
 from .meter import EVALUATION, SAVING, Meter, spent_on
-from .publishing import CARD, RESULTS, SAMPLES, failure, files_of, files_of_checkpoint, push
+from .publishing import BASE, CARD, RESULTS, SAMPLES, files_of, files_of_checkpoint, push, push_in_background, with_base
 from .sampling import EpochOfData, GroupedOrder, LengthGroupedOrder, change_of_order, order_seed
 from .sharding import check_goes_on, saved_whole
 from .stopping import Interrupted, Stop
@@ -98,6 +98,7 @@ class VLMTrainer(Trainer):
         self._torn: Exception | None = None  # of the weights
         self._model_files: list[str] = []  # what the last save of the model wrote
         self._pushed: list[tuple[Path, Future]] = []  # the checkpoints whose push may still go on
+        self._base_is_there = False  # in the repository, beside the adapters that need it
         self.best = BestCheckpoint()
         self.add_callback(self.best)
         self.add_callback(EpochOfData())
@@ -487,9 +488,10 @@ class VLMTrainer(Trainer):
         self.create_model_card(**kwargs)
         self._finish_current_push()
         beside = [*RESULTS, SAMPLES] if getattr(self.card, "shows_samples", False) else RESULTS
-        files = files_of(self.run_folder, [*self._model_files, *beside])
+        files = self._with_base(files_of(self.run_folder, [*self._model_files, *beside]))
         where: dict[str, Any] = {"token": token, "revision": revision or self.args.hub_revision}
-        return push(files, self.repository, commit_message or "End of training", background=not blocking, **where)
+        how = push if blocking else push_in_background
+        return how(files, self.repository, commit_message or "End of training", **where)
 
     def _add_evaluated(self, texts, keep, costs):
         # A sum and a count for each row that was asked for, whether it came into the batch or was dropped: so those
@@ -541,19 +543,25 @@ class VLMTrainer(Trainer):
         if not self.args.hub_always_push and not all(job.done() for _, job in self._pushed):
             return
         self.callback_handler.on_push_begin(self.args, self.state, self.control)
+        self._say_of_pushes()
         where: dict[str, Any] = {"token": self.args.hub_token, "revision": self.args.hub_revision}
         message = f"Training in progress, step {self.state.global_step}"
-        files = files_of(place, self._model_files)
+        files = self._with_base(files_of(place, self._model_files))
         if self.card is not None:
-            files[CARD] = self.card.text().encode()
+            try:
+                files[CARD] = self.card.text().encode()
+            except Exception as error:  # the run is worth more than its card
+                print(f"the card of step {self.state.global_step} could not be made: {error}", flush=True)
         pushes = [(files, message, "")]
         if strategy != HubStrategy.EVERY_SAVE:
             under = place.name if strategy == HubStrategy.ALL_CHECKPOINTS else "last-checkpoint"
             pushes.append((files_of_checkpoint(place), f"{message}, checkpoint", under))
-        self._say_of_pushes()
         for content, told, under in pushes:
-            self._pushed.append((place, push(content, self.repository, told, under, background=True, **where)))
+            self._pushed.append((place, push_in_background(content, self.repository, told, under, **where)))
         self.push_in_progress = PushInProgress([job for _, job in self._pushed])
+
+    def _with_base(self, files):
+        return with_base(files, self.run_folder / BASE, self.repository, self._base_is_there)
 
     def _finish_current_push(self):
         # The stock method waits, and says nothing of a push that failed.
@@ -561,11 +569,13 @@ class VLMTrainer(Trainer):
         self._say_of_pushes()
 
     def _say_of_pushes(self):
-        """Say which pushes failed; those that go on are kept."""
+        """Say which pushes failed; remember those that go on."""
         done = [job for _, job in self._pushed if job.done()]
         self._pushed = [(place, job) for place, job in self._pushed if job not in done]
-        for error in filter(None, (job.exception() for job in done)):
-            print(failure(self.repository, error), flush=True)
+        failed = [job.exception() for job in done]
+        self._base_is_there |= None in failed
+        for error in filter(None, failed):
+            print(f"checkpoints: {error}", flush=True)
 
     def _load_rng_state(self, checkpoint):
         # The one place of a resumed run that has the random numbers of where the run before it was.
