@@ -66,6 +66,12 @@ train_sft.main([
     "--hub_model_id", "me/chat", "--hub_revision", "try", "--eval_strategy", "steps", "--eval_steps", "1",
     "--load_best_model_at_end", "True", "--card_samples", "True", "--tune_text", "last:1",
 ])
+for name, begun in (("own-base", ["--vision_model", "maker/vit", "--text_model", "maker/lm"]),
+                    ("hub-base", ["--model", "me/aligned", "--trust_remote_code"])):
+    train_sft.main([
+        *common, *begun, "--dataset", str(home / "dialogues.jsonl"), "--output_dir", str(home / name), "--max_steps",
+        "2", "--hub_strategy", "checkpoint", "--tune_text", "lora", "--learning_rate", "0.01",
+    ])
 VLMForConditionalGeneration.from_pretrained(home / "assistant").push_to_hub("by-hand")
 VLMProcessor.from_pretrained(home / "assistant").push_to_hub("by-hand")
 """
@@ -89,6 +95,15 @@ for name, revision in [*pushed, [folder + "/checkpoint-1", None]]:
     assert said.shape[1] > inputs["input_ids"].shape[1]
     with torch.no_grad():
         found[name.replace(folder + "/", "")] = model(**inputs).logits
+for base, kwargs in (("me/own-base", {"subfolder": "base"}), ("me/aligned", {})):
+    from peft import PeftModel
+
+    name = "me/hub-base" if base == "me/aligned" else base
+    model = AutoModelForImageTextToText.from_pretrained(base, trust_remote_code=True, **kwargs)
+    with torch.no_grad():
+        plain = model(**inputs).logits
+        found[name + " by peft"] = PeftModel.from_pretrained(model, name).eval()(**inputs).logits
+    assert not torch.equal(plain, found[name + " by peft"])
 torch.save(found, work + "/found.pt")
 """
 
@@ -122,7 +137,8 @@ def pushed(folders, tmp_path_factory):
         ran = subprocess.run([sys.executable, "-c", RUN], cwd=home, env=environment, capture_output=True, text=True)
         assert ran.returncode == 0, ran.stderr[-3000:]
         (work / "load.py").write_text(WITHOUT_PACKAGE + LOAD)
-        names = json.dumps([["me/aligned", None], ["me/chat", "try"], ["me/by-hand", None]])
+        names = ["me/aligned", "me/chat", "me/by-hand", "me/own-base", "me/hub-base"]
+        names = json.dumps([[name, "try" if name == "me/chat" else None] for name in names])
         environment = hub_environment(url, work / "fresh") | {"OMP_NUM_THREADS": "1"}
         command = [sys.executable, "-I", str(work / "load.py"), str(work), names]
         loaded = subprocess.run(command, cwd=work, env=environment, capture_output=True, text=True)
@@ -175,7 +191,12 @@ def test_only_what_belongs_to_a_model_is_pushed(pushed):
 def test_what_was_pushed_loads_by_name_without_the_package(pushed):
     hub, home, _ = pushed
     found = torch.load(hub.parents[2] / "found.pt")
-    assert set(found) == {"me/aligned", "me/chat", "me/by-hand", "checkpoint-1"}
+    adapted = {f"me/{name}-base" for name in ("own", "hub")}
+    assert set(found) == {"me/aligned", "me/chat", "me/by-hand", "checkpoint-1", *adapted, *(
+        f"{name} by peft" for name in adapted
+    )}  # fmt: skip
+    for name in adapted:
+        torch.testing.assert_close(found[name], found[f"{name} by peft"], rtol=0, atol=1e-6)
     for name, folder in (("aligned", "aligned"), ("chat@try", "assistant"), ("by-hand", "assistant")):
         here, there = (load_file(place / "model.safetensors") for place in (home / folder, hub / name))
         assert here.keys() == there.keys() and all(torch.equal(here[key], there[key]) for key in here)
@@ -191,6 +212,20 @@ def test_a_pushed_checkpoint_is_whole_and_goes_on(pushed):
         assert Account.from_state(state).total["samples"] == 4 * int(name[-1])
     state = json.loads((home / "assistant" / "trainer_state.json").read_text())
     assert state["best_model_checkpoint"] == f"checkpoint-{state['best_global_step']}"
+
+
+def test_adapters_are_pushed_with_their_base_or_name_its_repository(pushed):
+    hub, home, _ = pushed
+    own, other = (json.loads((hub / name / "adapter_config.json").read_text()) for name in ("own-base", "hub-base"))
+    assert own["base_model_name_or_path"] == "me/own-base" and (hub / "own-base" / "base" / "config.json").is_file()
+    assert other["base_model_name_or_path"] == "me/aligned" and not (hub / "hub-base" / "base").exists()
+    assert fault(hub / "own-base" / "last-checkpoint") is None
+    for name, base in (("own-base", ["maker/vit", "maker/lm"]), ("hub-base", ["me/aligned"])):
+        content = (hub / name / "README.md").read_text()
+        data = ModelCard(content).data
+        assert not faults_of_card(content) and data.base_model == base and "lora" in data.tags
+        assert f'PeftModel.from_pretrained(base, "me/{name}")' in content
+        assert data.get("base_model_relation") == ("adapter" if name == "hub-base" else None)
 
 
 def test_a_card_is_one_that_the_hub_takes_and_reads(pushed):

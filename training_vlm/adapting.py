@@ -25,14 +25,13 @@ from processing import VLMProcessor
 from processing.data_error_vlm import DuetError, in_a_line
 
 from .arguments import ModelArguments
-from .learning.checkpoints import UNFINISHED, fault, put_in_place, seal
+from .learning.checkpoints import SOURCE, UNFINISHED, fault, put_in_place, seal
 from .learning.lora import AdaptedVLM, adapt, load_adapters, sides_in
 from .learning.originals import autocast_dtype
 from .policy import TuningArguments
 from .settings import Arguments
 
 
-SOURCE = "base_source.json"
 SIDES = {"vision": "vision encoder", "text": "language model"}
 
 

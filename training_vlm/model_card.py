@@ -21,6 +21,7 @@ from transformers import SchedulerType
 from transformers.training_args import OptimizerNames
 
 from evaluation_vlm.judgement import Judgement, mean_of
+from modeling_vlm.adapters_vlm import BASE, is_adapted
 from modeling_vlm.configuration_vlm import DUET_VERSION
 from processing.batching.account import Account, number_of
 from processing.reading.settings import SourceSettings
@@ -132,7 +133,11 @@ class RunCard:
         return self.arguments.data.sources()
 
     def _data(self) -> ModelCardData:
-        base_models = [base.name for base in self.bases if base.on_hub]
+        base_models, tags, relation = [base.name for base in self.bases if base.on_hub], [], None
+        if is_adapted(self._model):
+            tags = ["peft", "lora"]
+            if (base := self._base_of_adapters()[0]) != BASE:
+                base_models, relation = [base], "adapter"
         data = [source.path for source in self._sources() if _is_on_hub(source)]
         results = self._eval_results()
         return ModelCardData(
@@ -140,7 +145,8 @@ class RunCard:
             pipeline_tag=TASK,
             base_model=list(dict.fromkeys(base_models)) or None,
             datasets=list(dict.fromkeys(data)) or None,
-            tags=["duet", "vision-language", f"stage-{self.stage.number}"],
+            base_model_relation=relation,
+            tags=["duet", "vision-language", f"stage-{self.stage.number}", *tags],
             model_name=self.name.rpartition("/")[2] if results else None,
             eval_results=results or None,  # type: ignore[arg-type]
             **licence_of(self.bases),  # type: ignore[arg-type]
@@ -172,8 +178,19 @@ class RunCard:
     def _use(self) -> str:
         name = json.dumps(self.name, ensure_ascii=False).replace("`", "'")
         branch = self.trainer.args.hub_revision
-        trust = "trust_remote_code=True" + (f", revision={json.dumps(branch)}" if branch else "")
-        return _USE.format(name=name, trust=trust, ask=self.stage.ask)
+        trust = _TRUST + (f", revision={json.dumps(branch)}" if branch else "")
+        use = _USE.format(name=name, trust=trust, ask=self.stage.ask)
+        if is_adapted(self._model):
+            base, revision = self._base_of_adapters()
+            base = f'{name}, subfolder="{BASE}", {trust}' if base == BASE else f"{json.dumps(base)}, {_TRUST}"
+            base += f", revision={json.dumps(revision)}" if revision else ""
+            use += _USE_PEFT.format(name=name, base=base)
+        return use
+
+    def _base_of_adapters(self) -> tuple[str, str | None]:
+        """What the adapters lie on: the folder beside them, or a repository, at a revision."""
+        config = next(iter(self._model.peft_config.values()))
+        return config.base_model_name_or_path, config.revision
 
     def _components(self) -> str:
         lines = ["| part | parameters | learned | how | rate | decay |", "|---|---:|---:|---|---|---|"]
@@ -253,6 +270,15 @@ processor = AutoProcessor.from_pretrained({name}, {trust})
 {ask}
 output = model.generate(**inputs)
 print(processor.decode(output[0, inputs["input_ids"].shape[1]:], skip_special_tokens=True).strip())"""
+
+_TRUST = "trust_remote_code=True"
+_USE_PEFT = """
+
+# These are adapters and their base, which the lines above put together. With peft itself:
+from peft import PeftModel
+
+base = AutoModelForImageTextToText.from_pretrained({base})
+model = PeftModel.from_pretrained(base, {name})"""
 
 _TOLD = (str, int, float, bool, list)
 _NOT_TOLD = {

@@ -32,6 +32,7 @@ UNFINISHED = "_unfinished"
 MANIFEST = "checkpoint_manifest.json"
 STATE = "trainer_state.json"
 ORDER = "data_order.json"
+SOURCE = "base_source.json"  # what a base of adapters was made of, as a digest
 _EDITED = (".py", ".md", ".jinja", "config.json")  # what a person, or an update of the code, may change since
 _WEIGHTS = re.compile(r"model(-\d+-of-\d+)?\.safetensors|model\.safetensors\.index\.json|adapter_(model|config)\..+")
 

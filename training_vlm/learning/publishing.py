@@ -15,14 +15,14 @@ from huggingface_hub import CommitInfo, CommitOperationAdd, CommitOperationDelet
 from huggingface_hub.errors import HfHubHTTPError
 from huggingface_hub.utils import httpx
 
+from modeling_vlm.adapters_vlm import BASE, CONFIG, WEIGHTS
 from processing.batching.account import Account
 from processing.data_error_vlm import DuetError, in_a_line
 
 from ..private import public_account
-from .checkpoints import MANIFEST, sizes_of
+from .checkpoints import MANIFEST, SOURCE, sizes_of
 
 
-ADAPTER, BASE = "adapter_config.json", "base"
 CARD, SAMPLES = "README.md", "samples.png"
 RESULTS = (
     CARD, "training.png", "trainer_state.json", "all_results.json", "train_results.json", "eval_results.json",
@@ -30,9 +30,7 @@ RESULTS = (
 )  # fmt: skip
 """What tells of a model and lies beside it, where it was written."""
 
-_REPLACED = (
-    "model*.safetensors", "model.safetensors.index.json", "adapter_model.safetensors", ADAPTER, SAMPLES
-)  # fmt: skip
+_REPLACED = ("model*.safetensors", "model.safetensors.index.json", WEIGHTS, CONFIG, SAMPLES)
 """What an earlier push may have left and this one has not: other weights would be loaded, and consent was withdrawn."""
 
 Files = dict[str, str | bytes]
@@ -66,15 +64,15 @@ def with_base(files: Files, base: Path, repository: str, is_there: bool) -> File
         repository: where both go.
         is_there: whether the base was pushed before.
     """
-    if ADAPTER not in files:
+    if CONFIG not in files:
         return files
-    settings = json.loads(Path(str(files[ADAPTER])).read_text(encoding="utf-8"))
+    settings = json.loads(Path(str(files[CONFIG])).read_text(encoding="utf-8"))
     if settings["base_model_name_or_path"] != BASE:
         return files
     settings |= {"base_model_name_or_path": repository, "revision": None}
-    names = [] if is_there else [name for name in sizes_of(base) if name != "base_source.json"]
+    names = [] if is_there else [name for name in sizes_of(base) if name != SOURCE]
     of_base: Files = {f"{BASE}/{name}": str(base / name) for name in names}
-    return {**files, **of_base, ADAPTER: json.dumps(settings, indent=2, sort_keys=True).encode()}
+    return {**files, **of_base, CONFIG: json.dumps(settings, indent=2, sort_keys=True).encode()}
 
 
 _HUB = HfApi()  # one for all, so that pushes in the background come one after another
