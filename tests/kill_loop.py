@@ -56,6 +56,7 @@ KINDS = {
     "streamed": Kind([*FULL, "--streaming", "--shuffle_buffer", "8"]),
     "packed": Kind([*FULL, "--max_tokens_per_batch", "200"]),
     "packed stream": Kind([*FULL, "--max_tokens_per_batch", "200", "--streaming", "--shuffle_buffer", "8"]),
+    "LoRA": Kind(["--tune_text", "lora", "--lora_r", "4", "--eval_share", "0"]),
     "two processes": Kind([*FULL, "--per_device_train_batch_size", "2", "--ddp_backend", "gloo"], processes=2),
 }
 
@@ -209,7 +210,8 @@ class Loop:
         return killed
 
     def _compare(self, out):
-        for name in ("model.safetensors", "data_report.json"):
+        weights = [path.name for path in self.whole.glob("*model.safetensors")]
+        for name in (*weights, "data_report.json"):
             assert filecmp.cmp(self.whole / name, out / name, shallow=False), f"{out / name} is not that of a whole run"
         losses = [_losses(folder) for folder in (self.whole, out)]
         assert losses[0] == losses[1], losses

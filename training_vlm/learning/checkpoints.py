@@ -80,6 +80,10 @@ def _fault_without_manifest(checkpoint):
         TrainerState.load_from_json(str(checkpoint / STATE))
     except (OSError, ValueError, TypeError):
         return f"{STATE} is missing or cannot be read"
+    return _fault_of_files(checkpoint)
+
+
+def _fault_of_files(checkpoint):
     for index in checkpoint.glob("*.index.json"):
         try:
             shards = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
@@ -185,7 +189,7 @@ def seal(checkpoint: Path) -> None:
     Raises:
         OSError: what was written is not what there is.
     """
-    if (reason := _fault_without_manifest(checkpoint)) is not None:
+    if (reason := _fault_of_files(checkpoint)) is not None:
         raise OSError(f"{checkpoint.name} was written and is not whole: {reason}")
     content = json.dumps({"files": sizes_of(checkpoint)}, indent=2)
     (checkpoint / MANIFEST).write_text(content, encoding="utf-8")
