@@ -5,8 +5,11 @@ refuses to save settings that contradict each other, as language models ship the
 The file travels with every checkpoint.
 """
 
+import functools
+
 import torch
 from transformers import GenerationConfig, GenerationMixin
+from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from .attention_vlm import attend_as_chosen
 from .backbones_vlm import CACHE
@@ -21,34 +24,49 @@ class VLMGenerationMixin(GenerationMixin):
         attend_as_chosen(self.model.language_model)
         return super().generate(*args, **kwargs)
 
+    @functools.wraps(GenerationMixin.prepare_inputs_for_generation)  # from whose signature the library reads much
+    def prepare_inputs_for_generation(self, *args, **kwargs):
+        if not kwargs.get("is_first_iteration", False) and kwargs.get("use_cache", True):
+            kwargs.pop("mm_encoder_outputs", None)  # they are the prompt's; transformers 5.17 gives them with every token
+        return super().prepare_inputs_for_generation(*args, **kwargs)
+
     def _expand_inputs_for_generation(self, expand_size=1, is_encoder_decoder=False, input_ids=None, **kwargs):
         pixel_values, grids = kwargs.get("pixel_values"), kwargs.get("image_grids")
         embeds, encoded = kwargs.get("inputs_embeds"), (kwargs.get("mm_encoder_outputs") or {}).get("image")
+        ids = input_ids if embeds is None else None
         if encoded is not None and expand_size > 1:  # the library would drop features that no prompt has a place for
-            ids = input_ids if embeds is None else None
             self.model.get_placeholder_mask(ids, embeds, in_one_row(encoded.pooler_output))
         elif encoded is None and pixel_values is None and embeds is None and kwargs.get(CACHE) is None:
             self.model.get_placeholder_mask(input_ids, None, input_ids.new_empty(0))  # a prompt without its images
-        images_of, views_in = None, None
-        if pixel_values is not None and (input_ids is not None or embeds is not None):
+        repeated = {}
+        if expand_size > 1 and encoded is not None:
+            features = list(encoded.pooler_output)
+            images_of = self._images_of_prompts([len(image) for image in features], ids, embeds)
+            groups = [group for group in _split(features, images_of) for _ in range(expand_size)]
+            pooler_output = [image for group in groups for image in group]
+            repeated["mm_encoder_outputs"] = {"image": BaseModelOutputWithPooling(pooler_output=pooler_output)}
+            del kwargs["mm_encoder_outputs"]
+        elif pixel_values is not None and (input_ids is not None or embeds is not None):
             shapes = [(1, 1)] * len(pixel_values) if grids is None else grids.tolist()
-            tokens = torch.tensor([self.config.tile_tokens(*shape) for shape in shapes]).cumsum(0)
-            positions = self.model.image_positions(input_ids if embeds is None else None, embeds)
-            of_prompts = positions.sum(1).cumsum(0).cpu()
-            ends = torch.searchsorted(tokens, of_prompts, right=True)
-            if tokens[-1] == of_prompts[-1]:
-                images_of = ends.diff(prepend=ends.new_zeros(1)).tolist()
+            images_of = self._images_of_prompts([self.config.tile_tokens(*shape) for shape in shapes], ids, embeds)
+            if images_of is not None:
                 views_in = [sum(group) for group in _split(views_of(shapes), images_of)]
-                del kwargs["pixel_values"]
-                kwargs.pop("image_grids", None)
+                repeated["pixel_values"] = _repeated(kwargs.pop("pixel_values"), views_in, expand_size)
+                if kwargs.pop("image_grids", None) is not None:
+                    repeated["image_grids"] = _repeated(grids, images_of, expand_size)
         input_ids, kwargs = super()._expand_inputs_for_generation(
             expand_size=expand_size, is_encoder_decoder=is_encoder_decoder, input_ids=input_ids, **kwargs
         )
-        if images_of is not None:
-            kwargs["pixel_values"] = _repeated(pixel_values, views_in, expand_size)
-            if grids is not None:
-                kwargs["image_grids"] = _repeated(grids, images_of, expand_size)
-        return input_ids, kwargs
+        return input_ids, {**kwargs, **repeated}
+
+    def _images_of_prompts(self, tokens, ids, embeds) -> list[int] | None:
+        """How many of the images, of so many tokens each, each prompt has; `None` where they are not the prompts'."""
+        ends = torch.tensor(tokens).cumsum(0)
+        of_prompts = self.model.image_positions(ids, embeds).sum(1).cumsum(0).cpu()
+        if ends[-1] != of_prompts[-1]:
+            return None
+        images = torch.searchsorted(ends, of_prompts, right=True)
+        return images.diff(prepend=images.new_zeros(1)).tolist()
 
 
 def savable(config: GenerationConfig) -> tuple[GenerationConfig, list[str]]:

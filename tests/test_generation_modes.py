@@ -155,8 +155,6 @@ def test_logits_of_all_positions_write_what_those_of_the_last_write(lively, imag
 def test_images_encoded_beforehand_are_written_about_alike(lively, image, mode):
     model, processor = lively
     inputs = encode(processor, prompts(image))
-    if not hasattr(model, "_supports_mm_encoder_outputs"):
-        pytest.skip("this release of transformers encodes images in forward only")
     expected = write(model, inputs, **MODES[mode])
     pixels = inputs.pop("pixel_values")
     encoded = {"image": model.get_image_features(pixels)}

@@ -14,7 +14,6 @@ import torch
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from PIL import Image, ImageFile
-from transformers import GenerationMixin
 from transformers.image_processing_utils import select_best_resolution
 
 import train_pretrain
@@ -743,9 +742,6 @@ def test_embeddings_instead_of_ids_write_the_same(lively):
     assert written(model, with_pixels, num_beams=3) == beams
 
 
-@pytest.mark.skipif(
-    not hasattr(GenerationMixin, "_expand_multimodal_outputs"), reason="this transformers generates from pixels only"
-)
 def test_features_instead_of_pixels_write_the_same(lively):
     model, processor = lively
     inputs = encode(processor, prompts())

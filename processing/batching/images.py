@@ -43,7 +43,7 @@ class BatchImages:
         Raises:
             BadImage: it cannot be had.
         """
-        name = _name(reference)
+        name = image_key(reference)
         if name not in self._found:
             try:
                 seen: Seen | BadImage = self._look(reference)
@@ -76,7 +76,8 @@ class BatchImages:
         return sides if None not in sides else None
 
 
-def _name(reference: ImageReference) -> Hashable:
+def image_key(reference: ImageReference) -> Hashable:
+    """What tells an image from others without a look at it: its name and policy, its bytes, or the object itself."""
     if isinstance(reference, dict):
         content, path = reference.get("bytes"), reference.get("path")
         if isinstance(content, bytes):
@@ -108,4 +109,4 @@ def joined(images: list[Seen]) -> dict[str, Any]:
     return {name: torch.cat([image.tensors[name] for image in images]) for name in names}
 
 
-__all__ = ["BatchImages", "Seen", "joined", "once"]
+__all__ = ["BatchImages", "Seen", "image_key", "joined", "once"]
