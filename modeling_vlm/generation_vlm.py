@@ -27,7 +27,8 @@ class VLMGenerationMixin(GenerationMixin):
     @functools.wraps(GenerationMixin.prepare_inputs_for_generation)  # from whose signature the library reads much
     def prepare_inputs_for_generation(self, *args, **kwargs):
         if not kwargs.get("is_first_iteration", False) and kwargs.get("use_cache", True):
-            kwargs.pop("mm_encoder_outputs", None)  # they are the prompt's; transformers 5.17 gives them with every token
+            # They are the prompt's, and transformers 5.17 gives them with every token.
+            kwargs.pop("mm_encoder_outputs", None)
         return super().prepare_inputs_for_generation(*args, **kwargs)
 
     def _expand_inputs_for_generation(self, expand_size=1, is_encoder_decoder=False, input_ids=None, **kwargs):

@@ -48,7 +48,11 @@ VALUES = {
     "--learning_rate=nan": ("", "learning_rate=nan: expected 0 or more"),
     "--label_smoothing_factor": ("1.5", "expected 0 to 1"),
     "--lr_scheduler_type=cosine_with_min_lr": ("", "min_lr"),
-    "--metric_for_best_model": ("accuracy", "expected eval_loss"),
+    "--metric_for_best_model": ("accuracy", "--predict_with_generate"),
+    "--metrics": ("guess", "expected exact_match"),
+    "--max_eval_questions": ("5", "--predict_with_generate"),
+    "--early_stopping_patience": ("3", "eval_strategy"),
+    "--early_stopping_threshold": ("0.1", "early_stopping_patience"),
     "--accelerator_config": ('{"dispatch_batches": true}', "dispatch_batches"),
 }
 

@@ -221,11 +221,13 @@ class DataArguments:
     )
     test_split: str | None = field(
         default=None,
-        metadata={"help": "Split whose questions are answered by `generate` after training and compared exactly."},
+        metadata={"help": "Split whose questions are answered by `generate` after training, and judged."},
     )
     test_dataset: str | None = field(
         default=None,
-        metadata={"help": "Another data set for these questions, in yaml only: an entry as in datasets."},
+        metadata={
+            "help": "Another data set for these questions: its name, as of dataset; in yaml also an entry as in datasets."
+        },
     )
     download: bool = field(default=False, metadata={"help": "Fetch COCO 2017 into the folder named by `dataset`."})
     max_samples: int | None = field(
@@ -339,7 +341,8 @@ class DataArguments:
             DuetError: the entry is not as expected.
         """
         if self.test_dataset is not None:
-            source = self._source(self.test_dataset, "test_dataset")
+            named = isinstance(self.test_dataset, str)
+            source = self._source({"path": self.test_dataset} if named else self.test_dataset, "test_dataset")
             return replace(source, split=source.split or self.test_split, max_samples=self.max_test_samples)
         if self.test_split is not None:
             return replace(self.sources()[0], split=self.test_split, max_samples=self.max_test_samples)
@@ -506,10 +509,6 @@ class VLMTrainingArguments(TrainingArguments):
             raise DuetError("dataloader_persistent_workers keeps workers, and dataloader_num_workers is 0; raise that.")
         if self.remove_unused_columns:
             raise DuetError("remove_unused_columns must stay false: the collator reads images and text from the data.")
-        if self.metric_for_best_model not in (None, "loss", "eval_loss"):
-            raise DuetError(
-                f"metric_for_best_model={self.metric_for_best_model!r}: expected eval_loss; leave this out."
-            )
 
     def _refuse_what_the_trainer_would(self):
         """Packages and the schedule, which the Trainer would look at when the data are read and the model is loaded."""
@@ -553,8 +552,8 @@ _WITHOUT_EFFECT = {
     "liger_kernel_config": "its kernels are chosen by the name of a model, and leave a composed one as it is",
     "enable_jit_checkpoint": "SIGTERM and SIGUSR1 have a checkpoint saved anyway, and end the run with 75",
     "do_predict": "questions of --test_split are answered after every training",
-    "include_for_metrics": "answers are judged after training, not in the Trainer's loop",
-    "batch_eval_metrics": "answers are judged after training, not in the Trainer's loop",
+    "include_for_metrics": "answers are judged by what --metrics names, which sees the answers alone",
+    "batch_eval_metrics": "answers are judged by what --metrics names, which sees the answers alone",
     "label_names": "the labels are those of the answers",
     "length_column_name": "the length of a sample is known from its tokens",
 }

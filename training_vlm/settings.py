@@ -20,6 +20,7 @@ from processing.data_error_vlm import DuetError, NotFound
 from .arguments import DataArguments, GenerationArguments, ModelArguments, VLMTrainingArguments, suggest
 from .defaults import fill_in
 from .efficiency import EfficiencyArguments
+from .evaluation_arguments import EvaluationArguments
 from .policy import TuningArguments
 from .stages import STAGES, Stage
 
@@ -31,13 +32,14 @@ DEFAULT_RECIPE = RECIPES / "shapes.yaml"
 
 
 class Arguments(NamedTuple):
-    """All settings of a run, in six parts."""
+    """All settings of a run, in seven parts."""
 
     model: ModelArguments
     tuning: TuningArguments
     data: DataArguments
     generation: GenerationArguments
     efficiency: EfficiencyArguments
+    evaluation: EvaluationArguments
     training: VLMTrainingArguments
 
 
@@ -83,6 +85,7 @@ def parse_arguments(
     fill_in(settings)
     parsed = Arguments(*parser.parse_dict(settings, allow_extra_keys=True))
     parsed.efficiency.settle(parsed.data, parsed.training)
+    parsed.evaluation.settle(parsed.data, parsed.training)
     return parsed
 
 

@@ -1,0 +1,163 @@
+"""Questions of a data set, asked of a model by every process, each of which then knows all answers.
+
+What is special: an image that is stored in its row stays there until its question is asked, so that thousands of
+questions take no more memory than their ids. Questions about one image are asked by one process, which encodes it once.
+"""
+
+import contextlib
+import random
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any, overload
+
+import numpy as np
+import torch
+from accelerate import PartialState
+from accelerate.utils import gather_object
+from torch.distributed.fsdp import FullyShardedDataParallel, register_fsdp_forward_method
+from transformers import GenerationConfig
+
+from inference_vlm.answering import answer
+from inference_vlm.encoded_images import name_of
+from processing.batching.encoding import Encoder, encode_item
+from processing.batching.features import FeatureCache
+from processing.image_files_vlm import BadImage, ImageReference, check_image
+from processing.processing_vlm import VLMProcessor
+
+from .predictions import Prediction
+from .questions import Question, find_questions
+
+
+class StoredImages(Sequence[ImageReference]):
+    """
+    The images of an item of a data set, read whenever they are looked at, so that none stays in memory.
+
+    Args:
+        dataset: whose items hold them.
+        index: of the item.
+        count: how many of its images.
+    """
+
+    def __init__(self, dataset: Any, index: int, count: int):
+        self.dataset, self.index, self.count = dataset, index, count
+
+    def __len__(self) -> int:
+        return self.count
+
+    @overload
+    def __getitem__(self, place: int) -> ImageReference: ...
+    @overload
+    def __getitem__(self, place: slice) -> "StoredImages": ...
+    def __getitem__(self, place):
+        if isinstance(place, slice):  # of the first, which is all that a question asks for
+            return StoredImages(self.dataset, self.index, len(range(self.count)[place]))
+        return self.dataset[self.index]["images"][: self.count][place]
+
+    def __iter__(self) -> Iterator[ImageReference]:
+        return iter(self.dataset[self.index]["images"][: self.count])
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Sequence) and list(self) == list(other)
+
+
+def questions_of(dataset: Any, encoder: Encoder) -> list[Question]:
+    """
+    The questions of a data set whose images are there; of each that is not a line is printed.
+
+    Args:
+        dataset: items, encoded or not, in a data set or a list.
+        encoder: how conversations are encoded.
+    """
+
+    def readable() -> Iterator[dict[str, Any]]:
+        for index in range(len(dataset)):
+            item, _ = encode_item(dataset[index], encoder)
+            if item is None:
+                continue
+            images = item["images"]
+            try:
+                for reference in images:
+                    check_image(reference)
+            except BadImage as error:
+                print(f"left out of the questions: {error}")
+                continue
+            if any(isinstance(reference, dict) for reference in images):
+                item = {**item, "images": StoredImages(dataset, index, len(images))}
+            yield item
+
+    return find_questions(readable(), encoder.processor)
+
+
+def answer_questions(
+    model: Any,
+    processor: VLMProcessor,
+    questions: Sequence[Question],
+    batch_size: int,
+    config: GenerationConfig,
+    cache: FeatureCache | None = None,
+    in_step: bool = False,
+) -> list[Prediction]:
+    """
+    What a model answers: every process asks its share, and gets the answers of all, in the order of the questions.
+
+    Those whose images cannot be read are left out, and named in a line each. The model and its settings, and what is
+    random, are afterwards as they were.
+
+    Args:
+        model: a composed model, or one with adapters around it.
+        batch_size: questions that a process asks at a time.
+        config: the settings of generation.
+        cache: features of the images, read in place of encoding them.
+        in_step: the processes share the model's weights (FSDP, ZeRO-3), so they have to run it together.
+    """
+    state = PartialState()
+    mine = _shares(questions, state.num_processes)[state.process_index]
+    with whole_weights(model) if in_step else contextlib.nullcontext(), untouched_randomness():
+        said = answer(model, processor, [questions[i].prompt for i in mine], batch_size, config, cache, in_step)
+    answered = list(zip(mine, said))
+    if state.num_processes > 1:
+        answered = gather_object(answered)
+    return [Prediction(questions[index], text) for index, text in sorted(answered) if text is not None]
+
+
+def _shares(questions: Sequence[Question], processes: int) -> list[list[int]]:
+    """For each process the numbers of its questions: as many as the others', and all that are about an image."""
+    if processes == 1:
+        return [list(range(len(questions)))]
+    about: dict[Any, list[int]] = {}
+    for number, question in enumerate(questions):
+        first = next(iter(question.prompt.images), None)
+        about.setdefault(("alone", number) if first is None else name_of(first), []).append(number)
+    shares: list[list[int]] = [[] for _ in range(processes)]
+    for numbers in sorted(about.values(), key=len, reverse=True):
+        min(shares, key=len).extend(numbers)
+    return [sorted(share) for share in shares]
+
+
+@contextlib.contextmanager
+def untouched_randomness() -> Iterator[None]:
+    """What is random goes on afterwards as if nothing had been drawn."""
+    own, numbers = random.getstate(), np.random.get_state()
+    devices = [torch.accelerator.current_device_index()] if torch.accelerator.is_available() else []
+    kind = torch.accelerator.current_accelerator()
+    with torch.random.fork_rng(devices, device_type="cuda" if kind is None else kind.type):
+        try:
+            yield
+        finally:
+            random.setstate(own)
+            np.random.set_state(numbers)
+
+
+@contextlib.contextmanager
+def whole_weights(model: Any) -> Iterator[None]:
+    """A model of which each process has a part, ready to write."""
+    if isinstance(model, FullyShardedDataParallel):
+        with FullyShardedDataParallel.summon_full_params(model, writeback=False):
+            yield
+        return
+    for name in ("generate", "get_image_features"):
+        if not hasattr(vars(model).get(name), "__wrapped__"):  # registered before
+            register_fsdp_forward_method(model, name)  # does nothing where FSDP2 is not at work
+    yield
+
+
+__all__ = ["StoredImages", "answer_questions", "questions_of", "untouched_randomness", "whole_weights"]
