@@ -35,7 +35,7 @@ def main(argv: list[str] | None = None) -> None:
     test_set = encode_test(data, encoder, training_args)
     surveys = survey_data(PRETRAIN, train_set, eval_set, test_set, encoder, data_args, training_args)
 
-    trainer = build_trainer(arguments, model, encoder, train_set, eval_set)
+    trainer = build_trainer(arguments, model, encoder, train_set, eval_set, test_set)
     trainer.card = RunCard(PRETRAIN, arguments, trainer)
     report(PRETRAIN, trainer, surveys)
     result = train(trainer)

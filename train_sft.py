@@ -34,7 +34,7 @@ def main(argv: list[str] | None = None) -> None:
     test_set = encode_test(data, encoder, training_args)
     surveys = survey_data(SFT, train_set, eval_set, test_set, encoder, data_args, training_args)
 
-    trainer = build_trainer(arguments, model, encoder, train_set, eval_set)
+    trainer = build_trainer(arguments, model, encoder, train_set, eval_set, test_set)
     trainer.card = RunCard(SFT, arguments, trainer)
     report(SFT, trainer, surveys)
     result = train(trainer)

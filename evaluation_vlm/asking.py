@@ -6,8 +6,8 @@ questions take no more memory than their ids. Questions about one image are aske
 
 import contextlib
 import random
-from collections.abc import Iterable, Iterator, Sequence
-from typing import Any, overload
+from collections.abc import Iterator, Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -20,14 +20,14 @@ from inference_vlm.answering import answer
 from inference_vlm.encoded_images import name_of
 from processing.batching.encoding import Encoder, encode_item
 from processing.batching.features import FeatureCache
-from processing.image_files_vlm import BadImage, ImageReference, check_image
+from processing.image_files_vlm import BadImage, check_image
 from processing.processing_vlm import VLMProcessor
 
 from .predictions import Prediction
 from .questions import Question, find_questions
 
 
-class StoredImages(Sequence[ImageReference]):
+class StoredImages(Sequence[Any]):
     """
     The images of an item of a data set, read whenever they are looked at, so that none stays in memory.
 
@@ -43,16 +43,12 @@ class StoredImages(Sequence[ImageReference]):
     def __len__(self) -> int:
         return self.count
 
-    @overload
-    def __getitem__(self, place: int) -> ImageReference: ...
-    @overload
-    def __getitem__(self, place: slice) -> "StoredImages": ...
-    def __getitem__(self, place):
+    def __getitem__(self, place: Any) -> Any:
         if isinstance(place, slice):  # of the first, which is all that a question asks for
             return StoredImages(self.dataset, self.index, len(range(self.count)[place]))
         return self.dataset[self.index]["images"][: self.count][place]
 
-    def __iter__(self) -> Iterator[ImageReference]:
+    def __iter__(self) -> Iterator[Any]:
         return iter(self.dataset[self.index]["images"][: self.count])
 
     def __eq__(self, other: object) -> bool:
@@ -70,19 +66,18 @@ def questions_of(dataset: Any, encoder: Encoder) -> list[Question]:
 
     def readable() -> Iterator[dict[str, Any]]:
         for index in range(len(dataset)):
-            item, _ = encode_item(dataset[index], encoder)
-            if item is None:
+            encoded, _ = encode_item(dataset[index], encoder)
+            if encoded is None:
                 continue
-            images = item["images"]
+            images = encoded["images"]
             try:
                 for reference in images:
                     check_image(reference)
             except BadImage as error:
                 print(f"left out of the questions: {error}")
                 continue
-            if any(isinstance(reference, dict) for reference in images):
-                item = {**item, "images": StoredImages(dataset, index, len(images))}
-            yield item
+            stored = any(isinstance(reference, dict) for reference in images)
+            yield {**encoded, "images": StoredImages(dataset, index, len(images)) if stored else images}
 
     return find_questions(readable(), encoder.processor)
 

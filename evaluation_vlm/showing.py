@@ -5,7 +5,7 @@ of thousands. A question is shown as a person would ask it, without the words th
 """
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 from PIL import Image
 
@@ -20,6 +20,8 @@ from .questions import Question
 
 SHOWN, SIDE = 100, 400
 _MARK = "qxzv"  # no text has it
+
+One = TypeVar("One")
 
 
 class Wording:
@@ -61,7 +63,7 @@ def chosen(judgement: Judgement, most: int = SHOWN) -> list[int]:
     return [*order[:lowest], *evenly(order[lowest:], most - lowest)]
 
 
-def evenly(numbers: Sequence[int], most: int) -> list[int]:
+def evenly(numbers: Sequence[One], most: int) -> list[One]:
     """So many of some, evenly from the first to the last."""
     if len(numbers) <= most:
         return list(numbers)

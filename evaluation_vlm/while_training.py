@@ -1,25 +1,41 @@
-"""A model is asked and judged at every evaluation of its training: numbers for the log, pages and pictures for a person.
+"""A model is asked and judged at every evaluation of its training: numbers for the log, pictures for a person.
 
 What is special: nothing of the training changes by it. The same questions are asked each time, so that the curve is one
 of the model; all processes answer, and one writes. What stands in a file is replaced whole, so that whoever looks at it
-never sees half.
+never sees half, and what cannot be drawn costs a line and not the training.
 """
 
 import contextlib
-from collections.abc import Callable, Iterator, Sequence
+import json
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from transformers import GenerationConfig
+from accelerate.utils import broadcast_object_list
+from transformers import GenerationConfig, TrainerCallback
+from transformers.integrations import is_deepspeed_zero3_enabled
+from transformers.utils import logging
 
-from processing.data_error_vlm import DuetError
-from processing.processing_vlm import VLMProcessor
+from processing.data_error_vlm import in_a_line
+from processing.image_files_vlm import image_name
 
 from .asking import answer_questions
+from .curves import draw_curves
+from .files import replace_text
+from .gallery import draw_gallery
+from .gallery_page import write_page
 from .judgement import KINDS_SHOWN, Judgement, judge
 from .metrics import Metric
 from .predictions import Prediction
 from .questions import Question
+from .reporters import report_image
+from .showing import Wording, chosen, evenly, shown_of
+
+
+logger = logging.get_logger(__name__)
+
+PREDICTIONS, PAGE, PICTURE, CURVES = "predictions.jsonl", "samples.html", "samples.png", "training.png"
+IN_PICTURE = 8
 
 
 class WhileTraining:
@@ -27,51 +43,48 @@ class WhileTraining:
     Asks a trainer's model, and judges what it answers.
 
     Args:
-        trainer: a `Trainer`, of which `model`, `args`, `accelerator` and the cache of its collator are read.
+        trainer: a `Trainer` whose model is a composed one, and whose `processing_class` is its processor.
         questions: what is asked.
         metrics: what judges the answers.
-        settle: makes the settings of generation for a model.
-        tell: is given every judgement, in the main process.
+        settings: of generation.
 
     Attributes:
         judgement (`Judgement`): the last one.
     """
 
     def __init__(
-        self,
-        trainer: Any,
-        questions: Sequence[Question],
-        metrics: Sequence[Metric],
-        settings: GenerationConfig,
-        tell: Callable[[Judgement], None] = lambda judgement: None,
+        self, trainer: Any, questions: Sequence[Question], metrics: Sequence[Metric], settings: GenerationConfig
     ):
-        self.trainer, self.questions, self.metrics = trainer, questions, metrics
-        self.settings, self.tell = settings, tell
+        self.trainer, self.questions, self.metrics, self.settings = trainer, questions, metrics, settings
         self.judgement: Judgement | None = None
 
     def __call__(self) -> dict[str, float]:
         """
-        Ask and judge; every process has to.
+        Ask, judge, and write what a person looks at; every process has to.
 
         Returns:
-            the values by name, see `logged`.
+            values by name, see `logged`; those of the main process, so that all decide alike.
         """
-        predictions = ask(self.trainer, self.questions, self.settings)
-        self.judgement = judge(predictions, self.metrics)
+        self.judgement = judge(ask(self.trainer, self.questions, self.settings), self.metrics)
+        values = [logged(self.judgement)]
+        if self.trainer.args.world_size > 1:
+            broadcast_object_list(values)
         if self.trainer.is_world_process_zero():
-            self.tell(self.judgement)
-        return logged(self.judgement)
+            write_judgement(self.trainer, self.judgement)
+        return values[0]
 
     def names(self) -> list[str]:
-        """The names under which values will be logged: known, with what the metrics say, before anything is asked."""
-        right = [_if_right(question) for question in self.questions]
-        return list(logged(judge(right, self.metrics)))
+        """Under which names values will be logged: known before anything is asked, as metrics are tried for it."""
+        tried = [Prediction(question, question.expected, _as_likely(question)) for question in self.questions]
+        return list(logged(judge(tried, self.metrics)))
+
+
+def _as_likely(question: Question) -> tuple[float, ...]:
+    return (0.0,) * len(question.choices)
 
 
 def ask(trainer: Any, questions: Sequence[Question], settings: GenerationConfig) -> list[Prediction]:
     """What the model of a trainer answers; every process has to ask. See `answer_questions`."""
-    from_collator = getattr(trainer.data_collator, "features", None)
-    shared = trainer.is_fsdp_enabled or is_deepspeed_zero3_enabled()
     with trainer.accelerator.autocast():
         return answer_questions(
             trainer.model,
@@ -79,6 +92,101 @@ def ask(trainer: Any, questions: Sequence[Question], settings: GenerationConfig)
             questions,
             trainer.args.per_device_eval_batch_size,
             settings,
-            cache=from_collator,
-            in_step=shared,
+            cache=getattr(trainer.data_collator, "features", None),
+            in_step=trainer.is_fsdp_enabled or is_deepspeed_zero3_enabled(),
         )
+
+
+def logged(judgement: Judgement) -> dict[str, float]:
+    """The values of a judgement as a log takes them: by kind where there are several, and not very many."""
+    groups = {(question.subset, question.kind) for question, *_ in judgement.predictions}
+    return judgement.by_name() if 1 < len(groups) <= KINDS_SHOWN else dict(judgement.values)
+
+
+def write_judgement(trainer: Any, judgement: Judgement, what: str = "evaluation") -> None:
+    """
+    Write all predictions, and a choice of them as page and picture, into a run's folder; in the main process.
+
+    Args:
+        what: was judged, in a word for the page.
+    """
+    folder, step = Path(trainer.args.output_dir), trainer.state.global_step
+    wording = Wording(trainer.processing_class)
+    with unharmed(PREDICTIONS):
+        replace_text("".join(_lines(judgement, wording, step)), folder / PREDICTIONS)
+    if not judgement.predictions:
+        return
+    with unharmed(f"{PAGE} and {PICTURE}"):
+        shown = shown_of(judgement, chosen(judgement), wording)
+        number = len(judgement.predictions)
+        of_all = "" if len(shown) == number else f" Shown are {len(shown):,}: the lowest, and others evenly."
+        subtitle = f"Step {step:,} · {what} · {number:,} {'question' if number == 1 else 'questions'}.{of_all}"
+        values = {
+            metric.name.replace("_", " "): f"{judgement.values[metric.name]:{metric.shown}}"
+            for metric in judgement.metrics
+        }
+        replace_text(write_page(f"What {folder.name} answers", subtitle, values, shown), folder / PAGE)
+        picture, _ = draw_gallery(evenly(shown, IN_PICTURE), folder / PICTURE)
+        report_image(trainer, "samples", picture)
+
+
+def _lines(judgement: Judgement, wording: Wording, step: int) -> Iterator[str]:
+    """A line of JSON for every prediction."""
+    for number, (question, said, _) in enumerate(judgement.predictions):
+        each = {name: scores.each[number] for name, scores in judgement.scores.items() if scores.each is not None}
+        line = {
+            "step": step,
+            "id": question.id,
+            "source": question.source,
+            "row": question.row,
+            "subset": question.subset,
+            "kind": question.kind,
+            "images": [image_name(reference) for reference in question.prompt.images],
+            "question": wording(question),
+            "expected": question.references,
+            "generated": said,
+            "scores": {name: score for name, score in each.items() if score is not None},
+        }
+        yield json.dumps(line, ensure_ascii=False) + "\n"
+
+
+class Curves(TrainerCallback):
+    """
+    Draws the curves of a run, and gives them to its reporters, whenever it is evaluated or saved and when it ends.
+
+    Args:
+        trainer: whose run it is.
+        metrics: names of values that evaluations log, see `draw_curves`.
+    """
+
+    def __init__(self, trainer: Any, metrics: Sequence[str] = ()):
+        self.trainer, self.metrics = trainer, metrics
+
+    def on_evaluate(self, args, state, control, **kwargs):
+        self._draw(args, state)
+
+    def on_save(self, args, state, control, **kwargs):
+        self._draw(args, state)
+
+    def on_train_end(self, args, state, control, **kwargs):
+        self._draw(args, state)
+
+    def _draw(self, args, state):
+        if not state.is_world_process_zero:
+            return
+        with unharmed(CURVES):
+            picture = draw_curves(state.log_history, Path(args.output_dir) / CURVES, self.metrics)
+            if picture is not None:
+                report_image(self.trainer, "training", picture)
+
+
+@contextlib.contextmanager
+def unharmed(what: str) -> Iterator[None]:
+    """The training goes on where something for a person to look at cannot be made; a line says so."""
+    try:
+        yield
+    except Exception as error:  # whatever fonts, pictures, disks and reporters raise
+        logger.warning(f"{what} could not be written: {type(error).__name__}: {in_a_line(error)}")
+
+
+__all__ = ["CURVES", "PAGE", "PICTURE", "PREDICTIONS", "Curves", "WhileTraining", "ask", "logged", "write_judgement"]

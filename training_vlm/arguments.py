@@ -226,7 +226,7 @@ class DataArguments:
     test_dataset: str | None = field(
         default=None,
         metadata={
-            "help": "Another data set for these questions: its name, as of dataset; in yaml also an entry as in datasets."
+            "help": "Another data set for these questions: a name, as of dataset; in yaml also an entry as in datasets."
         },
     )
     download: bool = field(default=False, metadata={"help": "Fetch COCO 2017 into the folder named by `dataset`."})

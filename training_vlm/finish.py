@@ -5,27 +5,28 @@ and makes the run exit with 1.
 """
 
 import contextlib
+import copy
 import itertools
 import sys
 import traceback
 from collections.abc import Iterator
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 
 import torch
-from transformers import GenerationConfig
 from transformers.trainer_utils import TrainOutput
 
-from evaluation_vlm.gallery import Shown, draw_gallery
+from evaluation_vlm.asking import questions_of
+from evaluation_vlm.gallery import draw_gallery
 from evaluation_vlm.judgement import Judgement, judge
-from evaluation_vlm.metrics import METRICS
-from evaluation_vlm.predictions import Prediction
-from evaluation_vlm.questions import Question, find_questions
-from inference_vlm.answering import answer, greedy, text_of
+from evaluation_vlm.metrics import choose_metrics
+from evaluation_vlm.questions import Question
+from evaluation_vlm.showing import Wording, shown_of
+from evaluation_vlm.while_training import PAGE, PICTURE, ask, write_judgement
+from inference_vlm.answering import greedy
+from processing.batching.collator import VLMDataCollator
 from processing.batching.dataset import ConversationDataset
-from processing.batching.encoding import encode_item
 from processing.data_error_vlm import DuetError
-from processing.image_files_vlm import BadImage, check_image, load_image
 
 from .data import Data, TrainDataset
 from .learning.adapters import composed
@@ -90,7 +91,7 @@ def finish(
     Raises:
         SystemExit: something failed.
     """
-    generation_args, args = arguments.generation, arguments.training
+    args = arguments.training
     assert args.output_dir is not None  # where none is given, the library has a name
     if trainer.is_finished:
         if trainer.is_world_process_zero():
@@ -106,24 +107,24 @@ def finish(
             print(f"\n{table(speed)}")
     with attempts.trying("the evaluation", together=args.world_size > 1):
         losses |= _evaluated(trainer)
+    answers, together = _Answers(arguments, trainer, test), args.world_size > 1
+    with attempts.trying("the test questions", together=together):
+        answers.ask_test()
+    with attempts.trying("the samples", together=together):
+        answers.ask_samples()
     account = trainer.gathered_account()
     if trainer.is_world_process_zero():
         with attempts.trying("the account of the data"):
             learned_from = cast(TrainDataset, trainer.train_dataset)
             print(f"\nconsumed\n{write_data_report(Path(args.output_dir), account, learned_from).table()}")
-        answers = _Answers(generation_args, trainer, test)
-        with attempts.trying("the test questions"):
-            answers.ask_test()
-        with attempts.trying("the samples"):
-            answers.ask_samples()
-        with attempts.trying("samples.png"):
+        with attempts.trying(f"{PAGE} and {PICTURE}"):
             answers.draw()
         card = cast(RunCard, trainer.card)
         card.losses, card.judgement, card.samples = losses, answers.judgement, answers.shown()
         card.account, card.done = account, True
         with attempts.trying("the model card"):
             trainer.create_model_card()
-            if answers.samples and not card.shows_samples:
+            if answers.shown() and not card.shows_samples:
                 print("The card shows no samples of the data, and they are not pushed; --card_samples agrees to it.")
     if args.push_to_hub:
         with attempts.trying("the push to the Hub"):
@@ -139,99 +140,82 @@ def finish(
 
 
 def _evaluated(trainer) -> dict[str, float]:
+    if trainer.examine is not None:
+        trainer.examine.judgement = None  # of a model before this one
     if trainer.eval_dataset is None:
         return {}
     metrics = trainer.evaluate()
     trainer.log_metrics("eval", metrics)
     trainer.save_metrics("eval", metrics)
-    return {"eval_loss": metrics["eval_loss"]} if "eval_loss" in metrics else {}
+    of_interest = {"loss", *(trainer.examine.judgement.values if trainer.examine is not None else ())}
+    return {f"eval_{name}": metrics[f"eval_{name}"] for name in of_interest if f"eval_{name}" in metrics}
 
 
 class _Answers:
     """
-    What the trained model says.
+    What the trained model says; every process has to ask, one writes.
 
     Attributes:
-        judgement (`Judgement`): of the answers to the test set, `None` where there is none.
+        judgement (`Judgement`): of the test set, else of the last evaluation; `None` where nothing was judged.
+        samples (`Judgement`): of the samples.
     """
 
-    def __init__(self, generation_args, trainer, test):
-        self.generation_args, self.trainer, self.test = generation_args, trainer, test
-        self.processor, self.model = trainer.processing_class, composed(trainer.model)
-        self.judgement: Judgement | None = None
-        self.samples: list[tuple[Question, str]] = []
+    def __init__(self, arguments: Arguments, trainer: VLMTrainer, test: ConversationDataset | None):
+        self.trainer, self.test = trainer, test
+        self.asked, self.generation_args = arguments.evaluation, arguments.generation
+        self.encoder = cast(VLMDataCollator, trainer.data_collator).encoder
+        self.settings = greedy(composed(trainer.model), self.encoder.processor, self.generation_args.max_new_tokens)
+        self.judgement: Judgement | None = trainer.examine.judgement if trainer.examine is not None else None
+        self.samples: Judgement | None = None
         self._to_show: list[Question] = []
 
     def ask_test(self) -> None:
-        """Answer the test questions, print how many answers are exactly right, and keep the first for the samples."""
+        """Answer and judge the test questions, print what comes of it, and keep the first for the samples."""
         if self.test is None:
             return
-        items = list(_readable(self.test[index] for index in range(len(self.test))))
-        questions = find_questions(items, self.processor)
+        questions = questions_of(self.test, self.encoder)
         self._to_show = questions[:SAMPLES_SHOWN]
-        answered = self._answered(questions, greedy(self.model, self.processor, self.generation_args.max_new_tokens))
-        if not answered:
-            raise DuetError("no question could be asked, because no image could be read.")
-        self.judgement = judge([Prediction(*pair) for pair in answered], [METRICS["exact_match"]])
-        exact = self.judgement.table("exact_match")
-        print(f"\nTest answers exactly right ({len(answered):,} questions, greedy decoding)\n{exact}\n")
-        self.trainer.save_metrics("test", self.judgement.by_name())
+        if self.judgement is None or len(self.judgement.predictions) < len(questions):  # or all were asked just now
+            predictions = ask(self.trainer, questions, self.settings)
+            if not predictions:
+                raise DuetError("no question could be asked, because no image could be read.")
+            self.judgement = judge(predictions, choose_metrics(questions, self.asked.metrics))
+        number = len(self.judgement.predictions)
+        if self.trainer.is_world_process_zero():
+            exact = [metric.name for metric in self.judgement.metrics] == ["exact_match"]
+            told = self.judgement.table("exact_match") if exact else self.judgement.report()
+            print(f"\nTest answers{' exactly right' * exact} ({number:,} questions, greedy decoding)\n{told}\n")
+            self.trainer.save_metrics("test", self.judgement.by_name())
 
     def ask_samples(self) -> None:
         """Answer some questions as `GenerationArguments` say: of the test set, else what was evaluated or learned."""
         questions = self._to_show
         if self.test is None:
-            dataset = self.trainer.eval_dataset or self.trainer.train_dataset
-            if not isinstance(dataset, torch.utils.data.IterableDataset):
-                dataset = map(dataset.__getitem__, range(len(dataset)))
-            encoder = self.trainer.data_collator.encoder
-            encoded = (item for item, _ in (encode_item(item, encoder) for item in dataset) if item is not None)
-            questions = find_questions(itertools.islice(_readable(encoded), SAMPLES_SHOWN), self.processor)
-        config = greedy(self.model, self.processor, self.generation_args.max_new_tokens)
-        vars(config).update(self.generation_args.told())
-        self.samples = self._answered(questions[:SAMPLES_SHOWN], config)
-
-    def _answered(self, questions: list[Question], config: GenerationConfig) -> list[tuple[Question, str]]:
-        """The questions that could be asked, with their answers."""
-        batch_size = self.trainer.args.per_device_eval_batch_size
-        answers = answer(self.model, self.processor, [question.prompt for question in questions], batch_size, config)
-        return [(question, said) for question, said in zip(questions, answers) if said is not None]
+            dataset: Any = self.trainer.eval_dataset or self.trainer.train_dataset
+            if isinstance(dataset, torch.utils.data.IterableDataset):
+                dataset = list(itertools.islice(dataset, 10 * SAMPLES_SHOWN))
+            few = torch.utils.data.Subset(dataset, range(min(len(dataset), 10 * SAMPLES_SHOWN)))
+            questions = questions_of(few, self.encoder)[:SAMPLES_SHOWN]
+        settings = copy.deepcopy(self.settings)
+        vars(settings).update(self.generation_args.told())
+        self.samples = judge(ask(self.trainer, questions, settings), choose_metrics(questions))
 
     def draw(self) -> None:
-        """Write `samples.png`, where there are samples, and a page beside it where fonts are missing."""
-        if not self.samples:
+        """Write the page of what was judged, or else of the samples, and the picture of the samples; in one process."""
+        if self.samples is None or not self.samples.predictions:
             return
-        image_id = self.processor.image_token_id
-        shown = [
-            Shown(
-                load_image(question.prompt.images[-1]) if question.prompt.images else None,
-                text_of(self.processor, [id for id in question.prompt.ids if id != image_id]),
-                question.expected,
-                said,
-                question.is_right(said),
-            )
-            for question, said in self.samples
-        ]
-        page = draw_gallery(shown, Path(self.trainer.args.output_dir) / "samples.png")
-        if page is not None:
-            print(f"samples.png lacks characters that no font of this machine has; {page} shows them.")
+        write_judgement(self.trainer, self.judgement or self.samples, "after training")
+        folder, processor = self.trainer.run_folder, self.encoder.processor
+        shown = shown_of(self.samples, range(len(self.samples.predictions)), Wording(processor))
+        if draw_gallery(shown, folder / PICTURE).lacks:
+            print(f"{PICTURE} lacks characters that no font of this machine has; {folder / PAGE} shows them.")
 
     def shown(self) -> list[tuple[str, str, str]]:
         """What was asked, expected and answered."""
-        decode, image = self.processor.tokenizer.decode, self.processor.image_token_id
-        return [(decode([id for id in q.prompt.ids if id != image]), q.expected, said) for q, said in self.samples]
-
-
-def _readable(items):
-    """Those of encoded items whose images are there: one that is not costs its own questions alone."""
-    for item in items:
-        try:
-            for reference in item["images"]:
-                check_image(reference)
-        except BadImage as error:
-            print(f"left out of the questions: {error}")
-        else:
-            yield item
+        if self.samples is None:
+            return []
+        words = Wording(self.encoder.processor)
+        return [(words(question), question.expected, said) for question, said, _ in self.samples.predictions]
 
 
 def _say_goodbye(stage, folder):

@@ -28,6 +28,7 @@ from processing.processing_vlm import VLMProcessor
 
 from .cache_features import refuse_address, refuse_uncacheable
 from .data import TrainDataset
+from .evaluation_arguments import EvaluationArguments
 from .flops import Work, windows_of, work_of
 from .learning.adapters import composed
 from .learning.originals import autocast_dtype, cast_anyway, frozen_dtype_of
@@ -119,7 +120,7 @@ def rehearse(
         two = rehearsing(arguments, folder)
         accumulated = two.training.gradient_accumulation_steps
         two.training.gradient_accumulation_steps = accumulated * devices  # what is saved follows from a whole step
-        trainer = build_trainer(two, model, encoder, dataset, None, lambda *_: None)
+        trainer = build_trainer(two, model, encoder, dataset, None, probe=lambda *_: None)
         trainer.args.gradient_accumulation_steps = min(2, accumulated)
         unread = cast(Any, trainer.data_collator).features = Unread(encoder.processor, cached)
         seen = list(_batches(trainer, cached))
@@ -152,7 +153,7 @@ def rehearsing(arguments: Arguments, folder: str) -> Arguments:
     training.debug, training.dataloader_drop_last = [], False  # the last of a sample is not the run's last
     # What is cached or held in fewer bits is neither written nor tried.
     efficiency = replace(arguments.efficiency, cache_vision_features=None, frozen_dtype=None)
-    return arguments._replace(training=training, efficiency=efficiency)
+    return arguments._replace(training=training, efficiency=efficiency, evaluation=EvaluationArguments())
 
 
 def _batches(trainer: VLMTrainer, cached: bool) -> Iterator[tuple[dict[str, Any], list[int], int] | None]:

@@ -24,6 +24,7 @@ from processing.data_error_vlm import DuetError, in_a_line
 
 from .arguments import GenerationArguments, VLMTrainingArguments, precision_of
 from .cache_features import train_on_features
+from .examine import examine
 from .learning.adapters import composed
 from .learning.checkpoints import find_checkpoint, is_auto, newest_whole
 from .learning.disk import DiskFull
@@ -122,7 +123,7 @@ def _check_start(training_args, folder):
 
 
 def build_trainer(
-    arguments: Arguments, model, encoder: Encoder, train, evaluation, probe: Probe = why_not_packed
+    arguments: Arguments, model, encoder: Encoder, train, evaluation, test=None, probe: Probe = why_not_packed
 ) -> VLMTrainer:
     """The Trainer of a stage; its collator and its data agree on how a conversation is encoded."""
     data_args, training_args = arguments.data, arguments.training
@@ -157,7 +158,8 @@ def build_trainer(
     if originals.is_holding and (trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled):
         raise DuetError("--frozen_dtype: FSDP and DeepSpeed hold and save the weights themselves; leave it out.")
     if (folder := arguments.efficiency.cache_vision_features) is not None:
-        train_on_features(trainer, [train, evaluation], folder, originals)
+        asked = test if arguments.evaluation.predict_with_generate else None
+        train_on_features(trainer, [train, evaluation, asked], folder, originals)
     trainer.add_callback(originals)
     savings = choose_savings(arguments.efficiency, trainer, probe)
     trainer.savings = savings._replace(is_cached=collator.features is not None)
@@ -166,6 +168,7 @@ def build_trainer(
         train.keeps_rows = collator.share_prefix
     trainer.planned = plan_batches(arguments.efficiency, trainer)
     trainer.order = order_of(trainer, data_args, arguments.efficiency)
+    examine(trainer, arguments, encoder, test)
     return trainer
 
 

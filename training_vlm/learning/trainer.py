@@ -1,6 +1,6 @@
 """The Trainer, with what it cannot express for this model: nothing computed in vain, and a loss that weighs tokens.
 
-Fourteen things differ from the stock Trainer. The head is computed at supervised positions only, a part of them at a
+Sixteen things differ from the stock Trainer. The head is computed at supervised positions only, a part of them at a
 time: the same loss and gradients, without the logits of a thousand image positions. The evaluation loss is the mean
 over tokens, summed for each text of a row, where the stock loop averages the means of batches, which makes it depend on
 the batch size. Label smoothing is the model's, with all that its loss has. Batches may be planned ahead in place of a
@@ -11,7 +11,8 @@ counts when it is whole. A run stops when its loss is no longer finite or nothin
 before another error is kept as a checkpoint. Each line of the log says how fast the run is, and how much of it is
 waiting. A run that is resumed at its end takes no further step, and one whose data come in another order says so. What
 goes to the Hub are the files of the model, by name, and neither they nor those beside them tell of this machine. A run
-that is told to stop saves what it has learned.
+that is told to stop saves what it has learned. An evaluation changes nothing that is random afterwards, and may ask the
+model questions.
 
 Eight of the Trainer's private methods are overridden, each with its reason beside it; they are the last of the class.
 """
@@ -29,6 +30,8 @@ from transformers import Trainer, TrainerState
 from transformers.trainer_utils import EvalLoopOutput, HubStrategy, SaveStrategy, TrainOutput
 from transformers.utils import PushInProgress, logging
 
+from evaluation_vlm.asking import untouched_randomness
+from evaluation_vlm.while_training import WhileTraining
 from modeling_vlm.loss_vlm import IGNORE, targets_of, token_costs
 from processing.batching.account import Account, number_of
 from processing.data_error_vlm import DuetError, in_a_line
@@ -81,11 +84,11 @@ class VLMTrainer(Trainer):
         self.savings = None  # which ones a run makes, see `savings.py`
         self.plan: TuningPlan | None = None  # what was declared to learn; `None` where the parameters alone say it
         self.card = None  # what writes the model card, once there is something to say
+        self.examine: WhileTraining | None = None  # asks and judges, see `evaluation_vlm`
         self.account = Account()  # what this process has seen
         self.order: dict[str, Any] = {}  # what the order of the data follows from, see `sampling.py`
         self._only_loss = False
         self._evaluated = None
-        self._evaluated_nothing = False
         self._skip_batches = 0  # where a stream is resumed
         # The model's loss smooths: the stock way knows neither who predicts whom, nor weights, nor a balance loss.
         self.label_smoother = None
@@ -200,6 +203,11 @@ class VLMTrainer(Trainer):
         finally:
             self._only_loss = False
 
+    def evaluate(self, *args, **kwargs) -> dict[str, float]:
+        """See `Trainer.evaluate`; a training goes on as it would have without."""
+        with untouched_randomness():  # the stock loop's data loader draws from what dropout draws from
+            return super().evaluate(*args, **kwargs)
+
     @spent_on(EVALUATION)
     def evaluation_loop(self, *args, metric_key_prefix: str = "eval", **kwargs) -> EvalLoopOutput:
         """See `Trainer.evaluation_loop`; `eval_loss` is the mean over all supervised tokens of all processes."""
@@ -209,10 +217,11 @@ class VLMTrainer(Trainer):
         (total, tokens), self._evaluated = self._evaluated.tolist(), None
         if f"{metric_key_prefix}_loss" in output.metrics:
             output.metrics[f"{metric_key_prefix}_loss"] = total / max(tokens, 1)
-            self._evaluated_nothing = not tokens
-            if self._evaluated_nothing:  # a loss of 0 would be the best that there is
+            if not tokens:  # a loss of 0 would be the best that there is
                 del output.metrics[f"{metric_key_prefix}_loss"]
                 logger.warning("the evaluation gives no loss: nothing in its data could be learned from.")
+        if self.examine is not None and metric_key_prefix == "eval":
+            output.metrics.update({f"eval_{name}": value for name, value in self.examine().items()})
         return output
 
     def gathered_account(self) -> Account:
@@ -517,7 +526,7 @@ class VLMTrainer(Trainer):
 
     def _determine_best_metric(self, metrics, trial):
         # The stock method ends the run where there is no such metric, and an evaluation of nothing has none.
-        if self._evaluated_nothing:
+        if (name := self.args.metric_for_best_model) and f"eval_{name.removeprefix('eval_')}" not in metrics:
             return False
         return super()._determine_best_metric(metrics, trial)
 
