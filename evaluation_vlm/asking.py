@@ -33,23 +33,23 @@ class StoredImages(Sequence[Any]):
 
     Args:
         dataset: whose items hold them.
-        index: of the item.
-        count: how many of its images.
+        item: number of the item.
+        shown: how many of its images.
     """
 
-    def __init__(self, dataset: Any, index: int, count: int):
-        self.dataset, self.index, self.count = dataset, index, count
+    def __init__(self, dataset: Any, item: int, shown: int):
+        self.dataset, self.item, self.shown = dataset, item, shown
 
     def __len__(self) -> int:
-        return self.count
+        return self.shown
 
     def __getitem__(self, place: Any) -> Any:
-        if isinstance(place, slice):  # of the first, which is all that a question asks for
-            return StoredImages(self.dataset, self.index, len(range(self.count)[place]))
-        return self.dataset[self.index]["images"][: self.count][place]
+        if isinstance(place, slice) and not (place.start or place.step):  # as a question asks for
+            return StoredImages(self.dataset, self.item, place.indices(self.shown)[1])
+        return list(self)[place]
 
     def __iter__(self) -> Iterator[Any]:
-        return iter(self.dataset[self.index]["images"][: self.count])
+        return iter(self.dataset[self.item]["images"][: self.shown])
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, Sequence) and list(self) == list(other)
@@ -115,7 +115,7 @@ def answer_questions(
 
 
 def _shares(questions: Sequence[Question], processes: int) -> list[list[int]]:
-    """For each process the numbers of its questions: as many as the others', and all that are about an image."""
+    """For each process the numbers of its questions, about as many as the others': those about an image go together."""
     if processes == 1:
         return [list(range(len(questions)))]
     about: dict[Any, list[int]] = {}
@@ -123,7 +123,9 @@ def _shares(questions: Sequence[Question], processes: int) -> list[list[int]]:
         first = next(iter(question.prompt.images), None)
         about.setdefault(("alone", number) if first is None else name_of(first), []).append(number)
     shares: list[list[int]] = [[] for _ in range(processes)]
-    for numbers in sorted(about.values(), key=len, reverse=True):
+    fair = -(-len(questions) // processes)
+    parts = [numbers[at : at + fair] for numbers in about.values() for at in range(0, len(numbers), fair)]
+    for numbers in sorted(parts, key=len, reverse=True):
         min(shares, key=len).extend(numbers)
     return [sorted(share) for share in shares]
 

@@ -78,6 +78,7 @@ dd small { color: var(--faint); }
 @media (max-width: 520px) {
   body { padding: 20px 14px 48px; }
   .controls { margin: 18px -14px 0; padding: 10px 14px; position: static; }
+  .controls input { flex: 1 1 100%; }
   .controls select { flex: 1 1 130px; }
   .controls output { flex: 1 1 100%; margin: 0; }
   .values { display: grid; grid-template-columns: 1fr 1fr; }
@@ -140,13 +141,13 @@ def write_page(title: str, subtitle: str, values: Mapping[str, str], shown: Sequ
         values: what was measured, each as it is written.
         shown: in the order of their scores, the lowest first.
     """
-    listed = "".join(f"<li><b>{html.escape(v)}</b><span>{html.escape(n)}</span></li>" for n, v in values.items())
+    listed = "".join(f"<li><b>{_text(value)}</b><span>{_text(name)}</span></li>" for name, value in values.items())
     kinds = sorted({one.kind for one in shown})
-    options = "".join(f'<option value="{html.escape(kind)}">{html.escape(kind)}</option>' for kind in kinds)
+    options = "".join(f'<option value="{_text(kind)}">{_text(kind)}</option>' for kind in kinds)
     chooser = f'<select id="kind" aria-label="Kind"><option value="">All kinds</option>{options}</select>'
     return _PAGE.substitute(
-        title=html.escape(title),
-        subtitle=html.escape(subtitle),
+        title=_text(title),
+        subtitle=_text(subtitle),
         values=f'<ul class="values">{listed}</ul>' if values else "",
         kinds=chooser if len(kinds) > 1 else "",
         cards="\n".join(map(_card, shown)),
@@ -158,13 +159,13 @@ def _card(one: Shown) -> str:
     if one.image is not None:
         small = ' class="small"' if max(one.image.size) < 128 else ""
         picture = f'<figure><img{small} src="{_data_uri(one.image)}" alt="" loading="lazy"></figure>'
-    score = "" if one.score is None else f'<span class="score {one.mark}">{html.escape(one.written)}</span>'
+    score = "" if one.score is None else f'<span class="score {one.mark}">{_text(one.written)}</span>'
     asked = _text(one.asked) if one.asked else '<span class="none">the image alone</span>'
     first, *others = one.expected or ("",)
     more = f" <small>or {_text(' · '.join(others[:9]))}</small>" if others else ""
     return (
-        f'<article data-kind="{html.escape(one.kind)}">{picture}<div class="text"><div class="head">'
-        f'<span class="kind">{html.escape(one.kind)}</span>{score}</div><p class="asked">{asked}</p><dl>'
+        f'<article data-kind="{_text(one.kind)}">{picture}<div class="text"><div class="head">'
+        f'<span class="kind">{_text(one.kind)}</span>{score}</div><p class="asked">{asked}</p><dl>'
         f"<dt>Expected</dt><dd>{_text(first)}{more}</dd><dt>Generated</dt>"
         f"<dd>{_text(one.answer) if one.answer else '<span class=none>nothing</span>'}</dd></dl></div></article>"
     )

@@ -1,11 +1,15 @@
 """Pictures of answers can be read whatever the script, and no text of the data is more than text."""
 
+from collections import Counter
+from html.parser import HTMLParser
+
 import pytest
 from PIL import Image
 
 from evaluation_vlm import fonts, gallery
 from evaluation_vlm.fonts import Fonts
 from evaluation_vlm.gallery import Shown, draw_gallery
+from evaluation_vlm.gallery_page import write_page
 
 
 TEXTS = [
@@ -23,23 +27,48 @@ TEXTS = [
 
 
 def shown_of(text: str) -> Shown:
-    return Shown(Image.new("RGB", (32, 20), "red"), text, text, text, right=True)
+    return Shown(Image.new("RGB", (32, 20), "red"), text, (text,), text, 1.0, "exact match 100.0%", "good")
 
 
-def test_what_no_font_has_stands_on_a_page_beside_the_picture(tmp_path, monkeypatch):
+def test_what_no_font_has_is_told(tmp_path, monkeypatch):
+    assert not draw_gallery([shown_of("plain English")], tmp_path / "samples.png").lacks
     monkeypatch.setattr(fonts, "system_fonts", lambda: [])
-    page = draw_gallery([shown_of("<b>Где</b> кошка & co?"), shown_of("plain")], tmp_path / "samples.png")
-    assert page == tmp_path / "samples.html"
-    text = page.read_text(encoding="utf-8")
-    assert "&lt;b&gt;Где&lt;/b&gt; кошка &amp; co?" in text and "<b>" not in text
-    assert text.count("data:image/png;base64,") == 2
-    assert Image.open(tmp_path / "samples.png").width == 2 * (gallery.IMAGE_SIDE + gallery.TEXT_WIDTH)
-
-
-def test_a_picture_that_shows_all_needs_no_page(tmp_path):
-    (tmp_path / "samples.html").write_text("of an earlier run")
-    assert draw_gallery([shown_of("plain English")], tmp_path / "samples.png") is None
+    drawn = draw_gallery([shown_of("<b>Где</b> кошка & co?"), shown_of("plain")], tmp_path / "samples.png")
+    assert drawn.lacks and drawn.picture.width == 2 * (gallery.IMAGE_SIDE + gallery.TEXT_WIDTH)
     assert [path.name for path in tmp_path.iterdir()] == ["samples.png"]
+
+
+NASTY = "</select><script>alert(1)</script><b a='\"'>Где</b> & \u202eco\x1b[31m"
+
+
+def test_whatever_data_and_model_say_stands_on_the_page_as_text():
+    shown = shown_of(NASTY)._replace(kind=NASTY, written=NASTY)
+    page = write_page(NASTY, NASTY, {NASTY: NASTY}, [shown, shown._replace(kind="other")])
+    kinds = {"html", "head", "meta", "title", "style", "body", "header", "h1", "p", "ul", "li", "b", "span", "form"}
+    kinds |= {"input", "select", "option", "output", "main", "article", "figure", "img", "div", "dl", "dt", "dd"}
+    tags = Tags()
+    tags.feed(page)
+    assert tags.found.keys() == {*kinds, "script"} and tags.found["script"] == 1 and tags.found["b"] == 1
+    assert "\u202e" not in page.partition("<main>")[2] and "\x1b" not in page.partition("<main>")[2]
+    assert tags.addresses == {"data"}  # it needs nothing else
+
+
+class Tags(HTMLParser):
+    """The tags of a page, and the schemes of what they point to."""
+
+    def __init__(self):
+        super().__init__()
+        self.found, self.addresses = Counter(), set()
+
+    def handle_starttag(self, tag, attrs):
+        self.found[tag] += 1
+        self.addresses |= {value.partition(":")[0] for name, value in attrs if name in ("src", "href", "action")}
+
+
+def test_a_page_filters_by_kind_where_there_are_several():
+    one, other = shown_of("a")._replace(kind="colour"), shown_of("b")._replace(kind="count")
+    assert 'id="kind"' in write_page("t", "s", {}, [one, other])
+    assert '<select id="kind"' not in write_page("t", "s", {}, [one, one])
 
 
 @pytest.mark.parametrize("text", ["Где", "猫", "é", "ł"])
@@ -70,14 +99,15 @@ def test_a_cell_is_as_high_as_its_texts_and_no_text_runs_away(tmp_path):
     draw_gallery([few], tmp_path / "few.png")
     draw_gallery([many], tmp_path / "many.png")
     few, many = (Image.open(tmp_path / name).height for name in ("few.png", "many.png"))
-    assert few < many <= 3 * (gallery.MOST_LINES + 1) * gallery.LINE + 2 * gallery.MARGIN
+    assert few < many <= (3 * (gallery.MOST_LINES + 1) + 1) * gallery.LINE + 3 * gallery.MARGIN
 
 
 @pytest.mark.parametrize("size", [(1, 3000), (3000, 1), (64, 64), (1, 1)])
 def test_any_image_is_shown(size, tmp_path):
-    draw_gallery([Shown(Image.new("RGB", size, "blue"), "what?", "a", "a", True)], tmp_path / "samples.png")
+    shown = Shown(Image.new("RGB", size, "blue"), "what?", ("a",), "a", 1.0, "100%", "good")
+    draw_gallery([shown], tmp_path / "samples.png")
     assert Image.open(tmp_path / "samples.png").getpixel((gallery.MARGIN, gallery.MARGIN)) == (0, 0, 255)
 
 
 def test_a_question_without_an_image_is_shown(tmp_path):
-    draw_gallery([Shown(None, "what?", "a", "b", False)], tmp_path / "samples.png")
+    draw_gallery([Shown(None, "what?", ("a",), "b", 0.0, "0%", "bad")], tmp_path / "samples.png")

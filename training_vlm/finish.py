@@ -219,7 +219,7 @@ class _Answers:
 
 
 def _say_goodbye(stage, folder):
-    print(f"The model, its processor, its card and samples.png are in {folder}. Load them with\n")
+    print(f"The model, its processor, its card, samples.html and training.png are in {folder}. Load them with\n")
     print(f'    AutoModelForImageTextToText.from_pretrained("{folder}", trust_remote_code=True)')
     print(f'    AutoProcessor.from_pretrained("{folder}", trust_remote_code=True)\n')
     sentence, command = stage.next
