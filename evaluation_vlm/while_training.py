@@ -7,6 +7,7 @@ never sees half, and what cannot be drawn costs a line and not the training.
 
 import contextlib
 import json
+import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -137,17 +138,22 @@ def _lines(judgement: Judgement, wording: Wording, step: int) -> Iterator[str]:
         line = {
             "step": step,
             "id": question.id,
-            "source": question.source,
+            "source": _last_part(question.source),
             "row": question.row,
             "subset": question.subset,
             "kind": question.kind,
-            "images": [image_name(reference) for reference in question.prompt.images],
+            "images": [_last_part(image_name(reference)) for reference in question.prompt.images],
             "question": wording(question),
             "expected": question.references,
             "generated": said,
             "scores": {name: score for name, score in each.items() if score is not None},
         }
         yield json.dumps(line, ensure_ascii=False) + "\n"
+
+
+def _last_part(name: str) -> str:
+    """What a file or folder is called, without where it lies, as what is written here may be passed on."""
+    return Path(name).name if os.path.isabs(name) or os.path.exists(name) or "://" in name else name
 
 
 class Curves(TrainerCallback):

@@ -246,7 +246,7 @@ def test_the_seeds_recipes_say_what_the_seed_does():
     assert (training.save_strategy, training.weight_decay) == ("epoch", 0.01)
 
     found = parse_arguments(SFT, ["--config", "flickr30k_vit_distilgpt2", "--use_cpu"])
-    model, tuning, data, generation, _, training = found
+    model, tuning, data, generation, *_, training = found
     assert (model.projector_type, model.vision_feature_select_strategy) == ("linear", "cls")
     assert tuning.freeze_embeddings and tuning.tune_vision == "frozen" and tuning.tune_text == "full"
     assert (data.max_samples, data.sample_seed, data.caption_choice, data.max_length) == (100, 42, "first", 128)

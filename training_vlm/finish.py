@@ -120,7 +120,8 @@ def finish(
         with attempts.trying(f"{PAGE} and {PICTURE}"):
             answers.draw()
         card = cast(RunCard, trainer.card)
-        card.losses, card.judgement, card.samples = losses, answers.judgement, answers.shown()
+        card.losses, card.samples = losses, answers.shown()
+        card.judgement = answers.judgement if test is not None else None  # what it tells is of test questions
         card.account, card.done = account, True
         with attempts.trying("the model card"):
             trainer.create_model_card()
