@@ -4,7 +4,10 @@ One run of the script is shared by many tests; fresh processes load all folders 
 """
 
 import json
+import os
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -254,3 +257,82 @@ def test_update_gives_an_adapter_and_its_base_the_code_of_today(first, tmp_path)
     code = (Path(__file__).parents[1] / "modeling_vlm" / "loss_vlm.py").read_text()
     for folder in (tmp_path / "run", tmp_path / "run" / "base", tmp_path / "run" / "checkpoint-2"):
         assert (folder / "loss_vlm.py").read_text() == code
+
+
+def first_settings(folders, pair="vit-gpt2"):
+    """The arguments of a run of adapters on new backbones, without dropout."""
+    vision, text = folders(pair)
+    named = ["--vision_model", str(vision), "--text_model", str(text), "--tune_text", "lora", "--lora_dropout", "0"]
+    return named + (["--vision_feature_select_strategy", "cls"] if pair == "vit-gpt2" else [])
+
+
+def learned(run):
+    return load_file(run / "adapter_model.safetensors")
+
+
+# Plain descent, and a model without dropout: Adam makes much of a gradient that is rounding alone.
+EXACT = ["--optim", "sgd", "--learning_rate", "1", "--train_sampling_strategy", "sequential"]
+
+
+def test_savings_and_checkpointing_change_nothing_of_what_adapters_learn(folders, source, tmp_path):
+    settings = source + QUICK + first_settings(folders, "siglip-llama") + EXACT
+    settings += ["--max_steps", "3", "--save_strategy", "no"]
+    ways = {
+        "padded": ["--padding_free", "off"],
+        "packed": ["--padding_free", "on"],
+        "shared": ["--share_prefix", "on"],
+        "checkpointed": ["--gradient_checkpointing", "True"],
+        "cached": ["--cache_vision_features", str(tmp_path / "cache")],
+    }
+    for name, way in ways.items():
+        train_sft.main(settings + way + ["--output_dir", str(tmp_path / name)])
+    expected = learned(tmp_path / "padded")
+    for name in ways:
+        found = learned(tmp_path / name)
+        assert found.keys() == expected.keys()
+        for key in expected:
+            torch.testing.assert_close(found[key], expected[key], rtol=1e-4, atol=2e-6, msg=f"{name}: {key}")
+
+
+def test_the_best_checkpoint_of_adapters_is_what_is_saved_in_the_end(folders, source, tmp_path):
+    how = ["--eval_share", "0.2", "--eval_strategy", "steps", "--eval_steps", "1", "--save_steps", "1"]
+    best = ["--load_best_model_at_end", "True", "--metric_for_best_model", "eval_loss", "--learning_rate", "3"]
+    run = tmp_path / "run"
+    train_sft.main(
+        source + QUICK + first_settings(folders) + how + best + ["--max_steps", "3", "--output_dir", str(run)]
+    )
+    logs = json.loads((run / "trainer_state.json").read_text())["log_history"]
+    losses = {line["step"]: line["eval_loss"] for line in logs if "eval_loss" in line}
+    step = min((1, 2, 3), key=losses.__getitem__)
+    assert len({losses[n] for n in (1, 2, 3)}) == 3
+    same, found = learned(run / f"checkpoint-{step}"), learned(run)
+    assert all(torch.equal(same[name], found[name]) for name in same)
+
+
+def test_an_adapter_on_an_encoder_whose_features_are_cached_is_refused(folders, source, tmp_path, capsys):
+    how = ["--tune_vision", "lora", "--cache_vision_features", str(tmp_path / "cache")]
+    with pytest.raises(SystemExit):
+        train_sft.main(source + QUICK + first_settings(folders) + how + ["--output_dir", str(tmp_path / "run")])
+    assert "tune_vision=lora: the features of an encoder that learns cannot be cached" in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.slow
+def test_two_processes_learn_the_adapters_that_one_does(folders, source, tmp_path):
+    root = Path(__file__).parents[1]
+    settings = source + first_settings(folders, "siglip-llama") + QUICK + EXACT
+    settings += ["--max_steps", "3", "--save_steps", "2"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(root)}
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    for name, way in {"plain": [], "checkpointed": ["--gradient_checkpointing", "True"]}.items():
+        one, two = tmp_path / f"{name}-one", tmp_path / f"{name}-two"
+        train_sft.main(settings + way + ["--output_dir", str(one)])
+        halved = ["--per_device_train_batch_size", "2", "--ddp_backend", "gloo", "--output_dir", str(two)]
+        command = launch + [str(root / "train_sft.py"), *settings, *way, *halved]
+        done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=300)
+        assert done.returncode == 0, done.stderr[-3000:]
+        assert "2 x 1 x 2 processes" in done.stdout
+        expected, found = learned(one), learned(two)
+        for key in expected:
+            torch.testing.assert_close(found[key], expected[key], rtol=1e-4, atol=2e-6)
+        assert (two / "base").is_dir() and (two / "checkpoint-2" / "adapter_model.safetensors").is_file()
