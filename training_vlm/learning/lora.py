@@ -120,7 +120,8 @@ def _linear(prefix, root) -> Iterator[str]:
     owners = dict(root.named_modules())
     for name, module in owners.items():
         owner = owners.get(name.rpartition(".")[0])
-        fused = isinstance(owner, nn.MultiheadAttention) or (name.endswith("out_proj") and hasattr(owner, "A_log"))
+        state_space = hasattr(owner, "A_log") and name.endswith(("dt_proj", "out_proj"))
+        fused = isinstance(owner, nn.MultiheadAttention) or state_space
         if isinstance(module, LINEAR) and not fused:
             yield f"{prefix}.{name}" if name else prefix
 
