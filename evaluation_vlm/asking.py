@@ -5,6 +5,8 @@ questions take no more memory than their ids. Questions about one image are aske
 """
 
 import contextlib
+import functools
+import operator
 import random
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -18,6 +20,7 @@ from transformers import GenerationConfig
 
 from inference_vlm.answering import answer
 from inference_vlm.encoded_images import name_of
+from inference_vlm.weighing import Weighing, answer_ids
 from processing.batching.encoding import Encoder, encode_item
 from processing.batching.features import FeatureCache
 from processing.image_files_vlm import BadImage, check_image
@@ -90,6 +93,7 @@ def answer_questions(
     config: GenerationConfig,
     cache: FeatureCache | None = None,
     in_step: bool = False,
+    weighs: bool = False,
 ) -> list[Prediction]:
     """
     What a model answers: every process asks its share, and gets the answers of all, in the order of the questions.
@@ -103,15 +107,22 @@ def answer_questions(
         config: the settings of generation.
         cache: features of the images, read in place of encoding them.
         in_step: the processes share the model's weights (FSDP, ZeRO-3), so they have to run it together.
+        weighs: the predictions tell how likely the model finds each choice of a question.
     """
     state = PartialState()
     mine = _shares(questions, state.num_processes)[state.process_index]
+    prompts, weighing = [questions[i].prompt for i in mine], None
+    if weighs:
+        ids_of = functools.cache(functools.partial(answer_ids, processor))
+        weighing = Weighing([[ids_of(choice) for choice in questions[i].choices] for i in mine], batch_size)
     with whole_weights(model) if in_step else contextlib.nullcontext(), untouched_randomness():
-        said = answer(model, processor, [questions[i].prompt for i in mine], batch_size, config, cache, in_step)
-    answered = list(zip(mine, said))
+        said = answer(model, processor, prompts, batch_size, config, cache, in_step, weighing)
+    weights = {} if weighing is None else weighing.found
+    answered = [(index, text, weights.get(place)) for place, (index, text) in enumerate(zip(mine, said))]
     if state.num_processes > 1:
         answered = gather_object(answered)
-    return [Prediction(questions[index], text) for index, text in sorted(answered) if text is not None]
+    answered.sort(key=operator.itemgetter(0))
+    return [Prediction(questions[index], text, found) for index, text, found in answered if text is not None]
 
 
 def _shares(questions: Sequence[Question], processes: int) -> list[list[int]]:

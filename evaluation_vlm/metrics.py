@@ -16,7 +16,7 @@ from processing.data_error_vlm import DuetError, NotFound, in_a_line
 
 from .predictions import Prediction, Scores
 from .questions import Question
-from .scores.answers import anls, exact_match, vqa_accuracy
+from .scores.answers import anls, exact_match, multiple_choice, vqa_accuracy
 from .scores.captions import bleu, bleu4, cider, rouge_l
 
 
@@ -81,6 +81,7 @@ METRICS = {
     metric.name: metric
     for metric in (
         Metric("exact_match", exact_match, "an answer", _any, _is_plain),
+        Metric("multiple_choice", multiple_choice, "choices", _has_choices, _has_choices, likelihoods=True),
         Metric("vqa_accuracy", vqa_accuracy, "four people's answers or more", _has_people, _is_vqa),
         Metric("anls", anls, "an answer", _any),
         Metric("cider", cider, "an answer", _any, _is_captions, "pycocoevalcap", ".3f"),

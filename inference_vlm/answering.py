@@ -20,6 +20,7 @@ from processing.image_files_vlm import BadImage
 from processing.processing_vlm import VLMProcessor
 
 from .encoded_images import EncodedImages, name_of
+from .weighing import Weighing
 
 
 _BATCHES_NEAR = 8  # batches of prompts among which those of like length are put together
@@ -73,6 +74,7 @@ def answer(
     config: GenerationConfig,
     cache: FeatureCache | None = None,
     in_step: bool = False,
+    weighing: Weighing | None = None,
 ) -> list[str | None]:
     """
     What the model says, in the order of the prompts; `None` where an image cannot be read, which is printed.
@@ -88,6 +90,7 @@ def answer(
         cache: features of the images, read in place of encoding them.
         in_step: every process calls this with prompts of its own, and makes the same calls of the model: those that
             share its weights have to.
+        weighing: weighs texts for the prompts, as each is answered; every process gives one or none does.
     """
     composed = model.get_base_model() if hasattr(model, "get_base_model") else model
     names = [tuple(map(name_of, prompt.images)) for prompt in prompts]
@@ -102,6 +105,11 @@ def answer(
             written = _written(model, processor, images, batch, room, encodes, in_step)
             for index, ids in zip(batch.indices if batch else (), written):
                 answers[index] = text_of(processor, ids)
+            if weighing is not None:
+                indices, rows, shown = ([], [], []) if batch is None else (batch.indices, batch.rows, batch.names)
+                features = [images.of(names) for names in shown]
+                weighing.weigh(model, processor, indices, rows, features, asking.limit, in_step)
+            images.give_up()
     finally:
         composed.generation_config = own
         model.train(was_training)
@@ -220,9 +228,7 @@ def _written(model, processor, images, batch, room, encodes, in_step) -> list[li
         inputs["mm_encoder_outputs"] = {"image": BaseModelOutputWithPooling(pooler_output=features)}
     if in_step:
         inputs["synced_gpus"] = True
-    written = model.generate(**inputs, max_new_tokens=room)[:, length:].tolist()
-    images.give_up()
-    return written
+    return model.generate(**inputs, max_new_tokens=room)[:, length:].tolist()
 
 
 def text_of(processor: VLMProcessor, ids: list[int]) -> str:

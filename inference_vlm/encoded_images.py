@@ -114,6 +114,10 @@ class EncodedImages:
         """The features of encoded images, `(tokens, hidden)` each, for a prompt that is answered now."""
         names = list(names)
         self.leave_out(names)
+        return self.of(names)
+
+    def of(self, names: Iterable[Hashable]) -> list[torch.Tensor]:
+        """The features of images that were taken, until they are given up."""
         return [self._kept[name] for name in names]
 
     def leave_out(self, names: Iterable[Hashable]) -> None:

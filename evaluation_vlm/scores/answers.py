@@ -102,12 +102,15 @@ def _edits(a: str, b: str) -> int:
 
 
 def multiple_choice(predictions: Sequence[Prediction]) -> Scores:
-    """The share of questions whose right choice is the one that the model finds likeliest; see `likelihood`."""
+    """
+    The share of questions whose right choice is the one that the model finds likeliest (see `weighing`).
+
+    A question that fills all positions of the model has none.
+    """
     each = []
     for question, _, likelihoods in predictions:
-        assert likelihoods is not None  # which the metric's entry asks for
-        best = max(range(len(likelihoods)), key=likelihoods.__getitem__)
-        each.append(float(question.is_right(question.choices[best])))
+        best = max(range(len(likelihoods)), key=likelihoods.__getitem__) if likelihoods else None
+        each.append(float(best is not None and question.is_right(question.choices[best])))
     return mean_scores(each)
 
 
