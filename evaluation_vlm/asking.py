@@ -21,6 +21,7 @@ from transformers import GenerationConfig
 from inference_vlm.answering import answer
 from inference_vlm.encoded_images import name_of
 from inference_vlm.weighing import Weighing, answer_ids
+from processing.batching.account import Record
 from processing.batching.encoding import Encoder, encode_item
 from processing.batching.features import FeatureCache
 from processing.image_files_vlm import BadImage, check_image
@@ -60,17 +61,21 @@ class StoredImages(Sequence[Any]):
 
 def questions_of(dataset: Any, encoder: Encoder) -> list[Question]:
     """
-    The questions of a data set whose images are there; of each that is not a line is printed.
+    The questions of a data set whose images are there; of each that is not a line is printed, and one of those that ask
+    nothing.
 
     Args:
         dataset: items, encoded or not, in a data set or a list.
         encoder: how conversations are encoded.
     """
 
+    dropped: list[Record] = []
+
     def readable() -> Iterator[dict[str, Any]]:
         for index in range(len(dataset)):
-            encoded, _ = encode_item(dataset[index], encoder)
+            encoded, record = encode_item(dataset[index], encoder)
             if encoded is None:
+                dropped.append(record)
                 continue
             images = encoded["images"]
             try:
@@ -82,7 +87,11 @@ def questions_of(dataset: Any, encoder: Encoder) -> list[Question]:
             stored = any(isinstance(reference, dict) for reference in images)
             yield {**encoded, "images": StoredImages(dataset, index, len(images)) if stored else images}
 
-    return find_questions(readable(), encoder.processor)
+    questions = find_questions(readable(), encoder.processor)
+    if dropped:
+        such_as = dropped[0].detail or f"{dropped[0].source}, row {dropped[0].row}: {dropped[0].dropped}"
+        print(f"left out of the questions: {len(dropped):,} of {len(dataset):,} samples, such as {such_as}")
+    return questions
 
 
 def answer_questions(

@@ -13,8 +13,8 @@ class Prediction(NamedTuple):
     Args:
         question: with every answer that is right.
         answer: what the model said.
-        likelihoods: for each of the question's `choices`, the mean log-likelihood of its tokens, where that was asked for and
-            there was room; see `weighing`.
+        likelihoods: for each of the question's `choices`, the mean log-likelihood of its tokens, where that was asked
+            for and there was room; see `weighing`.
     """
 
     question: Question

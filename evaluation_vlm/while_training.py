@@ -6,8 +6,6 @@ never sees half, and what cannot be drawn costs a line and not the training.
 """
 
 import contextlib
-import json
-import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -18,24 +16,22 @@ from transformers.integrations import is_deepspeed_zero3_enabled
 from transformers.utils import logging
 
 from processing.data_error_vlm import in_a_line
-from processing.image_files_vlm import image_name
 
 from .asking import answer_questions
 from .curves import draw_curves
-from .files import replace_text
 from .gallery import draw_gallery
-from .gallery_page import write_page
 from .judgement import KINDS_SHOWN, Judgement, judge
 from .metrics import Metric
 from .predictions import Prediction
 from .questions import Question
 from .reporters import report_image
-from .showing import Wording, chosen, evenly, shown_of
+from .showing import Wording, evenly
+from .writing import PAGE, PREDICTIONS, write_gallery, write_predictions
 
 
 logger = logging.get_logger(__name__)
 
-PREDICTIONS, PAGE, PICTURE, CURVES = "predictions.jsonl", "samples.html", "samples.png", "training.png"
+PICTURE, CURVES = "samples.png", "training.png"
 IN_PICTURE = 8
 
 
@@ -66,7 +62,7 @@ class WhileTraining:
         Returns:
             values by name, see `logged`; those of the main process, so that all decide alike.
         """
-        self.judgement = judge(ask(self.trainer, self.questions, self.settings), self.metrics)
+        self.judgement = judge(ask(self.trainer, self.questions, self.settings, self.metrics), self.metrics)
         values = [logged(self.judgement)]
         if self.trainer.args.world_size > 1:
             broadcast_object_list(values)
@@ -84,8 +80,10 @@ def _as_likely(question: Question) -> tuple[float, ...]:
     return (0.0,) * len(question.choices)
 
 
-def ask(trainer: Any, questions: Sequence[Question], settings: GenerationConfig) -> list[Prediction]:
-    """What the model of a trainer answers; every process has to ask. See `answer_questions`."""
+def ask(
+    trainer: Any, questions: Sequence[Question], settings: GenerationConfig, metrics: Sequence[Metric]
+) -> list[Prediction]:
+    """What the model of a trainer answers, as metrics want it; every process has to ask. See `answer_questions`."""
     with trainer.accelerator.autocast():
         return answer_questions(
             trainer.model,
@@ -95,6 +93,7 @@ def ask(trainer: Any, questions: Sequence[Question], settings: GenerationConfig)
             settings,
             cache=getattr(trainer.data_collator, "features", None),
             in_step=trainer.is_fsdp_enabled or is_deepspeed_zero3_enabled(),
+            weighs=any(metric.likelihoods for metric in metrics),
         )
 
 
@@ -114,46 +113,13 @@ def write_judgement(trainer: Any, judgement: Judgement, what: str = "evaluation"
     folder, step = Path(trainer.args.output_dir), trainer.state.global_step
     wording = Wording(trainer.processing_class)
     with unharmed(PREDICTIONS):
-        replace_text("".join(_lines(judgement, wording, step)), folder / PREDICTIONS)
+        write_predictions(judgement, wording, folder, step)
     if not judgement.predictions:
         return
     with unharmed(f"{PAGE} and {PICTURE}"):
-        shown = shown_of(judgement, chosen(judgement), wording)
-        number = len(judgement.predictions)
-        of_all = "" if len(shown) == number else f" Shown are {len(shown):,}: the lowest, and others evenly."
-        subtitle = f"Step {step:,} · {what} · {number:,} {'question' if number == 1 else 'questions'}.{of_all}"
-        values = {
-            metric.name.replace("_", " "): f"{judgement.values[metric.name]:{metric.shown}}"
-            for metric in judgement.metrics
-        }
-        replace_text(write_page(f"What {folder.name} answers", subtitle, values, shown), folder / PAGE)
+        shown = write_gallery(judgement, wording, folder, f"What {folder.name} answers", f"Step {step:,} · {what}")
         picture, _ = draw_gallery(evenly(shown, IN_PICTURE), folder / PICTURE)
         report_image(trainer, "samples", picture)
-
-
-def _lines(judgement: Judgement, wording: Wording, step: int) -> Iterator[str]:
-    """A line of JSON for every prediction."""
-    for number, (question, said, _) in enumerate(judgement.predictions):
-        each = {name: scores.each[number] for name, scores in judgement.scores.items() if scores.each is not None}
-        line = {
-            "step": step,
-            "id": question.id,
-            "source": _last_part(question.source),
-            "row": question.row,
-            "subset": question.subset,
-            "kind": question.kind,
-            "images": [_last_part(image_name(reference)) for reference in question.prompt.images],
-            "question": wording(question),
-            "expected": question.references,
-            "generated": said,
-            "scores": {name: score for name, score in each.items() if score is not None},
-        }
-        yield json.dumps(line, ensure_ascii=False) + "\n"
-
-
-def _last_part(name: str) -> str:
-    """What a file or folder is called, without where it lies, as what is written here may be passed on."""
-    return Path(name).name if os.path.isabs(name) or os.path.exists(name) or "://" in name else name
 
 
 class Curves(TrainerCallback):

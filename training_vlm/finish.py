@@ -177,10 +177,11 @@ class _Answers:
         questions = questions_of(self.test, self.encoder)
         self._to_show = questions[:SAMPLES_SHOWN]
         if self.judgement is None or len(self.judgement.predictions) < len(questions):  # or all were asked just now
-            predictions = ask(self.trainer, questions, self.settings)
+            metrics = choose_metrics(questions, self.asked.metrics)
+            predictions = ask(self.trainer, questions, self.settings, metrics)
             if not predictions:
                 raise DuetError("no question could be asked, because no image could be read.")
-            self.judgement = judge(predictions, choose_metrics(questions, self.asked.metrics))
+            self.judgement = judge(predictions, metrics)
         number = len(self.judgement.predictions)
         if self.trainer.is_world_process_zero():
             exact = [metric.name for metric in self.judgement.metrics] == ["exact_match"]
@@ -199,7 +200,8 @@ class _Answers:
             questions = questions_of(few, self.encoder)[:SAMPLES_SHOWN]
         settings = copy.deepcopy(self.settings)
         vars(settings).update(self.generation_args.told())
-        self.samples = judge(ask(self.trainer, questions, settings), choose_metrics(questions))
+        metrics = choose_metrics(questions)
+        self.samples = judge(ask(self.trainer, questions, settings, metrics), metrics)
 
     def draw(self) -> None:
         """Write the page of what was judged, or else of the samples, and the picture of the samples; in one process."""

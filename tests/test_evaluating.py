@@ -1,0 +1,161 @@
+"""Finished models are judged on any data set from the shell; how sure a value is follows from its rows."""
+
+import json
+
+import numpy as np
+import pytest
+
+from evaluation_vlm.__main__ import main
+from evaluation_vlm.compare import Draws, difference_of, interval_of, sentence
+from evaluation_vlm.predictions import Prediction, Scores, mean_scores
+from evaluation_vlm.questions import Question
+from inference_vlm.answering import Prompt
+
+
+def predictions(rows) -> list[Prediction]:
+    return [Prediction(Question(Prompt([1], []), ("a",), "all", "all", source="s", row=row), "a") for row in rows]
+
+
+def test_an_interval_is_that_of_a_mean_over_rows():
+    scores = np.random.default_rng(1).random(400)
+    low, high = interval_of(mean_scores(scores.tolist()), Draws(predictions(range(400))))
+    error = scores.std() / 20
+    assert low == pytest.approx(scores.mean() - 1.96 * error, abs=0.2 * error)
+    assert high == pytest.approx(scores.mean() + 1.96 * error, abs=0.2 * error)
+
+
+def test_questions_of_one_row_are_drawn_together():
+    once = np.random.default_rng(1).random(100)
+    alone = interval_of(mean_scores(once.tolist()), Draws(predictions(range(100))))
+    doubled = [score for score in once.tolist() for _ in range(4)]
+    together = interval_of(mean_scores(doubled), Draws(predictions(row for row in range(100) for _ in range(4))))
+    apart = interval_of(mean_scores(doubled), Draws(predictions(range(400))))
+    assert together == pytest.approx(alone)  # asking the same thing four times tells nothing new
+    assert apart.high - apart.low < 0.6 * (together.high - together.low)
+
+
+def test_a_value_that_is_no_mean_is_drawn_by_its_own_rule():
+    each = [1.0, 2.0, None, 4.0]
+    scores = Scores(4.0, each, of=lambda numbers: float(max(each[number] for number in numbers)))
+    assert interval_of(scores, Draws(predictions(range(4)))) == (1.0, 4.0)
+    assert interval_of(Scores(4.0), Draws(predictions(range(4)))) is None
+
+
+def test_the_same_draws_tell_two_models_apart_that_separate_ones_would_not():
+    hard = np.random.default_rng(2).random(200)
+    better, worse = mean_scores((hard + 0.02).tolist()), mean_scores(hard.tolist())
+    draws = Draws(predictions(range(200)))
+    assert interval_of(better, draws).low < interval_of(worse, draws).high
+    found = difference_of(better, worse, draws)
+    assert found.is_sure and found.value == pytest.approx(0.02)
+    assert sentence("x", ".1%", found, ("one", "two")).startswith(
+        "x: one is ahead of two (+2.0%, 95 %: +2.0% to +2.0%)"
+    )
+    same = difference_of(worse, worse, draws)
+    assert not same.is_sure and "no difference can be told between one and two" in sentence(
+        "x", ".1%", same, ("one", "two")
+    )
+
+
+@pytest.fixture
+def saved(composed, tmp_path):
+    """A saved model."""
+    model, processor = composed
+    model.save_pretrained(tmp_path / "model")
+    processor.save_pretrained(tmp_path / "model")
+    return tmp_path / "model"
+
+
+@pytest.fixture
+def rows(tmp_path, image):
+    """A file of questions of several kinds and its images."""
+    for number in range(4):
+        image(number).save(tmp_path / f"{number}.png")
+    (tmp_path / "own.py").write_text("def long(predictions):\n    return [len(p.answer) for p in predictions]\n")
+    plain = [
+        {"image": f"{n}.png", "question": "what?", "answer": "a cat", "kind": "k", "id": f"q{n}"} for n in range(3)
+    ]
+    dialogue = [{"role": role, "content": said} for role, said in [("user", "what?"), ("assistant", "red")] * 2]
+    dialogue = [
+        {"role": r, "content": c}
+        for r, c in [("user", "a?"), ("assistant", "red"), ("user", "b?"), ("assistant", "two")]
+    ]
+    others = [
+        {"image": "3.png", "question": "which?", "choices": ["red", "blue"], "answer": 1},
+        {"image": "0.png", "question": "is it?", "answers": ["yes"] * 7 + ["no"] * 3},
+        {"image": "missing.png", "question": "what?", "answer": "a cat"},
+        {"image": "0.png", "question": "what?", "answer": None},
+    ]
+    files = {"plain": plain, "mixed": plain + others, "dialogue": [{"image": "1.png", "messages": dialogue}]}
+    for name, of_file in files.items():
+        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in of_file))
+    return tmp_path
+
+
+def run(*argv) -> int:
+    return main([*map(str, argv), "--max_new_tokens", "4", "--batch_size", "3"])
+
+
+def test_a_finished_model_is_judged_by_what_each_row_calls_for(saved, rows, capsys):
+    out = rows / "out"
+    assert run(saved, "--dataset", rows / "mixed.jsonl", "--output_dir", out) == 0
+    results = json.loads((out / "results.json").read_text())
+    (one,) = results["models"]
+    assert one["questions"] == 5 and one["model"] == str(saved)
+    assert {name: of["questions"] for name, of in one["metrics"].items()} == {
+        "exact_match": 4, "multiple_choice": 1, "vqa_accuracy": 1,
+    }  # fmt: skip
+    assert all(0 <= of["interval"][0] <= of["value"] <= of["interval"][1] <= 1 for of in one["metrics"].values())
+    assert (results["interval"]["seed"], results["interval"]["confidence"]) == (0, 0.95)
+    lines = [json.loads(line) for line in (out / "predictions.jsonl").read_text().splitlines()]
+    assert [line["row"] for line in lines] == [0, 1, 2, 3, 4] and lines[0]["id"] == "q0"
+    assert lines[3]["choices"].keys() == {"A", "B"} and lines[4]["expected"] == ["yes"] * 7 + ["no"] * 3
+    assert "<article" in (out / "samples.html").read_text()
+    said = capsys.readouterr().out
+    assert "missing.png" in said and "left out of the questions: 1 of 7 samples, such as" in said
+    assert "vqa_accuracy 0.0% (95 %: 0.0% to 0.0%)" in said
+
+
+def test_two_models_are_compared_on_the_same_questions(saved, rows, capsys):
+    out = rows / "out"
+    metrics = f"exact_match,anls,{rows / 'own.py'}:long"
+    assert run(saved, saved, "--dataset", rows / "plain.jsonl", "--output_dir", out, "--metrics", metrics) == 0
+    results = json.loads((out / "results.json").read_text())
+    assert [len(results["models"]), *results["difference"]] == [2, "exact_match", "anls", "long"]
+    assert not results["difference"]["long"]["is_sure"] and results["difference"]["long"]["value"] == 0
+    assert capsys.readouterr().out.count("no difference can be told") == 3
+    assert all((out / name / "predictions.jsonl").is_file() for name in ("first", "second"))
+
+
+def test_every_answer_of_a_dialogue_is_a_question_and_its_row_one_draw(saved, rows):
+    out = rows / "out"
+    assert run(saved, "--dataset", rows / "dialogue.jsonl", "--output_dir", out) == 0
+    (one,) = json.loads((out / "results.json").read_text())["models"]
+    assert (one["questions"], one["rows"]) == (2, 1)
+
+
+@pytest.mark.parametrize(
+    "more, line",
+    [
+        (["--metrics", "cidre"], "metrics has 'cidre'; expected exact_match"),
+        (["--metrics", "vqa_accuracy"], "metrics=vqa_accuracy: expected questions with four people's answers or more"),
+        (["--max_samples", "0"], "max_samples=0: expected 1 or more"),
+        (["--split", "nowhere"], "nowhere"),
+        (["--columns", "question=frage"], "expected the column 'frage' that was given"),
+        (["--image_dir", "EMPTY"], "no question was found in 3 rows"),
+    ],
+)
+def test_a_mistake_is_one_line(saved, rows, capsys, more, line):
+    (rows / "empty").mkdir()
+    more = [str(rows / "empty") if word == "EMPTY" else word for word in more]
+    assert run(saved, "--dataset", rows / "plain.jsonl", "--output_dir", rows / "out", *more) == 1
+    said = capsys.readouterr().err
+    assert said.splitlines()[-1].startswith("error: ") and line in said.splitlines()[-1]
+    assert not (rows / "out" / "results.json").exists()
+
+
+def test_a_folder_that_is_no_model_and_a_third_model_are_one_line(rows, capsys):
+    assert run(rows, "--dataset", rows / "plain.jsonl") == 1
+    assert run("a", "b", "c", "--dataset", rows / "plain.jsonl") == 1
+    first, second = capsys.readouterr().err.splitlines()
+    assert "could not be loaded" in first and "3 models: expected one, or two to be compared" in second
