@@ -6,6 +6,7 @@ set has the right one for each of its parts.
 """
 
 import importlib.util
+import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -210,15 +211,15 @@ def _own_scores(named: str, found: Any, count: int) -> Scores:
             return found
         if not isinstance(found, (str, dict)) and hasattr(found, "__len__"):
             each = [float(score) for score in found]
-            if len(each) == count:
+            if len(each) == count and all(map(math.isfinite, each)):
                 return Scores(sum(each) / count, list(each))
-        else:
-            return Scores(float(found))
+        elif math.isfinite(value := float(found)):
+            return Scores(value)
     except (TypeError, ValueError):
         pass
     size = f" of {len(found)}" if hasattr(found, "__len__") else ""
     raise DuetError(
-        f"metrics={named!r} returned a {type(found).__name__}{size}; expected a number, or a list with a number for "
+        f"metrics={named!r} returned a {type(found).__name__}{size}; expected a finite number, or a list with one for "
         f"each of the {count:,} predictions."
     )
 

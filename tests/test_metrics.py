@@ -307,6 +307,9 @@ def text(predictions):
 def short(predictions):
     return [1.0]
 
+def infinite(predictions):
+    return [1.0, float("nan")]
+
 def broken(predictions):
     return 1 / 0
 """
@@ -324,10 +327,11 @@ def test_a_function_of_ones_own_is_a_metric(tmp_path):
 @pytest.mark.parametrize(
     "name, line",
     [
-        ("text", "returned a str of 4; expected a number, or a list with a number for each of the 2 predictions"),
-        ("short", "returned a list of 1; expected a number"),
+        ("text", "returned a str of 4; expected a finite number, or a list with one for each of the 2 predictions"),
+        ("short", "returned a list of 1; expected a finite number"),
+        ("infinite", "returned a list of 2; expected a finite number"),
         ("broken", "failed on 2 predictions: ZeroDivisionError: division by zero"),
-        ("missing", "has no function missing; it has length, one, text, short, broken"),
+        ("missing", "has no function missing; it has length, one, text, short, infinite, broken"),
     ],
 )
 def test_what_is_wrong_with_a_function_of_ones_own_is_one_line(tmp_path, name, line):

@@ -7,8 +7,9 @@ from evaluation_vlm.asking import answer_questions
 from evaluation_vlm.judgement import judge
 from evaluation_vlm.metrics import choose_metrics
 from evaluation_vlm.questions import Question, find_questions
+from inference_vlm import weighing
 from inference_vlm.answering import greedy
-from inference_vlm.weighing import answer_ids
+from inference_vlm.weighing import Weighing, answer_ids
 from processing.batching.encoding import IGNORE, Encoder, encode_dialogue, encode_item
 from processing.reading.conversations import conversations_from_row
 from tests import tiny
@@ -89,3 +90,20 @@ def test_a_choice_that_there_is_no_room_for_is_the_least_likely(asked, monkeypat
     assert found[1].likelihoods is None and found[1].answer == ""
     judgement = judge(found, choose_metrics([question], "multiple_choice"))
     assert judgement.scores["multiple_choice"].each == [1.0, 0.0]
+
+
+@torch.no_grad()
+def test_in_step_as_many_calls_are_made_as_the_process_with_the_most_choices_makes(asked, monkeypatch):
+    model, processor, questions = asked
+    calls, prompts = [], [[5, 6, 7], [8, 9]]
+    ids = [answer_ids(processor, option) for option in OPTIONS]
+    model.eval().register_forward_pre_hook(lambda module, given, named: calls.append(named), with_kwargs=True)
+    found = []
+    for others in (0, 2, 5):
+        monkeypatch.setattr(weighing, "gather_object", lambda mine, others=others: [*mine, others])
+        calls.clear()
+        asking = Weighing([ids, ids[:1]], batch_size=2)
+        asking.weigh(model, processor, [0, 1], prompts, [[], []], None, in_step=True)
+        assert len(calls) == max(3, others)
+        found.append(asking.found)
+    assert found[0] == found[1] == found[2] and [len(values) for values in found[0].values()] == [4, 1]
