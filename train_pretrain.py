@@ -37,7 +37,7 @@ def main(argv: list[str] | None = None) -> None:
 
     trainer = build_trainer(arguments, model, encoder, train_set, eval_set, test_set)
     trainer.card = RunCard(PRETRAIN, arguments, trainer)
-    report(PRETRAIN, trainer, surveys)
+    report(PRETRAIN, arguments, trainer, surveys)
     result = train(trainer)
     finish(PRETRAIN, arguments, trainer, data, test_set, result)
 

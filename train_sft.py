@@ -36,7 +36,7 @@ def main(argv: list[str] | None = None) -> None:
 
     trainer = build_trainer(arguments, model, encoder, train_set, eval_set, test_set)
     trainer.card = RunCard(SFT, arguments, trainer)
-    report(SFT, trainer, surveys)
+    report(SFT, arguments, trainer, surveys)
     result = train(trainer)
     finish(SFT, arguments, trainer, data, test_set, result)
 

@@ -25,6 +25,8 @@ from processing.reading.items import SPLIT_TURNS
 from processing.reading.layouts import CHOICE_ANSWERS
 from processing.reading.settings import SourceSettings, parse_columns
 
+from .defaults import default_layer
+
 
 @dataclass
 class ModelArguments:
@@ -76,8 +78,12 @@ class ModelArguments:
     vision_feature_select_strategy: str = field(
         default="patch", metadata={"help": "Visual tokens: cls, patch, or full (everything the encoder returns)."}
     )
-    vision_feature_layer: int | None = field(
-        default=None, metadata={"help": "-k reads the encoder's hidden_states[-k]; its final output if not given."}
+    vision_feature_layer: str | None = field(
+        default=None,
+        metadata={
+            "help": "-k reads the encoder's hidden_states[-k], last its final output. If not given, -2 (LLaVA's) where "
+            "a pretrained encoder has a norm behind its last layer and its patches are read, else last."
+        },
     )
     image_size: int | None = field(
         default=None,
@@ -120,6 +126,12 @@ class ModelArguments:
             if not all(value.strip().isdecimal() for _, _, value in pairs):
                 raise DuetError(f"projector_settings={given!r}: expected whole numbers, such as scale=2,depth=3.")
             self.projector_settings = {name.strip(): int(value) for name, _, value in pairs}
+        layer = self.vision_feature_layer
+        if layer not in (None, "last"):
+            try:
+                self.vision_feature_layer = int(layer)
+            except ValueError:
+                raise DuetError(f"vision_feature_layer={layer!r}: expected -1, -2 and so on, or last.") from None
 
     def vision_models(self) -> Any:
         """The vision encoder, or the two that stand side by side; each a name, or a config's settings."""
@@ -133,7 +145,15 @@ class ModelArguments:
             "projector_type", "projector_settings", "vision_feature_select_strategy", "vision_feature_layer",
             "image_size", "max_tiles",
         )  # fmt: skip
-        return {name: getattr(self, name) for name in names}
+        settings = {name: getattr(self, name) for name in names}
+        if self.vision_feature_layer is None:
+            vision = self.vision_models()
+            settings["vision_feature_layer"] = default_layer(
+                vision, self.backbone_kwargs("vision"), self.vision_feature_select_strategy
+            )
+        elif self.vision_feature_layer == "last":
+            settings["vision_feature_layer"] = None
+        return settings
 
     def joining_kwargs(self, tokenizer: Any) -> dict[str, Any]:
         """What `from_backbones` of the model and of its processor are both given."""
@@ -489,6 +509,12 @@ class VLMTrainingArguments(TrainingArguments):
                 raise DuetError(f"accelerator_config has {name}: a batch with several images a row is not cut by row.")
         self.accelerator_config.dispatch_batches = False
         self._refuse_what_the_trainer_would()
+
+    def get_warmup_steps(self, num_training_steps: int) -> int:
+        """See `TrainingArguments.get_warmup_steps`; less than a step is none, which would be a step of rate 0."""
+        if self.warmup_steps * num_training_steps < 1:
+            return 0
+        return super().get_warmup_steps(num_training_steps)
 
     def _refuse_what_cannot_be(self):
         defaults = {f.name: f.default for f in fields(TrainingArguments)}

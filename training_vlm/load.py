@@ -23,6 +23,7 @@ from processing.tokenizer import train_tokenizer
 from .adapting import adapter_named, begun_with, check_adapters, settle_adapter, with_adapters
 from .arguments import DataArguments, ModelArguments, backbone_of
 from .data import Data, training_texts
+from .defaults import settle_rates
 from .learning.adapters import composed
 from .learning.tuning import make_plan
 from .settings import Arguments
@@ -53,7 +54,7 @@ def load_model(stage: Stage, arguments: Arguments, data: Data) -> tuple[VLMForCo
             if name == "bos_token_id":
                 model.generation_config.bos_token_id = value
     model = with_adapters(model, processor, arguments, adapter)
-    choose_what_learns(model, arguments)
+    choose_what_learns(stage, model, arguments)
     return model, processor
 
 
@@ -90,13 +91,14 @@ def check_named(model_args: ModelArguments, sees: bool = True) -> None:
     )
 
 
-def choose_what_learns(model: VLMForConditionalGeneration, arguments: Arguments) -> None:
+def choose_what_learns(stage: Stage, model: VLMForConditionalGeneration, arguments: Arguments) -> None:
     """
-    Have learn what is declared.
+    Have learn what is declared, at published rates where none are said.
 
     Raises:
         DuetError: nothing would learn, or something is said that cannot be.
     """
+    settle_rates(stage, model, arguments)
     plan = make_plan(model, arguments.tuning, arguments.training)
     plan.apply(model)
     if not plan.learning:

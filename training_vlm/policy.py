@@ -69,6 +69,9 @@ class TuningArguments:
         default=False, metadata={"help": "Merge the adapter of `model` into its base before anything learns."}
     )
 
+    # Where each setting that decides what learns came from, by name; `None` where no command line was read.
+    sources: dict[str, str] | None = field(default=None, init=False)
+
     def __post_init__(self):
         if self.load_in_4bit and self.load_in_8bit:
             raise DuetError("load_in_4bit and load_in_8bit are both given; leave one out.")

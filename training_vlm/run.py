@@ -24,6 +24,7 @@ from processing.data_error_vlm import DuetError, in_a_line
 
 from .arguments import GenerationArguments, VLMTrainingArguments, precision_of
 from .cache_features import train_on_features
+from .defaults import decided
 from .examine import examine
 from .learning.adapters import composed
 from .learning.checkpoints import find_checkpoint, is_auto, newest_whole
@@ -198,7 +199,7 @@ def settle_generation(model: VLMForConditionalGeneration, generation_args: Gener
     model.generation_config, _ = savable(config)
 
 
-def report(stage: Stage, trainer: VLMTrainer, surveys: dict[str, Survey]) -> None:
+def report(stage: Stage, arguments: Arguments, trainer: VLMTrainer, surveys: dict[str, Survey]) -> None:
     """Say what will learn, at which rate, and from what; in one process."""
     if not trainer.is_world_process_zero():
         return
@@ -208,6 +209,7 @@ def report(stage: Stage, trainer: VLMTrainer, surveys: dict[str, Survey]) -> Non
     for part in trainer.declared().components():
         rate, decay = (f"{part.learning_rate:g}", f"{part.weight_decay:g}") if part.trained else ("-", "-")
         print(f"{part.name:<18}{part.parameters:>16,}{part.trained:>16,}   {part.policy:<8}  {rate:<8}  {decay}")
+    print("", *decided(arguments, composed(trainer.model).config), sep="\n")
     print(f"\n{report_data(surveys)}")
     print(trainer.savings)
     print(f"{trainer.conversations_a_step()}, {precision_of(args)}, {args.device}, to {args.output_dir}\n", flush=True)

@@ -6,6 +6,7 @@ reads, and a value of the wrong kind, are errors of one line. Without any argume
 is run.
 """
 
+import argparse
 import sys
 from collections.abc import Callable
 from dataclasses import fields
@@ -72,27 +73,39 @@ def parse_arguments(
     )
     parser.add_argument("--config", type=Path, default=None, help="yaml with settings of both stages; see recipes/.")
     config, others = split_config(argv)
+    sources: dict[str, str] = {}
     if config is not None:
         known = [f.name for kind in parser.dataclass_types for f in fields(kind) if f.init]
         settings = read_config(config, stage, known)
         _check_kinds(config, settings, parser)
         parser.set_defaults(**settings)
+        sources = dict.fromkeys(settings, str(config))
     namespace, unknown = parser.parse_known_args(others)
     if unknown:
         options = [option for action in parser._actions for option in action.option_strings]
         raise DuetError(f"unknown argument {unknown[0]!r}{suggest(unknown[0], options)}; --help lists all.")
+    sources |= dict.fromkeys(_told(parser, others), "command line")
     adjust(settings := vars(namespace))
-    fill_in(settings)
+    fill_in(stage, settings, sources)
     parsed = Arguments(*parser.parse_dict(settings, allow_extra_keys=True))
+    parsed.tuning.sources = sources
     parsed.efficiency.settle(parsed.data, parsed.training)
     parsed.evaluation.settle(parsed.data, parsed.training)
     return parsed
 
 
+def _told(parser: HfArgumentParser, argv: list[str]) -> list[str]:
+    """The settings that a command line names; argparse gives no default to what a namespace has already."""
+    unsaid = object()
+    namespace = argparse.Namespace(**{action.dest: unsaid for action in parser._actions})
+    found, _ = parser.parse_known_args(argv, namespace)
+    return [name for name, value in vars(found).items() if value is not unsaid]
+
+
 # Settings that a yaml file may give as a mapping or a list.
 _STRUCTURED = {
     "vision_model", "second_vision_model", "text_model", "projector_settings", "image_size", "columns", "datasets",
-    "test_dataset", "lora_target_modules",
+    "test_dataset", "lora_target_modules", "vision_feature_layer",
 }  # fmt: skip
 
 # Settings whose on and off a yaml reads as true and false.

@@ -122,7 +122,7 @@ class Sketch:
         dtype = weights_dtype(model_args)
         self.model, processor = self._laid_out(arguments if maker is None else maker, PRETRAIN if maker else stage)
         self.model.to(dtype)
-        choose_what_learns(self.model, arguments)
+        choose_what_learns(stage, self.model, arguments)
         for side, backbone in (("vision", self.model.model.vision_tower), ("text", self.model.model.language_model)):
             if getattr(model_args, f"{side}_attn_implementation") == "eager":
                 backbone.set_attn_implementation("eager")
