@@ -120,7 +120,7 @@ def settle_rates(stage: Stage, model: nn.Module, arguments: "Arguments") -> None
     anew = {side: isinstance(getattr(arguments.model, f"{side}_model"), dict) for side in ("vision", "text")}
     found: dict[str, Default] = {}
     if any(parts[name].learning for name in (TEXT, EMBEDDINGS, HEAD)):
-        found["learning_rate"] = _of_language_model(parts[TEXT].policy, weights, anew["text"])
+        found["learning_rate"] = rate_of_language_model(parts[TEXT].policy, weights, anew["text"])
     if parts[PROJECTOR].learning:
         text = found.get("learning_rate")
         if text is None or (not anew["text"] and (stage is PRETRAIN or composed_now)):
@@ -142,14 +142,21 @@ def settle_rates(stage: Stage, model: nn.Module, arguments: "Arguments") -> None
             sources[name] = f"default ({rate.source})"
 
 
-def _of_language_model(word: str, weights: int, anew: bool) -> Default:
+def rate_of_language_model(word: str, weights: float, anew: bool) -> Default:
+    """
+    The rate of a language model that learns by a policy's word.
+
+    Args:
+        weights: how many it has.
+        anew: whether it starts from scratch.
+    """
     if anew:
         size = min(PYTHIA, key=lambda known: abs(math.log(known / max(1, weights))))
         return Default(PYTHIA[size], "Pythia's nearest in size, arXiv 2304.01373")
     return ADAPTERS if word == "lora" else _by_size(FULL, weights)
 
 
-def _by_size(table, weights: int) -> Default:
+def _by_size(table, weights: float) -> Default:
     return next(default for least, default in table if weights >= least)
 
 
@@ -209,4 +216,4 @@ def decided(arguments: "Arguments", config: PreTrainedConfig) -> list[str]:
     return [f"{source}: {', '.join(found)}" for source, found in lines.items()]
 
 
-__all__ = ["decided", "default_layer", "fill_in", "settle_rates"]
+__all__ = ["decided", "default_layer", "fill_in", "rate_of_language_model", "settle_rates"]
