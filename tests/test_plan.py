@@ -1,5 +1,7 @@
 """One plan says what learns and how fast; optimizer and log follow it, and what nothing would read is refused."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from transformers import TrainingArguments
@@ -146,3 +148,26 @@ def test_the_rate_of_a_run_is_that_of_what_has_none_of_its_own(composed):
     assert (found["language model"].learning_rate, found["language model"].weight_decay) == (1e-3, 0.3)
     assert (found["vision encoder"].learning_rate, found["vision encoder"].policy) == (1e-5, "last:1")
     assert found["token embeddings"].policy == "full" and found["projector"].weight_decay == 0.2
+
+
+OTHERS = {
+    "the policy last:1, and here it has last:2": dict(tune_vision="last:2"),
+    "the token embeddings had the policy full, and here it has frozen": dict(tune_text="last:1"),
+    "the projector had the rate 0.003, and here it has 0.001": dict(projector_learning_rate=None),
+    "the projector had the decay 0.2, and here it has 0.0": dict(projector_weight_decay=None),
+}
+
+
+def test_a_run_goes_on_with_its_own_policy_alone(folders, image, tmp_path):
+    items, settings = tiny.ragged_dialogues(image), dict(save_strategy="steps", save_steps=2, max_steps=4)
+    whole = planned(folders, items, tmp_path, RATES, **settings)
+    whole.train()
+    checkpoint = str(tmp_path / "checkpoint-2")
+    for says, changed in OTHERS.items():
+        trainer = planned(folders, items, tmp_path / "other", replace(RATES, **changed), **settings)
+        with pytest.raises(DuetError) as error:
+            trainer.train(resume_from_checkpoint=checkpoint)
+        assert says in str(error.value) and "--model" in str(error.value) and "\n" not in str(error.value)
+    again = planned(folders, items, tmp_path / "again", RATES, **settings)
+    again.train(resume_from_checkpoint=checkpoint)
+    assert same(weights(again), weights(whole))

@@ -87,8 +87,8 @@ def fill_in(stage: Stage, settings: dict[str, Any], sources: dict[str, str]) -> 
 def _word(stage: Stage, side: str, settings: dict[str, Any], adapted: set[str], published: str) -> Default:
     if isinstance(settings[f"{side}_model"], dict):
         return Default("full", "it starts from scratch")
-    if adapted:
-        return Default("lora" if side in adapted else "frozen", "the adapter of the model")
+    if side in adapted:
+        return Default("lora", "the adapter of the model")
     if side == "vision" or stage is PRETRAIN:
         return Default("frozen", published)
     if settings["load_in_4bit"] or settings["load_in_8bit"]:

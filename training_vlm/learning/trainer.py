@@ -66,7 +66,7 @@ from .publishing import BASE, CARD, RESULTS, SAMPLES, files_of, files_of_checkpo
 from .sampling import EpochOfData, GroupedOrder, LengthGroupedOrder, change_of_order, order_seed
 from .sharding import check_goes_on, saved_whole
 from .stopping import Interrupted, Stop
-from .tuning import RatesOfParts, TuningPlan, make_plan
+from .tuning import RatesOfParts, TuningPlan, check_plan, make_plan, save_plan
 from .verify import Verification
 
 
@@ -270,6 +270,7 @@ class VLMTrainer(Trainer):
 
     def _go_on_from(self, checkpoint):
         check_goes_on(self, checkpoint)
+        check_plan(self.declared(), checkpoint)
         state = TrainerState.load_from_json(str(checkpoint / STATE))
         self._resumed_at = state.global_step
         self.best.folders = [self.run_folder, checkpoint.parent]
@@ -643,6 +644,7 @@ class VLMTrainer(Trainer):
         if error is None and self.args.should_save:
             try:
                 save_order(self.order, beside)
+                save_plan(self.declared(), beside)
                 # Which is the best follows from its step, and its path tells of this machine.
                 replace(self.state, best_model_checkpoint=None).save_to_json(str(beside / STATE))
                 seal(beside)

@@ -6,9 +6,11 @@ themselves; so the rule holds for any encoder and any language model. The optimi
 the model card and the check after the first step are all read off one plan.
 """
 
+import json
 import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from torch import nn
@@ -26,6 +28,7 @@ if TYPE_CHECKING:
 VISION, PROJECTOR, EMBEDDINGS, TEXT, HEAD = "vision encoder", "projector", "token embeddings", "language model", "head"
 SIDES = {VISION: "vision", PROJECTOR: "projector"}
 """Parts that may have a rate and a decay of their own, and what these are called by."""
+PLAN = "tuning.json"
 
 
 class Component(NamedTuple):
@@ -257,6 +260,40 @@ def _count(name: str, parameter: nn.Parameter) -> int:
     return parameter.numel() if state is None else state.shape.numel()
 
 
+def save_plan(plan: TuningPlan, checkpoint: Path) -> None:
+    """Write what learns into a checkpoint, so that no run of another policy goes on from it."""
+    (checkpoint / PLAN).write_text(json.dumps(_state(plan)), encoding="utf-8")
+
+
+def check_plan(plan: TuningPlan, checkpoint: Path) -> None:
+    """
+    Refuse a checkpoint of which another policy was made: the optimizer's states would be of other parameters.
+
+    Raises:
+        DuetError: what was declared then, and what is now.
+    """
+    file = checkpoint / PLAN
+    before = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+    for name, now in _state(plan).items():
+        for what, value in now.items():
+            if (was := before.get(name, now)[what]) != value:
+                raise DuetError(
+                    f"{checkpoint} is of a run in which the {name} had {what} {was}, and here it has {value}; go on as "
+                    f"that run did, or start anew from its model, --model {checkpoint}."
+                )
+
+
+def _state(plan: TuningPlan) -> dict[str, dict[str, Any]]:
+    return {
+        part.name: {
+            "the policy": part.policy, "parameters that learn:": len(part.learning),
+            "the rate": part.learning_rate if part.learning else None,
+            "the decay": part.weight_decay if part.learning else None,
+        }
+        for part in plan.parts
+    }  # fmt: skip
+
+
 class RatesOfParts(TrainerCallback):
     """
     Knows the rates of the step that was made, for the log: of the parts that have one of their own.
@@ -282,4 +319,14 @@ class RatesOfParts(TrainerCallback):
                 self.rates[f"{SIDES[part.name]}_learning_rate"] = float(found[0])
 
 
-__all__ = ["Component", "PartPlan", "RatesOfParts", "TuningPlan", "apply_tuning", "find_blocks", "make_plan"]
+__all__ = [
+    "Component",
+    "PartPlan",
+    "RatesOfParts",
+    "TuningPlan",
+    "apply_tuning",
+    "check_plan",
+    "find_blocks",
+    "make_plan",
+    "save_plan",
+]
