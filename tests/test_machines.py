@@ -6,6 +6,7 @@ A worker that torchrun starts runs each case as the process of the test runs it 
 import json
 import os
 import re
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -23,9 +24,11 @@ from PIL import Image
 from safetensors.torch import load_file
 from torch.distributed.tensor import DTensor
 
+import train_sft
 from modeling_vlm import VLMForConditionalGeneration
 from processing import VLMDataCollator
 from tests import tiny
+from tests.isolated import run_without_package
 from training_vlm import machines
 from training_vlm.arguments import DataArguments, VLMTrainingArguments
 from training_vlm.efficiency import EfficiencyArguments
@@ -34,7 +37,8 @@ from training_vlm.learning.sampling import change_of_order, order_of
 from training_vlm.learning.sharding import SeesWeightsCut, block_names, check_goes_on, cut_at_blocks
 from training_vlm.learning.trainer import VLMTrainer
 from training_vlm.learning.tuning import apply_tuning
-from training_vlm.settings import RECIPES
+from training_vlm.settings import RECIPES, parse_arguments
+from training_vlm.stages import SFT
 
 
 ROOT = Path(__file__).parents[1]
@@ -56,6 +60,7 @@ class Case(NamedTuple):
 
 
 CHECKPOINTED = {"gradient_checkpointing": True}
+BY_FSDP = {"activation_checkpointing": True}
 IN_PARTS = {"state_dict_type": "SHARDED_STATE_DICT"}
 CASES = {
     "whole": Case(),
@@ -68,6 +73,7 @@ CASES = {
     "cut, last block, evaluated first": Case(text="last:1", cut=True, changes={"eval_on_start": True}),
     "cut, packed": Case("siglip-llama", packed=True, cut=True, changes=CHECKPOINTED),
     "cut, tiles": Case("siglip-llama", tiles=4, cut=True),
+    "cut, checkpointed by FSDP": Case("siglip-llama", packed=True, cut=True, changes={"fsdp_config": BY_FSDP}),
     "cut, in parts on disk": Case(
         "siglip-llama", cut=True, changes={"fsdp_config": {"state_dict_type": "SHARDED_STATE_DICT"}}
     ),
@@ -211,7 +217,8 @@ def launch(root, call, processes=2, limit=280):
     done = subprocess.run(
         [*command, "worker.py"], cwd=root, env=environment, capture_output=True, text=True, timeout=limit
     )
-    assert done.returncode == 0, done.stderr[-5000:]
+    told = done.stderr.partition("torch.distributed.elastic")[0]  # what follows is the launcher's own trace
+    assert done.returncode == 0, told[-5000:]
     return done.stdout + done.stderr
 
 
@@ -239,6 +246,49 @@ def test_two_processes_take_the_steps_of_one_in_every_form(tmp_path):
     names = [name for name in CASES if name not in QUICK]
     launch(tmp_path, f"worker({str(tmp_path)!r}, {names})", limit=900)
     assert_as_in_one(tmp_path, names)
+
+
+# -- a whole run of a script ------------------------------------------------------------------------------------------
+
+
+def script_worker(argv):
+    """A script on two CPUs, where it would refuse to cut weights."""
+    shard_here()
+    machines.check_launch.__code__ = (lambda args: None).__code__
+    train_sft.main(argv)
+
+
+@pytest.mark.slow
+def test_a_script_trains_asks_and_saves_a_model_that_is_cut(tmp_path):
+    """Its questions are answered by both processes, some of which show no image; what is saved loads by itself."""
+    save_backbones(tmp_path)
+    rows = []
+    for number in range(10):
+        picture(number).save(tmp_path / f"{number}.png")
+        shown = {"image": f"{number}.png"} if number % 4 else {}
+        rows.append({**shown, "question": "what?", "answer": f"picture {number}" + " of a cat" * (number % 3)})
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    vision, text = backbones_in(tmp_path)("siglip-llama")
+    out = tmp_path / "out"
+    argv = [
+        "--vision_model", str(vision), "--text_model", str(text), "--dataset", str(tmp_path / "rows.jsonl"),
+        "--tune_text", "full", "--use_cpu", "--bf16", "False", "--ddp_backend", "gloo", "--max_steps", "2",
+        "--per_device_train_batch_size", "2", "--eval_split", "train[:5]", "--max_new_tokens", "4",
+        "--dataloader_num_workers", "0", "--disable_tqdm", "True", "--fsdp",
+        "--fsdp_config", '{"state_dict_type": "SHARDED_STATE_DICT"}', "--output_dir", str(out),
+    ]  # fmt: skip
+    said = launch(tmp_path, f"script_worker({argv})")
+    assert "4 conversations a step (2 x 1 x 2 processes)" in said and "no padding" in said
+    assert {"model.safetensors", "README.md", "samples.png", "modeling_vlm.py"} <= {path.name for path in out.iterdir()}
+    source = """
+import sys
+from transformers import AutoModelForImageTextToText
+model, found = AutoModelForImageTextToText.from_pretrained(
+    sys.argv[1] + "/out", trust_remote_code=True, output_loading_info=True
+)
+print(importable, type(model).__name__, *map(len, found.values()))
+"""
+    assert "[] VLMForConditionalGeneration 0 0 0" in run_without_package(source, tmp_path)
 
 
 # -- going on with more or fewer processes ----------------------------------------------------------------------------
@@ -500,6 +550,17 @@ def test_each_of_them_is_named_with_its_command_and_no_other_is():
         assert f"--config_file recipes/accelerate/{file.name}" in own
         assert f"--config_file recipes/accelerate/{file.name}" in said
         assert ("not run" in own) == file.name.startswith("zero")
+
+
+def test_the_options_that_are_documented_are_read():
+    """A bare `--fsdp`, which is neither true nor false to the library's parser."""
+    said = (ROOT / "docs" / "machines.md").read_text(encoding="utf-8")
+    found = re.findall(r"train_sft\.py (--[^`]*) \.\.\.", said)
+    assert found
+    for options in found:
+        argv = [*shlex.split(options), "--model", "aligned", "--output_dir", "out", "--use_cpu"]
+        training_args = parse_arguments(SFT, argv).training
+        assert training_args.fsdp is True and training_args.fsdp_plugin_args["fsdp_version"] == 2
 
 
 def test_weights_are_cut_at_the_blocks_of_every_backbone(folders):
