@@ -143,8 +143,8 @@ def assert_same_steps(found, expected):
         assert found[name] == pytest.approx(values, rel=2e-5), name
 
 
-def assert_same_weights(folder, other, **tolerance):
-    found, expected = (load_file(Path(one) / "model.safetensors") for one in (folder, other))
+def assert_same_weights(folder, other, weights="model.safetensors", **tolerance):
+    found, expected = (load_file(Path(one) / weights) for one in (folder, other))
     assert found.keys() == expected.keys()
     for name, weight in expected.items():
         torch.testing.assert_close(found[name], weight, **(tolerance or {"rtol": 1e-4, "atol": 2e-6}), msg=name)
@@ -248,7 +248,11 @@ def test_two_processes_take_the_steps_of_one_in_every_form(tmp_path):
     assert_as_in_one(tmp_path, names)
 
 
-# -- a whole run of a script ------------------------------------------------------------------------------------------
+# -- a whole run of a script -------------------------------------------------------------------------------------------
+
+CUT = ["--fsdp", "--fsdp_config", json.dumps(IN_PARTS)]
+ADAPTED = ["--tune_text", "lora", "--lora_dropout", "0"]
+SCRIPTS = {"cut": ["--tune_text", "full", *CUT], "adapted": ADAPTED, "adapted, cut": [*ADAPTED, *CUT]}
 
 
 def script_worker(argv):
@@ -259,32 +263,37 @@ def script_worker(argv):
 
 
 @pytest.mark.slow
-def test_a_script_trains_asks_and_saves_a_model_that_is_cut(tmp_path):
-    """Its questions are answered by both processes, some of which show no image; what is saved loads by itself."""
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_a_script_trains_asks_and_saves_in_two_processes_what_it_does_in_one(tmp_path, name):
+    """Both answer the questions, some of which show no image; what is saved loads by itself."""
     save_backbones(tmp_path)
     rows = []
-    for number in range(10):
+    for number in range(12):
         picture(number).save(tmp_path / f"{number}.png")
         shown = {"image": f"{number}.png"} if number % 4 else {}
         rows.append({**shown, "question": "what?", "answer": f"picture {number}" + " of a cat" * (number % 3)})
     (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     vision, text = backbones_in(tmp_path)("siglip-llama")
-    out = tmp_path / "out"
     argv = [
         "--vision_model", str(vision), "--text_model", str(text), "--dataset", str(tmp_path / "rows.jsonl"),
-        "--tune_text", "full", "--use_cpu", "--bf16", "False", "--ddp_backend", "gloo", "--max_steps", "2",
-        "--per_device_train_batch_size", "2", "--eval_split", "train[:5]", "--max_new_tokens", "4",
-        "--dataloader_num_workers", "0", "--disable_tqdm", "True", "--fsdp",
-        "--fsdp_config", '{"state_dict_type": "SHARDED_STATE_DICT"}', "--output_dir", str(out),
+        "--use_cpu", "--bf16", "False", "--max_steps", "3", "--eval_split", "train[:5]", "--max_new_tokens", "4",
+        "--train_sampling_strategy", "sequential", "--dataloader_num_workers", "0", "--disable_tqdm", "True",
+        "--optim", "sgd", "--learning_rate", "0.5",
     ]  # fmt: skip
-    said = launch(tmp_path, f"script_worker({argv})")
+    one, two = tmp_path / "one", tmp_path / "two"
+    mine = [option for option in SCRIPTS[name] if option not in CUT]
+    train_sft.main([*argv, *mine, "--per_device_train_batch_size", "4", "--output_dir", str(one)])
+    share = ["--per_device_train_batch_size", "2", "--ddp_backend", "gloo", "--output_dir", str(two)]
+    said = launch(tmp_path, f"script_worker({[*argv, *SCRIPTS[name], *share]})")
     assert "4 conversations a step (2 x 1 x 2 processes)" in said and "no padding" in said
-    assert {"model.safetensors", "README.md", "samples.png", "modeling_vlm.py"} <= {path.name for path in out.iterdir()}
+    weights = "adapter_model.safetensors" if "adapted" in name else "model.safetensors"
+    assert_same_weights(two, one, weights)
+    assert {path.name for path in two.iterdir()} == {path.name for path in one.iterdir()}
     source = """
 import sys
 from transformers import AutoModelForImageTextToText
 model, found = AutoModelForImageTextToText.from_pretrained(
-    sys.argv[1] + "/out", trust_remote_code=True, output_loading_info=True
+    sys.argv[1] + "/two", trust_remote_code=True, output_loading_info=True
 )
 print(importable, type(model).__name__, *map(len, found.values()))
 """
