@@ -279,6 +279,7 @@ def test_a_script_trains_asks_and_saves_in_two_processes_what_it_does_in_one(tmp
         "--use_cpu", "--bf16", "False", "--max_steps", "3", "--eval_split", "train[:5]", "--max_new_tokens", "4",
         "--train_sampling_strategy", "sequential", "--dataloader_num_workers", "0", "--disable_tqdm", "True",
         "--optim", "sgd", "--learning_rate", "0.5",
+        "--predict_with_generate", "--eval_strategy", "steps", "--eval_steps", "1",
     ]  # fmt: skip
     one, two = tmp_path / "one", tmp_path / "two"
     mine = [option for option in SCRIPTS[name] if option not in CUT]
@@ -289,6 +290,12 @@ def test_a_script_trains_asks_and_saves_in_two_processes_what_it_does_in_one(tmp
     weights = "adapter_model.safetensors" if "adapted" in name else "model.safetensors"
     assert_same_weights(two, one, weights)
     assert {path.name for path in two.iterdir()} == {path.name for path in one.iterdir()}
+    answers = [(folder / "predictions.jsonl").read_text() for folder in (one, two)]
+    assert answers[0] == answers[1] and len(answers[0].splitlines()) == 5
+    logs = [json.loads((folder / "trainer_state.json").read_text())["log_history"] for folder in (one, two)]
+    evaluated = [[(entry["eval_loss"], entry["step"]) for entry in log if "eval_loss" in entry] for log in logs]
+    assert [loss for loss, _ in evaluated[0]] == pytest.approx([loss for loss, _ in evaluated[1]], rel=1e-5)
+    assert len(evaluated[0]) >= 3
     source = """
 import sys
 from transformers import AutoModelForImageTextToText
