@@ -52,7 +52,7 @@ class RunCard:
         trainer: whose model it is.
 
     Attributes:
-        losses (`dict[str, float]`): the final ones, once there are some.
+        losses (`dict[str, float]`): the final ones, once there are some, and what else an evaluation says (`eval_...`).
         judgement (`Judgement`): of the answers to test questions, where there are any.
         samples (`list[tuple[str, str, str]]`): question, expected and generated answer.
         account (`Account`): of what was learned from.
@@ -155,11 +155,14 @@ class RunCard:
     def _eval_results(self) -> list[EvalResult]:
         """The scores as the Hub's model-index takes them; a number that is none is left out."""
         found = []
-        if math.isfinite(loss := self.losses.get("eval_loss", math.nan)):
-            sources, split = self._sources(), ""
-            if len(sources) == 1:
-                split = sources[0].eval_split or f"held out of {sources[0].split or 'train'}"
-            found.append(_result(sources, split, "loss", loss, "Loss a token"))
+        sources, split = self._sources(), ""
+        if len(sources) == 1:
+            split = sources[0].eval_split or f"held out of {sources[0].split or 'train'}"
+        for key, value in self.losses.items():
+            metric = key.removeprefix("eval_")
+            if metric != key and math.isfinite(value):
+                name = "Loss a token" if metric == "loss" else metric
+                found.append(_result(sources, split, metric, value, name))
         source, judgement = self.arguments.data.test_source(), self.judgement
         if source is None or judgement is None:
             return found

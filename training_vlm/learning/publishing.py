@@ -9,11 +9,14 @@ from collections.abc import Iterable
 from concurrent.futures import Future
 from fnmatch import fnmatch
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from huggingface_hub import CommitInfo, CommitOperationAdd, CommitOperationDelete, HfApi
 from huggingface_hub.errors import HfHubHTTPError
 from huggingface_hub.utils import httpx
+from transformers import Trainer
+from transformers.trainer_utils import HubStrategy
+from transformers.utils import PushInProgress
 
 from modeling_vlm.adapters_vlm import BASE, CONFIG, WEIGHTS
 from processing.batching.account import Account
@@ -107,4 +110,115 @@ def push_in_background(*args: Any, **kwargs: Any) -> Future:
     return _HUB.run_as_future(push, *args, **kwargs)
 
 
-__all__ = ["CARD", "RESULTS", "SAMPLES", "files_of", "files_of_checkpoint", "push", "push_in_background", "with_base"]
+class PublishingTrainer(Trainer):
+    """`Trainer`, whose pushes hold what belongs to the model, loads by name, and tells of nothing else."""
+
+    def __init__(self, *args, **kwargs):
+        self.card: Any = None  # what makes the model card, see `model_card.py`
+        self._beside: Path | None = None  # where a checkpoint is being written
+        self._model_files: list[str] = []  # what the last save of the model wrote
+        self._pushed: list[tuple[Path, Future]] = []  # the checkpoints whose push may still go on
+        self._base_is_there = False  # in the repository, beside the adapters that need it
+        super().__init__(*args, **kwargs)
+
+    @property
+    def run_folder(self) -> Path:
+        """Where checkpoints and the trained model are written."""
+        assert self.args.output_dir is not None  # where none is given, the library has a name
+        return Path(self.args.output_dir)
+
+    @property
+    def repository(self) -> str:
+        """The name on the Hub that is pushed to, once the repository is there."""
+        return cast(str, self.hub_model_id)
+
+    def create_model_card(self, *args, **kwargs) -> None:
+        """Write the model card: the run's own where there is one, for `push_to_hub` too."""
+        if self.card is None:
+            super().create_model_card(*args, **kwargs)
+        elif self.is_world_process_zero():
+            (self.run_folder / CARD).write_text(self.card.text(), encoding="utf-8")
+
+    def init_hf_repo(self, *args, **kwargs) -> None:
+        """See `Trainer.init_hf_repo`; the branch that is pushed to is made where there is none."""
+        super().init_hf_repo(*args, **kwargs)
+        branch = self.args.hub_revision
+        if branch and not branch.startswith("refs/") and self.is_world_process_zero():
+            HfApi().create_branch(self.repository, branch=branch, token=self.args.hub_token, exist_ok=True)
+
+    def push_to_hub(
+        self,
+        commit_message: str | None = "End of training",
+        blocking: bool = True,
+        token: str | None = None,
+        revision: str | None = None,
+        private: bool | None = None,
+        **kwargs,
+    ):
+        """
+        See `Trainer.push_to_hub`; what belongs to the model goes, and nothing else that lies in the output folder.
+
+        Raises:
+            DuetError: the Hub refuses it, or cannot be reached.
+        """
+        self.callback_handler.on_push_begin(self.args, self.state, self.control)
+        token = self.args.hub_token if token is None else token
+        if self.hub_model_id is None:
+            self.init_hf_repo(token=token, private=private)
+        self.save_model(_internal_call=True)
+        if not self.is_world_process_zero():
+            return None
+        kwargs.setdefault("model_name", self.repository.rpartition("/")[2])
+        self.create_model_card(**kwargs)
+        self._finish_current_push()
+        beside = [*RESULTS, SAMPLES] if getattr(self.card, "shows_samples", False) else RESULTS
+        files = self._with_base(files_of(self.run_folder, [*self._model_files, *beside]))
+        where: dict[str, Any] = {"token": token, "revision": revision or self.args.hub_revision}
+        how = push if blocking else push_in_background
+        return how(files, self.repository, commit_message or "End of training", **where)
+
+    def _push_from_checkpoint(self, checkpoint_folder):
+        # The stock method leaves out the model's code, and pushes whatever lies in the output folder. A push goes on in
+        # the background, so it has to wait until the checkpoint has its name.
+        strategy, place = self.args.hub_strategy, Path(checkpoint_folder)
+        if self._beside is not None or strategy == HubStrategy.END or not self.is_world_process_zero():
+            return
+        if not self.args.hub_always_push and not all(job.done() for _, job in self._pushed):
+            return
+        self.callback_handler.on_push_begin(self.args, self.state, self.control)
+        self._say_of_pushes()
+        where: dict[str, Any] = {"token": self.args.hub_token, "revision": self.args.hub_revision}
+        message = f"Training in progress, step {self.state.global_step}"
+        files = self._with_base(files_of(place, self._model_files))
+        if self.card is not None:
+            try:
+                files[CARD] = self.card.text().encode()
+            except Exception as error:  # the run is worth more than its card
+                print(f"the card of step {self.state.global_step} could not be made: {error}", flush=True)
+        pushes = [(files, message, "")]
+        if strategy != HubStrategy.EVERY_SAVE:
+            under = place.name if strategy == HubStrategy.ALL_CHECKPOINTS else "last-checkpoint"
+            pushes.append((files_of_checkpoint(place), f"{message}, checkpoint", under))
+        for content, told, under in pushes:
+            self._pushed.append((place, push_in_background(content, self.repository, told, under, **where)))
+        self.push_in_progress = PushInProgress([job for _, job in self._pushed])
+
+    def _with_base(self, files):
+        return with_base(files, self.run_folder / BASE, self.repository, self._base_is_there)
+
+    def _finish_current_push(self):
+        # The stock method waits, and says nothing of a push that failed.
+        super()._finish_current_push()
+        self._say_of_pushes()
+
+    def _say_of_pushes(self):
+        """Say which pushes failed; remember those that go on."""
+        done = [job for _, job in self._pushed if job.done()]
+        self._pushed = [(place, job) for place, job in self._pushed if job not in done]
+        failed = [job.exception() for job in done]
+        self._base_is_there |= None in failed
+        for error in filter(None, failed):
+            print(f"checkpoints: {error}", flush=True)
+
+
+__all__ = ["CARD", "RESULTS", "SAMPLES", "PublishingTrainer", "files_of_checkpoint"]

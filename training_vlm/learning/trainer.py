@@ -1,6 +1,6 @@
 """The Trainer, with what it cannot express for this model: nothing computed in vain, and a loss that weighs tokens.
 
-Sixteen things differ from the stock Trainer. The head is computed at supervised positions only, a part of them at a
+Fifteen things differ from the stock Trainer. The head is computed at supervised positions only, a part of them at a
 time: the same loss and gradients, without the logits of a thousand image positions. The evaluation loss is the mean
 over tokens, summed for each text of a row, where the stock loop averages the means of batches, which makes it depend on
 the batch size. Label smoothing is the model's, with all that its loss has. Batches may be planned ahead in place of a
@@ -9,26 +9,23 @@ added up, and go on with a resumed run. A run on a stream resumes at its next sa
 Grouping by length reads no item, and its order depends on seed and epoch alone. A checkpoint is written beside and
 counts when it is whole. A run stops when its loss is no longer finite or nothing reaches what learns. What was learned
 before another error is kept as a checkpoint. Each line of the log says how fast the run is, and how much of it is
-waiting. A run that is resumed at its end takes no further step, and one whose data come in another order says so. What
-goes to the Hub are the files of the model, by name, and neither they nor those beside them tell of this machine. A run
+waiting. A run that is resumed at its end takes no further step, and one whose data come in another order says so. A run
 that is told to stop saves what it has learned. An evaluation changes nothing that is random afterwards, and may ask the
-model questions.
+model questions. What goes to the Hub is another class's, see `publishing.py`.
 
 Eight of the Trainer's private methods are overridden, each with its reason beside it; they are the last of the class.
 """
 
 import copy
-from concurrent.futures import Future
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
 
 import torch
 from accelerate.utils import gather_object
-from huggingface_hub import HfApi
-from transformers import Trainer, TrainerState
-from transformers.trainer_utils import EvalLoopOutput, HubStrategy, SaveStrategy, TrainOutput
-from transformers.utils import PushInProgress, logging
+from transformers import TrainerState
+from transformers.trainer_utils import EvalLoopOutput, SaveStrategy, TrainOutput
+from transformers.utils import logging
 
 from evaluation_vlm.asking import untouched_randomness
 from evaluation_vlm.while_training import WhileTraining
@@ -62,7 +59,7 @@ from .disk import DiskFull, full_disk, is_full
 from .guard import Guard
 from .lineage import leave_behind, note_run, read_run, remove_overwritten
 from .meter import EVALUATION, SAVING, Meter, spent_on
-from .publishing import BASE, CARD, RESULTS, SAMPLES, files_of, files_of_checkpoint, push, push_in_background, with_base
+from .publishing import PublishingTrainer
 from .sampling import EpochOfData, GroupedOrder, LengthGroupedOrder, change_of_order, order_seed
 from .sharding import check_goes_on, saved_whole
 from .stopping import Interrupted, Stop
@@ -76,14 +73,13 @@ TRAINING_ARGS = "training_args.bin"
 OF_A_PROCESS = ("rng_state", "data_account", "optimizer", "scheduler", "scaler")
 
 
-class VLMTrainer(Trainer):
+class VLMTrainer(PublishingTrainer):
     """`Trainer` for a composed model; takes the same arguments."""
 
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
         self.savings = None  # which ones a run makes, see `savings.py`
         self.plan: TuningPlan | None = None  # what was declared to learn; `None` where the parameters alone say it
-        self.card = None  # what writes the model card, once there is something to say
         self.examine: WhileTraining | None = None  # asks and judges, see `evaluation_vlm`
         self.account = Account()  # what this process has seen
         self.order: dict[str, Any] = {}  # what the order of the data follows from, see `sampling.py`
@@ -96,12 +92,8 @@ class VLMTrainer(Trainer):
         self._is_late = False  # the evaluation that belongs to that step was not come to
         self.is_finished = False  # the run had come to its end before, and nothing of it is left to do
         self.planned: PlannedBatches | PlannedStream | None = None  # in place of a number of conversations
-        self._beside: Path | None = None  # where a checkpoint is being written
         self._save_error: Exception | None = None  # of what is not the weights
         self._torn: Exception | None = None  # of the weights
-        self._model_files: list[str] = []  # what the last save of the model wrote
-        self._pushed: list[tuple[Path, Future]] = []  # the checkpoints whose push may still go on
-        self._base_is_there = False  # in the repository, beside the adapters that need it
         self.best = BestCheckpoint()
         self.add_callback(self.best)
         self.add_callback(EpochOfData())
@@ -116,17 +108,6 @@ class VLMTrainer(Trainer):
         self.add_callback(self.stop)
         # It would hide from the log what the guard looks at; the steps that a scaler skips are to be hidden.
         self.args.logging_nan_inf_filter = self.accelerator.scaler is not None
-
-    @property
-    def run_folder(self) -> Path:
-        """Where checkpoints and the trained model are written."""
-        assert self.args.output_dir is not None  # where none is given, the library has a name
-        return Path(self.args.output_dir)
-
-    @property
-    def repository(self) -> str:
-        """The name on the Hub that is pushed to, once the repository is there."""
-        return cast(str, self.hub_model_id)
 
     def declared(self) -> TuningPlan:
         """What learns, each part with its rate and decay."""
@@ -451,57 +432,12 @@ class VLMTrainer(Trainer):
         # A stream without a length is one epoch of `max_steps`.
         return self._resumed_at % self.args.max_steps * self.args.gradient_accumulation_steps
 
-    def create_model_card(self, *args, **kwargs) -> None:
-        """Write the model card: the run's own where there is one, for `push_to_hub` too."""
-        if self.card is None:
-            super().create_model_card(*args, **kwargs)
-        elif self.is_world_process_zero():
-            (self.run_folder / CARD).write_text(self.card.text(), encoding="utf-8")
-
     def save_state(self) -> None:
         """See `Trainer.save_state`; the best checkpoint has its name and not its path."""
         if self.is_world_process_zero():
             best = self.state.best_model_checkpoint
             public = replace(self.state, best_model_checkpoint=best and Path(best).name)
             public.save_to_json(str(self.run_folder / STATE))
-
-    def init_hf_repo(self, *args, **kwargs) -> None:
-        """See `Trainer.init_hf_repo`; the branch that is pushed to is made where there is none."""
-        super().init_hf_repo(*args, **kwargs)
-        branch = self.args.hub_revision
-        if branch and not branch.startswith("refs/") and self.is_world_process_zero():
-            HfApi().create_branch(self.repository, branch=branch, token=self.args.hub_token, exist_ok=True)
-
-    def push_to_hub(
-        self,
-        commit_message: str | None = "End of training",
-        blocking: bool = True,
-        token: str | None = None,
-        revision: str | None = None,
-        private: bool | None = None,
-        **kwargs,
-    ):
-        """
-        See `Trainer.push_to_hub`; what belongs to the model goes, and nothing else that lies in the output folder.
-
-        Raises:
-            DuetError: the Hub refuses it, or cannot be reached.
-        """
-        self.callback_handler.on_push_begin(self.args, self.state, self.control)
-        token = self.args.hub_token if token is None else token
-        if self.hub_model_id is None:
-            self.init_hf_repo(token=token, private=private)
-        self.save_model(_internal_call=True)
-        if not self.is_world_process_zero():
-            return None
-        kwargs.setdefault("model_name", self.repository.rpartition("/")[2])
-        self.create_model_card(**kwargs)
-        self._finish_current_push()
-        beside = [*RESULTS, SAMPLES] if getattr(self.card, "shows_samples", False) else RESULTS
-        files = self._with_base(files_of(self.run_folder, [*self._model_files, *beside]))
-        where: dict[str, Any] = {"token": token, "revision": revision or self.args.hub_revision}
-        how = push if blocking else push_in_background
-        return how(files, self.repository, commit_message or "End of training", **where)
 
     def _add_evaluated(self, texts, keep, costs):
         # A sum and a count for each row that was asked for, whether it came into the batch or was dropped: so those
@@ -543,49 +479,6 @@ class VLMTrainer(Trainer):
         # The stock `_save_checkpoint` asks for the run's folder here, and makes the checkpoint's in it.
         folder = super()._get_output_dir(trial)
         return folder if self._beside is None else str(self._beside)
-
-    def _push_from_checkpoint(self, checkpoint_folder):
-        # The stock method leaves out the model's code, and pushes whatever lies in the output folder. A push goes on in
-        # the background, so it has to wait until the checkpoint has its name.
-        strategy, place = self.args.hub_strategy, Path(checkpoint_folder)
-        if self._beside is not None or strategy == HubStrategy.END or not self.is_world_process_zero():
-            return
-        if not self.args.hub_always_push and not all(job.done() for _, job in self._pushed):
-            return
-        self.callback_handler.on_push_begin(self.args, self.state, self.control)
-        self._say_of_pushes()
-        where: dict[str, Any] = {"token": self.args.hub_token, "revision": self.args.hub_revision}
-        message = f"Training in progress, step {self.state.global_step}"
-        files = self._with_base(files_of(place, self._model_files))
-        if self.card is not None:
-            try:
-                files[CARD] = self.card.text().encode()
-            except Exception as error:  # the run is worth more than its card
-                print(f"the card of step {self.state.global_step} could not be made: {error}", flush=True)
-        pushes = [(files, message, "")]
-        if strategy != HubStrategy.EVERY_SAVE:
-            under = place.name if strategy == HubStrategy.ALL_CHECKPOINTS else "last-checkpoint"
-            pushes.append((files_of_checkpoint(place), f"{message}, checkpoint", under))
-        for content, told, under in pushes:
-            self._pushed.append((place, push_in_background(content, self.repository, told, under, **where)))
-        self.push_in_progress = PushInProgress([job for _, job in self._pushed])
-
-    def _with_base(self, files):
-        return with_base(files, self.run_folder / BASE, self.repository, self._base_is_there)
-
-    def _finish_current_push(self):
-        # The stock method waits, and says nothing of a push that failed.
-        super()._finish_current_push()
-        self._say_of_pushes()
-
-    def _say_of_pushes(self):
-        """Say which pushes failed; remember those that go on."""
-        done = [job for _, job in self._pushed if job.done()]
-        self._pushed = [(place, job) for place, job in self._pushed if job not in done]
-        failed = [job.exception() for job in done]
-        self._base_is_there |= None in failed
-        for error in filter(None, failed):
-            print(f"checkpoints: {error}", flush=True)
 
     def _load_rng_state(self, checkpoint):
         # The one place of a resumed run that has the random numbers of where the run before it was.
