@@ -142,11 +142,11 @@ def memory(folder: Path, number: int) -> list[tuple[int, float]]:
         seen += len(batch["input_ids"])
         if seen % 1000 == 0:
             processes = [psutil.Process(), *psutil.Process().children()]
-            curve.append((seen, sum(_own_memory(process.pid) for process in processes) / 2**20))
+            curve.append((seen, sum(own_memory(process.pid) for process in processes) / 2**20))
     return curve
 
 
-def _own_memory(pid: int) -> int:
+def own_memory(pid: int | str) -> int:
     """Bytes that a Linux process holds; what it maps of the data's file is the system's to drop, and not counted."""
     lines = Path(f"/proc/{pid}/status").read_text().splitlines()
     return sum(int(line.split()[1]) * 1024 for line in lines if line.startswith(("RssAnon:", "RssShmem:")))
