@@ -28,7 +28,7 @@ def main(argv: list[str] | None = None) -> None:
     prepare(training_args)
     check_model(model_args)
 
-    data = load_data(PRETRAIN, data_args, training_args)
+    data = load_data(PRETRAIN, data_args, training_args, arguments.evaluation.predict_with_generate)
     model, processor = load_model(PRETRAIN, arguments, data)
     encoder = PRETRAIN.encoder(processor, data_args, choose_max_length(model, data_args.max_length))
     train_set, eval_set = encode_data(data, encoder, data_args, training_args)

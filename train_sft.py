@@ -27,7 +27,7 @@ def main(argv: list[str] | None = None) -> None:
     prepare(training_args)
     check_model(model_args)
 
-    data = load_data(SFT, data_args, training_args)
+    data = load_data(SFT, data_args, training_args, arguments.evaluation.predict_with_generate)
     model, processor = load_model(SFT, arguments, data)
     encoder = SFT.encoder(processor, data_args, choose_max_length(model, data_args.max_length))
     train_set, eval_set = encode_data(data, encoder, data_args, training_args)

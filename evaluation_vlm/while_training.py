@@ -133,6 +133,7 @@ class Curves(TrainerCallback):
 
     def __init__(self, trainer: Any, metrics: Sequence[str] = ()):
         self.trainer, self.metrics = trainer, metrics
+        self._drawn = 0  # entries of the log
 
     def on_evaluate(self, args, state, control, **kwargs):
         self._draw(args, state)
@@ -144,8 +145,9 @@ class Curves(TrainerCallback):
         self._draw(args, state)
 
     def _draw(self, args, state):
-        if not state.is_world_process_zero:
+        if not state.is_world_process_zero or len(state.log_history) == self._drawn:
             return
+        self._drawn = len(state.log_history)
         with unharmed(CURVES):
             picture = draw_curves(state.log_history, Path(args.output_dir) / CURVES, self.metrics)
             if picture is not None:

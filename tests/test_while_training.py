@@ -117,6 +117,14 @@ def test_what_no_evaluation_would_log_is_refused_before_training(refused, tmp_pa
     assert "vqa_accuracy" in line or "pycocoevalcap" in line
 
 
+def test_a_run_that_holds_nothing_out_is_evaluated_on_its_test_data(run, tmp_path):
+    """The questions are the same as their loss is of; `kind` alone splits the values."""
+    run("--predict_with_generate", "--eval_share", "0", "--max_eval_questions", "6", "--max_steps", "1")
+    (first, *_) = json.loads((tmp_path / "out" / "trainer_state.json").read_text())["log_history"][1:]
+    assert first["eval_loss"] > 0 and first.keys() >= {"eval_exact_match/all/colour", "eval_exact_match/all/count"}
+    assert len((tmp_path / "out" / "predictions.jsonl").read_text().splitlines()) == 12  # all of them after training
+
+
 @pytest.fixture
 def items(image):
     return [tiny.dialogue("what is it?", f"a {'red' if n % 2 else 'blue'} cat", image(n % 4)) for n in range(12)]

@@ -50,9 +50,12 @@ class Data:
         return ", ".join(part.reading.source for part in self.train)
 
 
-def load_data(stage: Stage, data_args: DataArguments, training_args: VLMTrainingArguments) -> Data:
+def load_data(stage: Stage, data_args: DataArguments, training_args: VLMTrainingArguments, asks: bool = False) -> Data:
     """
     Open every split that the run reads.
+
+    Args:
+        asks: evaluations ask questions; where nothing is held out, the loss is that of the test data they come from.
 
     Raises:
         DuetError: a data set that is not there, or not as expected.
@@ -91,6 +94,8 @@ def load_data(stage: Stage, data_args: DataArguments, training_args: VLMTraining
         if source_of_test is not None:
             whole = replace(data_args, streaming=False, caption_choice="all", split_turns="none")
             test = _open(stage, whole, source_of_test, source_of_test.split, source_of_test.max_samples)
+    if asked and not evaluation and asks and test is not None:
+        evaluation = [test]
     if asked and not evaluation:
         raise DuetError(_nothing_held_out(data_args, training_args))
     weights = [source.weight for source in sources if source.weight is not None]
