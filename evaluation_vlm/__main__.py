@@ -3,6 +3,7 @@
     python -m evaluation_vlm outputs/sft --dataset questions.jsonl --image_dir images
     python -m evaluation_vlm outputs/sft outputs/lora --dataset lmms-lab/VQAv2 --split validation --max_samples 5000
     python -m evaluation_vlm outputs/aligned --stage pretrain --dataset coco --metrics cider,bleu4
+    accelerate launch -m evaluation_vlm outputs/sft --dataset questions.jsonl
 
 The folder of `--output_dir` then holds results.json, and of each model every answer (predictions.jsonl) and a page of
 some (samples.html). See docs/evaluation.md.
@@ -18,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate import PartialState
 from transformers.utils import logging
 
 from inference_vlm.answering import greedy, load
@@ -82,7 +84,7 @@ def evaluate(args: argparse.Namespace) -> dict[str, Any]:
     Ask the models, judge them, and write what came of it.
 
     Returns:
-        what `results.json` holds.
+        what `results.json` holds; in the main process, which alone writes.
 
     Raises:
         DuetError: a model, the data or a metric is not there, or not as expected.
@@ -116,15 +118,19 @@ def evaluate(args: argparse.Namespace) -> dict[str, Any]:
     for number, name in enumerate(args.models):
         started = time.perf_counter()
         judgement, wording = _judged(name, ConversationDataset(rows, reading), args)
+        judged.append(judgement)
+        if not PartialState().is_main_process:
+            continue
         folder = args.output_dir / FOLDERS[number] if len(args.models) > 1 else args.output_dir
         write_predictions(judgement, wording, folder)
         write_gallery(judgement, wording, folder, f"What {Path(name).name} answers", found.name)
         seconds, draws = round(time.perf_counter() - started, 1), Draws(judgement.predictions)
         about = {"model": name, "questions": len(judgement.predictions), "rows": len(draws.rows), "seconds": seconds}
         models.append({**about, "metrics": _values(judgement, draws), "by_name": judgement.by_name()})
-        judged.append(judgement)
         print(f"\n{name}: {len(judgement.predictions):,} questions of {found.name}, {seconds:,} s")
         print(_report(judgement, models[-1]["metrics"]), flush=True)
+    if not PartialState().is_main_process:
+        return {}
     results: dict[str, Any] = {
         "dataset": found.name,
         "asked": {name: getattr(args, name) for name in ("stage", "max_samples", "max_new_tokens", "choice_answer")},
@@ -143,9 +149,8 @@ def _judged(name: str, dataset: ConversationDataset, args: argparse.Namespace) -
     """What a model answers, judged."""
     model: Any
     model, processor = load(name)
-    device = torch.accelerator.current_accelerator()
-    if device is not None and not getattr(model, "is_quantized", False):  # which is where it can be already
-        model.to(device)
+    if not getattr(model, "is_quantized", False):  # which is where it can be already
+        model.to(PartialState().device)
     limit = args.max_length or model.model.max_positions
     questions = questions_of(dataset, Encoder(processor, ENCODE[args.stage], limit))
     if not questions:
@@ -232,7 +237,9 @@ def main(argv: list[str] | None = None) -> int:
         for name in ("batch_size", "max_new_tokens", "max_samples", "max_length"):
             if (value := getattr(args, name)) is not None and value < 1:
                 raise DuetError(f"{name}={value}: expected 1 or more.")
+        PartialState(cpu=not torch.accelerator.is_available())
         evaluate(args)
+        PartialState().destroy_process_group()
     except Exception as error:
         if not getattr(error, "is_duet_error", False) or os.environ.get("DUET_TRACEBACK"):
             raise  # what is our own mistake keeps its stack trace

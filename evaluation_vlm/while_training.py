@@ -71,9 +71,17 @@ class WhileTraining:
         return values[0]
 
     def names(self) -> list[str]:
-        """Under which names values will be logged: known before anything is asked, as metrics are tried for it."""
-        tried = [Prediction(question, question.expected, _as_likely(question)) for question in self.questions]
-        return list(logged(judge(tried, self.metrics)))
+        """
+        Under which names values will be logged: known before anything is asked, as metrics are tried for it.
+
+        What a value will be counted with, where that is not what its name promises, is printed.
+        """
+        right = [Prediction(question, question.expected, _as_likely(question)) for question in self.questions]
+        tried = judge(right, self.metrics)
+        if self.trainer.is_world_process_zero():
+            for name, note in tried.notes.items():
+                print(f"{name}: {note}", flush=True)
+        return list(logged(tried))
 
 
 def _as_likely(question: Question) -> tuple[float, ...]:

@@ -1,14 +1,23 @@
 """Finished models are judged on any data set from the shell; how sure a value is follows from its rows."""
 
+import importlib.util
 import json
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
 
+import train_pretrain
+import train_sft
 from evaluation_vlm.__main__ import main
 from evaluation_vlm.compare import Draws, difference_of, interval_of, sentence
 from evaluation_vlm.predictions import Prediction, Scores, mean_scores
 from evaluation_vlm.questions import Question
+from evaluation_vlm.scores import words
+from evaluation_vlm.scores.words import OWN_WORDS
 from inference_vlm.answering import Prompt
 
 
@@ -159,3 +168,77 @@ def test_a_folder_that_is_no_model_and_a_third_model_are_one_line(rows, capsys):
     assert run("a", "b", "c", "--dataset", rows / "plain.jsonl") == 1
     first, second = capsys.readouterr().err.splitlines()
     assert "could not be loaded" in first and "3 models: expected one, or two to be compared" in second
+
+
+def test_captions_are_asked_for_as_in_stage_1_and_all_of_an_image_count(saved, rows):
+    captioned = [{"image": f"{n}.png", "captions": ["a cat", "a small cat", "one cat"]} for n in range(3)]
+    (rows / "captions.jsonl").write_text("".join(json.dumps(row) + "\n" for row in captioned))
+    out = rows / "out"
+    metrics = ("--metrics", "exact_match,anls")
+    assert run(saved, "--stage", "pretrain", "--dataset", rows / "captions.jsonl", "--output_dir", out, *metrics) == 0
+    lines = [json.loads(line) for line in (out / "predictions.jsonl").read_text().splitlines()]
+    assert [line["expected"] for line in lines] == [["a cat", "a small cat", "one cat"]] * 3
+    assert all(line["question"] == "" for line in lines)
+
+
+QUICK = [
+    "--use_cpu", "--bf16", "False", "--max_steps", "1", "--max_new_tokens", "4", "--dataloader_num_workers", "0",
+    "--disable_tqdm", "True",
+]  # fmt: skip
+
+
+def test_a_checkpoint_of_adapters_is_a_model_too(folders, rows, capsys):
+    vision, text = folders("siglip-llama")
+    out = rows / "trained"
+    train_sft.main(
+        [
+            "--vision_model", str(vision), "--text_model", str(text), "--dataset", str(rows / "plain.jsonl"),
+            "--tune_text", "lora", "--output_dir", str(out), *QUICK,
+        ]
+    )  # fmt: skip
+    assert (out / "adapter_config.json").is_file()
+    assert run(out, out / "base", "--dataset", rows / "plain.jsonl", "--output_dir", rows / "out") == 0
+    assert "exact_match: no difference can be told between" in capsys.readouterr().out
+
+
+@pytest.mark.skipif(importlib.util.find_spec("pycocoevalcap") is None, reason="pycocoevalcap is not here")
+def test_without_java_log_page_and_card_say_what_values_were_counted_with(folders, rows, capsys, monkeypatch):
+    monkeypatch.setattr(words.shutil, "which", lambda name: None)
+    words.split_words.cache_clear()
+    captioned = [{"image": f"{n % 4}.png", "captions": ["a cat", "a small cat"]} for n in range(8)]
+    (rows / "captions.jsonl").write_text("".join(json.dumps(row) + "\n" for row in captioned))
+    vision, text = folders("siglip-llama")
+    out = rows / "trained"
+    train_pretrain.main(
+        [
+            "--vision_model", str(vision), "--text_model", str(text), "--dataset", str(rows / "captions.jsonl"),
+            "--test_dataset", str(rows / "captions.jsonl"), "--predict_with_generate", "--eval_strategy", "steps",
+            "--eval_steps", "1", "--output_dir", str(out), *QUICK,
+        ]
+    )  # fmt: skip
+    words.split_words.cache_clear()
+    said = capsys.readouterr().out
+    assert said.index(f"cider: {OWN_WORDS}") < said.index("eval_cider") and "bleu4 0.000" in said
+    assert OWN_WORDS in (out / "samples.html").read_text().replace("&#x27;", "'")
+    card = " ".join((out / "README.md").read_text().replace("''", "'").split())  # as yaml folds and quotes it
+    assert card.count(OWN_WORDS) >= 6  # of three metrics in the table, and in what the Hub reads
+    log = json.loads((out / "trainer_state.json").read_text())["log_history"]
+    assert any({"eval_cider", "eval_bleu4", "eval_rouge_l"} <= line.keys() for line in log)
+
+
+@pytest.mark.slow
+def test_two_processes_answer_what_one_does(saved, rows):
+    assert run(saved, "--dataset", rows / "mixed.jsonl", "--output_dir", rows / "one") == 0
+    command = [
+        sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "-m", "evaluation_vlm",
+        saved, "--dataset", rows / "mixed.jsonl", "--output_dir", rows / "two", "--max_new_tokens", "4",
+        "--batch_size", "3",
+    ]  # fmt: skip
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[1]), "OMP_NUM_THREADS": "1"}
+    subprocess.run([*map(str, command)], check=True, env=environment, timeout=300)
+    one, two = ((rows / name / "predictions.jsonl").read_text() for name in ("one", "two"))
+    assert [json.loads(line)["generated"] for line in one.splitlines()] == [
+        json.loads(line)["generated"] for line in two.splitlines()
+    ]
+    values = [json.loads((rows / name / "results.json").read_text())["models"][0]["metrics"] for name in ("one", "two")]
+    assert values[0] == values[1] and len(one.splitlines()) == 5

@@ -168,9 +168,10 @@ class RunCard:
             return found
         for metric, value in judgement.values.items():
             shares = judgement.shares(metric)
-            values = {metric: value}
+            note = f" ({judgement.notes[metric]})" if metric in judgement.notes else ""
+            values = {f"{metric}{note}": value}
             if len(shares) > 1:
-                values |= {f"{metric}, {subset}": mean_of(kinds) for subset, kinds in shares.items()}
+                values |= {f"{metric}, {subset}{note}": mean_of(kinds) for subset, kinds in shares.items()}
             found += [
                 _result([source], source.split or "", metric, number, name)
                 for name, number in values.items()
