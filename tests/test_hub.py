@@ -12,16 +12,18 @@ from pathlib import Path
 
 import pytest
 import torch
-from huggingface_hub import ModelCard, ModelCardData
+from huggingface_hub import HfApi, ModelCard, ModelCardData
 from PIL import Image
 from safetensors.torch import load_file
 
+import train_pretrain
 from evaluation_vlm.judgement import judge
 from evaluation_vlm.metrics import METRICS
 from evaluation_vlm.predictions import Prediction
 from evaluation_vlm.questions import Question
 from inference_vlm.answering import Prompt
 from processing.batching.account import Account, Record
+from processing.data_error_vlm import DuetError
 from tests import tiny
 from tests.fake_hub import faults_of_card, hub_environment, start_fake_hub
 from tests.isolated import WITHOUT_PACKAGE
@@ -256,6 +258,45 @@ def test_samples_of_the_data_are_shown_where_that_is_agreed_to(pushed):
     agreed = (hub / "chat@try" / "README.md").read_text()
     assert "## Samples" in agreed and "(samples.png)" in agreed and "what is it" in agreed
     assert (hub / "chat@try" / "samples.png").is_file()
+
+
+def test_a_finished_run_that_is_asked_to_push_later_pushes(folders, image, tmp_path, monkeypatch, capsys):
+    pushed = []
+    monkeypatch.setattr(HfApi, "create_repo", lambda self, name, **kwargs: type("Repo", (), {"repo_id": f"me/{name}"}))
+    monkeypatch.setattr(HfApi, "list_repo_files", lambda self, repo_id, **kwargs: ["model-00001-of-00002.safetensors"])
+    monkeypatch.setattr(HfApi, "create_commit", lambda self, repo_id, operations, **kwargs: pushed.append(operations))
+    image().save(tmp_path / "a.png")
+    (tmp_path / "rows.jsonl").write_text(json.dumps({"image": "a.png", "caption": "a cat"}) + "\n")
+    vision, text = map(str, folders("vit-gpt2"))
+    command = [
+        "--vision_model", vision, "--text_model", text, "--dataset", str(tmp_path / "rows.jsonl"), "--image_dir",
+        str(tmp_path), "--output_dir", str(tmp_path / "out"), "--use_cpu", "--bf16", "False", "--max_steps", "1",
+        "--save_strategy", "steps", "--save_steps", "1", "--max_new_tokens", "2", "--eval_share", "0",
+        "--dataloader_num_workers", "0", "--resume_from_checkpoint", "auto", "--hub_strategy", "end",
+    ]  # fmt: skip
+    train_pretrain.main(command)
+    before = (tmp_path / "out" / "model.safetensors").read_bytes()
+    train_pretrain.main([*command, "--push_to_hub", "True"])
+    (operations,) = pushed
+    kinds = {operation.path_in_repo: type(operation).__name__ for operation in operations}
+    assert kinds["model-00001-of-00002.safetensors"] == "CommitOperationDelete" and kinds["README.md"].endswith("Add")
+    assert (tmp_path / "out" / "model.safetensors").read_bytes() == before
+    assert 'from_pretrained("me/out"' in (tmp_path / "out" / "README.md").read_text()
+    train_pretrain.main([*command, "--push_to_hub", "True"])
+    assert len(pushed) == 1 and "nothing is left to do" in capsys.readouterr().out
+
+
+def test_a_push_that_fails_at_the_end_is_one_line(folders, image, tmp_path, monkeypatch):
+    def create_commit(self, repo_id, operations, **kwargs):
+        raise OSError("the line\nis cut")
+
+    monkeypatch.setattr(HfApi, "create_repo", lambda self, name, **kwargs: type("Repo", (), {"repo_id": f"me/{name}"}))
+    monkeypatch.setattr(HfApi, "list_repo_files", lambda self, repo_id, **kwargs: [])
+    monkeypatch.setattr(HfApi, "create_commit", create_commit)
+    trainer = trainer_of("vit-gpt2", folders, tiny.ragged_dialogues(image), tmp_path / "out", max_steps=1)
+    trainer.train()
+    with pytest.raises(DuetError, match="^the push to me/out failed: the line is cut$"):
+        trainer.push_to_hub()
 
 
 # -- names for others -------------------------------------------------------------------------------------------------

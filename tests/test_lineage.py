@@ -90,6 +90,11 @@ def test_auto_does_not_train_again_what_is_done_and_kept_no_checkpoint(tmp_path,
     with pytest.raises(SystemExit) as done:
         prepared(tmp_path, resume_from_checkpoint="auto")
     assert not done.value.code and "has come to its end, step 6" in capsys.readouterr().out
+    with pytest.raises(DuetError, match="push_to_hub: the run in .* has come to its end"):
+        prepared(tmp_path, resume_from_checkpoint="auto", push_to_hub=True)
+    note_run(tmp_path, pushed="me/it")
+    with pytest.raises(SystemExit):
+        prepared(tmp_path, resume_from_checkpoint="auto", push_to_hub=True)
 
 
 def test_a_run_without_a_whole_checkpoint_starts_anew_and_keeps_what_is_there(run, tmp_path, capsys):

@@ -103,6 +103,11 @@ def _check_start(training_args, folder):
         return
     known = read_run(folder)
     if auto and known is not None and known.get("finished"):
+        if training_args.push_to_hub and known.get("pushed") is None:
+            raise DuetError(
+                f"push_to_hub: the run in {folder} has come to its end and kept no checkpoint to go on from; push its "
+                "model and its processor with their own push_to_hub, in Python."
+            )
         if main:
             print(
                 f"the run in {folder} has come to its end, step {known['finished']}, and kept no checkpoint: nothing "

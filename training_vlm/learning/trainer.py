@@ -290,8 +290,9 @@ class VLMTrainer(PublishingTrainer):
     def set_initial_training_values(self, *args, **kwargs) -> tuple:
         """See `Trainer.set_initial_training_values`; a run that is at its end has no epoch left to go through."""
         epochs, *others, max_steps = super().set_initial_training_values(*args, **kwargs)
-        known = gather_object([(read_run(self.run_folder) or {}).get("finished")])[0]
-        self.is_finished = known == max_steps
+        known = gather_object([read_run(self.run_folder) or {}])[0]
+        is_pushed = not self.args.push_to_hub or known.get("pushed") is not None
+        self.is_finished = known.get("finished") == max_steps and is_pushed
         if self.is_finished or self._resumed_at >= max_steps > 0:
             if self.is_world_process_zero():
                 says = "the run has come to its end" if self.is_finished else "the checkpoint is"
