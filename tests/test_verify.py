@@ -12,6 +12,7 @@ from tests import tiny
 from tests.test_plan import planned
 from tests.test_resume import names
 from tests.test_tuning import composed_of_any  # noqa: F401
+from training_vlm.learning.lora import adapt
 from training_vlm.learning.tuning import make_plan
 from training_vlm.learning.verify import Verification, checksums
 from training_vlm.policy import TuningArguments
@@ -209,3 +210,51 @@ def test_a_run_as_declared_is_verified_with_warm_up_and_goes_on(folders, image, 
     check = next(one for one in trainer.callback_handler.callbacks if isinstance(one, Verification))
     trainer.train()
     assert check._done and trainer.state.global_step == 6
+
+
+ADAPTED = {
+    "language model": TuningArguments(tune_text="lora"),
+    "language model, DoRA": TuningArguments(tune_text="lora", use_dora=True),
+    "encoder": TuningArguments(tune_vision="lora"),
+    "both, no projector": TuningArguments("lora", "frozen", "lora"),
+    "language model, last block of the encoder": TuningArguments("last:1", "full", "lora"),
+    "encoder, whole language model": TuningArguments("lora", "full", "full"),
+}
+
+
+@pytest.mark.parametrize("which", ADAPTED)
+def test_of_adapters_their_b_moves_and_what_they_stand_on_does_not(composed_of_any, image, which):  # noqa: F811
+    (model, processor), tuning = composed_of_any, ADAPTED[which]
+    sides = [side for side in ("vision", "text") if getattr(tuning, f"tune_{side}") == "lora"]
+    if tuning.use_dora and model.config.text_config.model_type == "mixtral":
+        tuning = TuningArguments(tune_text="lora", use_rslora=True)  # peft has no DoRA of experts in one tensor
+    own = {name for name, _ in model.named_parameters()}
+    adapted = adapt(model, tuning, sides, "base", None)
+    batch = tiny.collate(processor, tiny.ragged_dialogues(image)[:3])
+    steps = Steps(adapted, tuning, batch, functools.partial(torch.optim.AdamW, weight_decay=0.0))
+    before = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
+    steps.step()
+    moved = {name for name, parameter in model.named_parameters() if not torch.equal(parameter, before[name])}
+    backs = {name for name in before if "lora_B" in name}
+    tuned = [place for side, place in (("vision", "vision_tower"), ("text", "language_model")) if side in sides]
+    assert backs and all(any(place in name for name in backs) for place in tuned)
+    assert backs <= moved <= steps.plan.learning and not any("lora_A" in name for name in moved)
+    assert not {name.replace(".base_layer", "") for name in moved if any(place in name for place in tuned)} & own
+    steps.step()
+    assert steps.check._done and not steps.guard.stopped
+
+    one = min(name for name in backs if stands_on(name) in before)
+    for says, mutate, between in (
+        ("was declared to learn, was reached", lambda steps: without(steps, model.get_parameter(one)), None),
+        ("was not declared to learn and has changed", None, lambda: flip(model.get_parameter(stands_on(one)))),
+    ):
+        steps = Steps(adapted, tuning, batch)
+        if mutate is not None:
+            mutate(steps)
+        with pytest.raises(DuetError, match=says):
+            steps.step(between=between or (lambda: None))
+
+
+def stands_on(name):
+    """The weight that an adapter is added to."""
+    return f"{name.partition('.lora_')[0]}.base_layer.weight"
