@@ -65,25 +65,26 @@ class StandIn:
         words = [max(1, question), max(1, answer)]
         if encoder is not None:
             for _ in range(4):
-                item = self._reading.items(self._row(words, asks, encoder, 0), 0)[0]
+                item = self._reading.items(next(self._rows(words, asks, encoder, 1)), 0)[0]
                 _, record = encode_item(item, encoder)
                 found = record.tokens - record.image_tokens - record.supervised, record.supervised
                 for part, (now, then) in enumerate(zip(found, wanted)):
                     words[part] = max(1, words[part] + round((then - now) / max(1, now / words[part])))
-        made = [self._row(words, asks, encoder, number) for number in range(rows)]
-        return Data([Opened(datasets.Dataset.from_list(made), self._reading)], [], None, None)
+        made = datasets.Dataset.from_list(list(self._rows(words, asks, encoder, rows)))
+        return Data([Opened(made, self._reading)], [], None, None)
 
     _reading = Reading(source="a stand-in")
 
-    def _row(self, words, asks, encoder, number) -> dict[str, Any]:
+    def _rows(self, words, asks, encoder, rows) -> Iterator[dict[str, Any]]:
         rng = random.Random(0)
         question, answer = (" ".join(rng.choices("abcdefghijklmnopqrstuvwxyz", k=count)) for count in words)
+        said = {"question": question, "answer": answer} if asks else {"caption": answer}
         tiled = encoder is not None and encoder.processor.max_tiles > 1
-        content = io.BytesIO()  # another image each, of the size of a photograph where its size matters
-        colour = (number % 256, number // 256 % 256, number // 65536)
-        Image.new("RGB", self.SIZE[::-1] if tiled else (1, 1), colour).save(content, "PNG")
-        image = {"bytes": content.getvalue(), "path": None}
-        return {"image": image, "question": question, "answer": answer} if asks else {"image": image, "caption": answer}
+        picture = io.BytesIO()  # of the size of a photograph where its size matters
+        Image.new("1", self.SIZE[::-1] if tiled else (1, 1)).save(picture, "PNG")
+        for number in range(rows):
+            content = picture.getvalue() + number.to_bytes(4)  # another image each, of a part that nobody reads
+            yield {"image": {"bytes": content, "path": None}, **said}
 
 
 class Sketch:
