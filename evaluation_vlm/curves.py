@@ -128,7 +128,7 @@ class _Pen:
     def _axes(self):
         for tick in self.ticks:
             self._line([(_LEFT, self._y(tick)), (WIDTH - _RIGHT, self._y(tick))], _GRID, 1)
-            self._text((_LEFT - 8, self._y(tick)), _shown(tick), _FAINT, 12, "rm")
+            self._text((_LEFT - 8, self._y(tick)), _shown(tick, self.ticks[1] - self.ticks[0]), _FAINT, 12, "rm")
         for tick in nice_ticks(self.first, self.last, whole=True):
             if self.first <= tick <= self.last:
                 self._text((self._x(tick), HEIGHT - _BOTTOM + 14), f"{tick:,.0f}", _FAINT, 12, "mm")
@@ -202,8 +202,11 @@ def nice_ticks(low: float, high: float, whole: bool = False) -> list[float]:
     return [number * step for number in range(first, last + 1)]
 
 
-def _shown(value: float) -> str:
-    """A number as short as it can be read."""
+def _shown(value: float, step: float | None = None) -> str:
+    """A number as short as it can be read; with as many places as tell it from one that is `step` away."""
+    if step is not None and 1e-4 < step < abs(value) < 1e5:
+        places = len(f"{step:.6f}".rstrip("0").partition(".")[2])
+        return f"{value:,.{places}f}"
     if value == 0 or 1e-3 <= abs(value) < 1e5:
         return f"{value:.3g}" if abs(value) < 1000 else f"{value:,.0f}"
     return f"{value:.1e}".replace("e-0", "e-").replace("e+0", "e")

@@ -30,15 +30,18 @@ class Wording:
     def __init__(self, processor: VLMProcessor):
         self.processor = processor
         self.before, self.after = "", ""
-        message = {"role": "user", "content": [{"type": "text", "text": _MARK}]}
-        try:
-            text = processor.apply_chat_template([message], add_generation_prompt=True, tokenize=False)
-        except Exception:  # a template of any kind, which may want anything
-            return
-        ids = processor.tokenizer(text, add_special_tokens=False)["input_ids"]
-        before, mark, after = processor.tokenizer.decode(ids, skip_special_tokens=True).partition(_MARK)
-        if mark:
-            self.before, self.after = before.lstrip(), after.rstrip()
+        for mark in (_MARK, *_long_words(processor.tokenizer)):  # a small vocabulary may not spell the first
+            message = {"role": "user", "content": [{"type": "text", "text": mark}]}
+            try:
+                text = processor.apply_chat_template([message], add_generation_prompt=True, tokenize=False)
+            except Exception:  # a template of any kind, which may want anything
+                return
+            ids = processor.tokenizer(text, add_special_tokens=False)["input_ids"]
+            shown = processor.tokenizer.decode(ids, skip_special_tokens=True)
+            if shown.count(mark) == 1:
+                before, _, after = shown.partition(mark)
+                self.before, self.after = before.lstrip(), after.rstrip()
+                return
 
     def __call__(self, question: Question) -> str:
         """The question in words; empty where the image alone is asked about."""
@@ -49,6 +52,11 @@ class Wording:
             if self.before:
                 text = text.rpartition(self.before)[2]
         return text.strip()
+
+
+def _long_words(tokenizer: Any, most: int = 5) -> list[str]:
+    words = {token.lstrip("\u2581\u0120") for token in tokenizer.get_vocab()}
+    return sorted(filter(str.isalpha, words), key=lambda word: (-len(word), word))[:most]
 
 
 def chosen(judgement: Judgement, most: int = SHOWN) -> list[int]:

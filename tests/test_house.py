@@ -11,6 +11,7 @@ import pytest
 
 from training_vlm.arguments import DataArguments
 from training_vlm.efficiency import EfficiencyArguments
+from training_vlm.evaluation_arguments import EvaluationArguments
 
 
 ROOT = Path(__file__).parents[1]
@@ -92,7 +93,10 @@ def test_what_is_imported_is_declared():
     assert imported <= declared | extras, imported - declared
 
 
-@pytest.mark.parametrize("kind, page", [(DataArguments, "data.md"), (EfficiencyArguments, "speed.md")])
+@pytest.mark.parametrize(
+    "kind, page",
+    [(DataArguments, "data.md"), (EfficiencyArguments, "speed.md"), (EvaluationArguments, "evaluation.md")],
+)
 def test_every_option_of_the_data_and_of_the_savings_is_explained(kind, page):
     docs = (ROOT / "docs" / page).read_text(encoding="utf-8")
     options = [field.name for field in dataclasses.fields(kind)]

@@ -1,6 +1,7 @@
 """A model is judged while it learns, its training stays what it would be without, and the best one is kept."""
 
 import json
+import shutil
 import sys
 import types
 
@@ -19,7 +20,8 @@ from evaluation_vlm.questions import Question
 from evaluation_vlm.reporters import report_image
 from evaluation_vlm.showing import Wording, chosen, evenly
 from evaluation_vlm.while_training import WhileTraining
-from inference_vlm.answering import Prompt, greedy
+from inference_vlm.answering import Prompt, greedy, text_of
+from modeling_vlm import VLMModel
 from processing.batching.encoding import Encoder, encode_dialogue
 from tests import tiny
 from tests.test_trainer import trainer_of, weights
@@ -125,6 +127,25 @@ def test_a_run_that_holds_nothing_out_is_evaluated_on_its_test_data(run, tmp_pat
     assert len((tmp_path / "out" / "predictions.jsonl").read_text().splitlines()) == 12  # all of them after training
 
 
+def test_with_cached_features_the_answers_are_the_same_and_no_encoder_is_run(run, tmp_path, monkeypatch):
+    ran, during, found = [], [], []
+    encode_views, evaluate = VLMModel.encode_views, VLMTrainer.evaluate
+    monkeypatch.setattr(VLMModel, "encode_views", lambda *a, **k: ran.append(0) or encode_views(*a, **k))
+
+    def counted(*args, **kwargs):
+        before, metrics = len(ran), evaluate(*args, **kwargs)
+        during.append(len(ran) - before)
+        return metrics
+
+    monkeypatch.setattr(VLMTrainer, "evaluate", counted)
+    for more in ([], ["--cache_vision_features", str(tmp_path / "cache")]):
+        run("--predict_with_generate", "--max_steps", "1", "--save_strategy", "no", *more)
+        found.append((tmp_path / "out" / "predictions.jsonl").read_text())
+        shutil.rmtree(tmp_path / "out")
+    assert found[0] == found[1]
+    assert len(during) == 4 and all(during[:2]) and not any(during[2:])
+
+
 @pytest.fixture
 def items(image):
     return [tiny.dialogue("what is it?", f"a {'red' if n % 2 else 'blue'} cat", image(n % 4)) for n in range(12)]
@@ -186,12 +207,16 @@ def test_images_that_lie_in_rows_stay_there(composed, image, tmp_path):
     assert [p.question for p in predictions] == questions and sum(seen) == 1 and set(read) == set(range(30))
 
 
+@pytest.mark.parametrize("tokenizer", ["byte-level", "unigram-first", "wordpiece"])
 @pytest.mark.parametrize("template", ["default", "chatml", "vicuna", "llama3"])
-def test_a_question_is_shown_without_its_template(template, image):
-    processor = tiny.processor_of("byte-level", template)
+def test_a_question_is_shown_without_its_template(tokenizer, template, image):
+    processor = tiny.processor_of(tokenizer, template)
     item = tiny.dialogue("what is it?", "a cat", image(0), more=(("how many?", "two"),))
     questions = questions_of([item], Encoder(processor, encode_dialogue, 100))
-    assert [Wording(processor)(question) for question in questions] == ["what is it?", "how many?"]
+    assert [Wording(processor)(question) for question in questions] == [
+        text_of(processor, processor.tokenizer(text, add_special_tokens=False)["input_ids"])
+        for text in ("what is it?", "how many?")
+    ]
     alone = questions[0]._replace(prompt=Prompt([processor.image_token_id], [image(0)]))
     assert Wording(processor)(alone) == ""
 
