@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from PIL import Image
 
 from evaluation_vlm.asking import answer_questions
 from evaluation_vlm.judgement import judge
@@ -49,7 +50,9 @@ def asked(composed, image):
 
 def alone(model, processor, question: Question, option: str) -> float:
     """The mean log-likelihood of an option from pixels, by the loss that training would have of it."""
-    images, (row,) = question.prompt.images, processor.expand_images(question.prompt.ids)
+    images = question.prompt.images
+    counts = [processor.image_tokens(image.height, image.width) for image in images]
+    (row,) = processor.expand_images(question.prompt.ids, counts=counts)
     ids = torch.tensor([[*row, *answer_ids(processor, option)]])
     labels = ids.clone()
     labels[:, : len(row)] = IGNORE
@@ -107,3 +110,16 @@ def test_in_step_as_many_calls_are_made_as_the_process_with_the_most_choices_mak
         assert len(calls) == max(3, others)
         found.append(asking.found)
     assert found[0] == found[1] == found[2] and [len(values) for values in found[0].values()] == [4, 1]
+
+
+@torch.no_grad()
+def test_a_choice_is_weighed_with_all_tiles_of_its_images(folders):
+    model, processor = tiny.compose(*folders("siglip-llama"), max_tiles=4)
+    pictures = [Image.effect_noise(size, 90).convert("RGB") for size in ((32, 32), (64, 32), (64, 64))]
+    rows = [{"images": pictures[n : n + 2], "question": "what?", "choices": OPTIONS[:3], "answer": 0} for n in range(3)]
+    items = [item for row in rows for item in conversations_from_row(row, choice_answer="text")]
+    questions = find_questions([encode_item(item, Encoder(processor))[0] for item in items], processor)
+    found = answer_questions(model, processor, questions, 4, greedy(model, processor, 2), weighs=True)
+    for one in found:
+        expected = [alone(model.eval(), processor, one.question, option) for option in one.question.choices]
+        assert list(one.likelihoods) == pytest.approx(expected, abs=1e-5)
