@@ -30,6 +30,7 @@ from .learning.lora import AdaptedVLM, adapt, load_adapters, sides_in
 from .learning.originals import autocast_dtype
 from .policy import TuningArguments
 from .settings import Arguments
+from .weightless import hold_in_few_bits
 
 
 SIDES = {"vision": "vision encoder", "text": "language model"}
@@ -79,9 +80,12 @@ def settle_adapter(arguments: Arguments) -> Adapter | None:
     return adapter
 
 
-def check_adapters(arguments: Arguments) -> None:
+def check_adapters(arguments: Arguments, here: bool = True) -> None:
     """
     Refuse what cannot be of adapters and of weights in few bits, before anything is read.
+
+    Args:
+        here: whether the run is to be on this machine.
 
     Raises:
         DuetError: what it is.
@@ -94,7 +98,7 @@ def check_adapters(arguments: Arguments) -> None:
                     f"{bits}: weights in few bits cannot learn, adapters on them do; add --tune_text lora, or leave it "
                     "out."
                 )
-            if find_spec("bitsandbytes") is None:
+            if here and find_spec("bitsandbytes") is None:
                 raise DuetError(f"{bits} needs bitsandbytes, which is not here; run `pip install bitsandbytes`.")
     if "vision" in sides and arguments.efficiency.cache_vision_features is not None:
         raise DuetError(
@@ -171,6 +175,35 @@ def with_adapters(
         adapted = adapt(model, tuning, sides_of(tuning), name, revision)
     if arguments.training.resume_from_checkpoint is not None:
         _check_same(adapted, Path(arguments.training.resume_from_checkpoint))
+    return adapted
+
+
+def sketched(model: VLMForConditionalGeneration, arguments: Arguments) -> Any:
+    """
+    The shape of the model that a run trains, with its adapters and in few bits; nothing is read of weights or written.
+
+    Args:
+        model: the composed model, on the meta device.
+
+    Raises:
+        DuetError: see `with_adapters`.
+    """
+    there = arguments.model.model is not None and Path(arguments.model.model).exists()
+    adapter, tuning = settle_adapter(arguments) if there else None, arguments.tuning
+    check_adapters(arguments, here=False)
+    if adapter is None and not sides_of(tuning):
+        return model
+    if adapter is not None:
+        adapted = AdaptedVLM(model, PeftConfig.from_pretrained(adapter.name, **adapter.hub))
+    else:
+        adapted = adapt(model, tuning, sides_of(tuning), BASE, None)
+    if tuning.load_in_4bit or tuning.load_in_8bit:
+        adapters = {name: parameter for name, parameter in model.named_parameters() if ".lora_" in name}
+        for parameter in model.parameters():
+            parameter.requires_grad_(False)
+        for parameter in adapters.values():
+            parameter.requires_grad_(True)
+        hold_in_few_bits(model.model.language_model, 4 if tuning.load_in_4bit else 8)
     return adapted
 
 
@@ -269,5 +302,5 @@ def _check_same(adapted: AdaptedVLM, checkpoint: Path) -> None:
 
 
 __all__ = [
-    "adapter_named", "begun_with", "check_adapters", "quantisation_of", "settle_adapter", "sides_of", "with_adapters"
+    "adapter_named", "begun_with", "check_adapters", "quantisation_of", "settle_adapter", "sides_of", "sketched", "with_adapters"
 ]  # fmt: skip

@@ -109,12 +109,12 @@ def rehearse(
     """
     cached = arguments.efficiency.cache_vision_features is not None
     if cached:
-        refuse_uncacheable(model, [dataset])
+        refuse_uncacheable(composed(model), [dataset])
     model = copy.deepcopy(model)  # it costs nothing
     # There is no memory to be moved.
     model.to = lambda *args, **kwargs: model  # type: ignore[assignment]  # this one model's own
     if frozen_dtype_of(arguments.efficiency.frozen_dtype, autocast_dtype(arguments.training)) is not None:
-        for parameter in cast_anyway(model):
+        for parameter in cast_anyway(composed(model)):
             parameter.data = parameter.data.to(torch.bfloat16)  # of the same size as float16, see `rehearsing`
     with tempfile.TemporaryDirectory() as folder, weightless(model):
         two = rehearsing(arguments, folder)
@@ -126,7 +126,7 @@ def rehearse(
         seen = list(_batches(trainer, cached))
         batches = [batch for batch in seen if batch is not None]
         work = Work()
-        windows = windows_of(model.config.text_config)
+        windows = windows_of(composed(model).config.text_config)
         for batch, lengths, predicted in batches:
             work.add(work_of(batch, lengths, predicted, windows))
         largest, _, _ = max(batches, key=lambda found: (found[0]["account"].run, _views(found[0])))
@@ -134,7 +134,7 @@ def rehearse(
         return Rehearsed(
             peak, held, largest["account"], _views(largest), len(seen),
             sum(len(lengths) for _, lengths, _ in batches), work, unread.views / max(1, unread.images),
-            _features(model), str(trainer.savings._replace(is_cached=cached)),
+            _features(composed(model)), str(trainer.savings._replace(is_cached=cached)),
         )  # fmt: skip
 
 

@@ -21,9 +21,11 @@ from processing.batching.encoding import Encoder, encode_item
 from processing.data_error_vlm import DuetError
 from processing.reading.items import Reading
 
+from .adapting import sketched
 from .data import Data, Opened, TrainDataset, joined, load_data
 from .flops import Costs, Work, costs_of
 from .inspect_data.processor import lay_out
+from .learning.adapters import composed
 from .learning.originals import autocast_dtype
 from .learning.sampling import order_seed
 from .load import check_named, choose_max_length, choose_what_learns, weights_dtype
@@ -123,8 +125,10 @@ class Sketch:
         dtype = weights_dtype(model_args)
         self.model, processor = self._laid_out(arguments if maker is None else maker, PRETRAIN if maker else stage)
         self.model.to(dtype)
+        inner = self.model
+        self.model = sketched(inner, arguments)
         choose_what_learns(stage, self.model, arguments)
-        for side, backbone in (("vision", self.model.model.vision_tower), ("text", self.model.model.language_model)):
+        for side, backbone in (("vision", inner.model.vision_tower), ("text", inner.model.language_model)):
             if getattr(model_args, f"{side}_attn_implementation") == "eager":
                 backbone.set_attn_implementation("eager")
         max_length = choose_max_length(self.model, arguments.data.max_length)
@@ -277,7 +281,7 @@ class Sketch:
     @functools.cached_property
     def costs(self) -> Costs:
         """What a step's work costs."""
-        return costs_of(self.model)
+        return costs_of(composed(self.model))
 
     @property
     def conversations(self) -> int | None:
@@ -304,7 +308,7 @@ class Sketch:
     @property
     def cache_bytes(self) -> int | None:
         """What the features of all images of the training data take, where the encoder is frozen."""
-        if self._views is None or any(p.requires_grad for p in self.model.model.vision_tower.parameters()):
+        if self._views is None or any(p.requires_grad for p in composed(self.model).model.vision_tower.parameters()):
             return None
         tokens, width = self.rehearsed.features
         number = torch.finfo(autocast_dtype(self.arguments.training) or torch.float32).bits // 8

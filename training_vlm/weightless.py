@@ -12,6 +12,7 @@ import functools
 import weakref
 from collections import Counter
 from collections.abc import Iterable, Iterator
+from types import SimpleNamespace
 from typing import Any, cast
 
 import torch
@@ -20,6 +21,7 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
 
 
 aten = torch.ops.aten
@@ -58,6 +60,39 @@ def weightless(model: nn.Module) -> Iterator[None]:
     finally:
         for tensors, before in kept:
             tensors.update(before)
+
+
+def hold_in_few_bits(root: nn.Module, bits: int) -> None:
+    """
+    Give the frozen linear layers of a model without memory weights of 4 or 8 bits, as bitsandbytes would.
+
+    A weight is made whole where it is multiplied, forwards and backwards, and is not kept.
+    """
+    for module in list(root.modules()):
+        if isinstance(module, (nn.Linear, Conv1D)) and not module.weight.requires_grad:
+            rows, columns = module.weight.shape if isinstance(module, nn.Linear) else module.weight.shape[::-1]
+            # Scales: of each row, or of each 64 numbers in 8 bit, and theirs of each 256 of these.
+            size = rows * columns + 4 * rows if bits == 8 else rows * columns // 2 + -(-rows * columns // 64) * 65 // 64
+            held = nn.Parameter(torch.empty(size, dtype=torch.uint8, device="meta"), requires_grad=False)
+            held.quant_state = SimpleNamespace(shape=torch.Size((rows, columns)))  # type: ignore[attr-defined]
+            module.weight, module.whole, module.__class__ = held, (rows, columns), _InFewBits
+
+
+class _InFewBits(nn.Linear):
+    def forward(self, inputs):
+        out = _Multiplied.apply(inputs, self.whole)
+        return out if self.bias is None else out + self.bias
+
+
+class _Multiplied(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, inputs, whole):
+        ctx.whole = whole
+        return inputs @ inputs.new_empty(whole).T
+
+    @staticmethod
+    def backward(ctx, gradient):
+        return gradient @ gradient.new_empty(ctx.whole), None
 
 
 class Unknown(TorchDispatchMode):
@@ -159,4 +194,4 @@ class Watch(TorchDispatchMode):
         return LOGITS if is_wide and (LOGITS in kinds or not self._heads.isdisjoint(places)) else ACTIVATIONS
 
 
-__all__ = ["KINDS", "Unknown", "Watch", "blank", "blank_like", "weightless"]
+__all__ = ["KINDS", "Unknown", "Watch", "blank", "blank_like", "hold_in_few_bits", "weightless"]
