@@ -5,6 +5,7 @@ One run of the script is shared by many tests; fresh processes load all folders 
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -23,6 +24,7 @@ from modeling_vlm import VLMForConditionalGeneration
 from processing import VLMProcessor
 from tests import tiny
 from tests.isolated import run_without_package
+from training_vlm.estimate import main as estimate
 
 
 QUICK = [
@@ -336,3 +338,31 @@ def test_two_processes_learn_the_adapters_that_one_does(folders, source, tmp_pat
         for key in expected:
             torch.testing.assert_close(found[key], expected[key], rtol=1e-4, atol=2e-6)
         assert (two / "base").is_dir() and (two / "checkpoint-2" / "adapter_model.safetensors").is_file()
+
+
+def test_the_estimate_knows_adapters_and_few_bits(first, source, folders, capsys):
+    def weights(*how):
+        estimate(source + ["--output_dir", "none", "--bf16", "False", *how])
+        said = capsys.readouterr().out
+        [held] = re.findall(r"^weights {2,}([\d.]+) kB", said, re.MULTILINE)
+        [states] = re.findall(r"^optimizer {2,}([\d.]+) kB", said, re.MULTILINE)
+        table = {part: int(n.replace(",", "")) for part, n in re.findall(r"^(\w[\w ]+?)  +([\d,]+) ", said, re.M)}
+        return float(held), float(states), table
+
+    vision, text = folders("siglip-llama")
+    new = ["--vision_model", str(vision), "--text_model", str(text)]
+    whole, _, table = weights(*new)
+    lora, states, adapted = weights(*new, "--tune_text", "lora")
+    added = adapted["language model"] - table["language model"]
+    assert lora - whole == pytest.approx(4 * added / 1e3, abs=0.2)
+    assert states == pytest.approx(8 * (added + table["projector"]) / 1e3, abs=1)
+    linear = 3 * (2 * 32 * 32 + 2 * 32 * 16 + 3 * 32 * 48)  # of three blocks
+    few, *_ = weights(*new, "--tune_text", "lora", "--load_in_4bit")
+    assert lora - few == pytest.approx(linear * (4 - 0.5 - 65 / 64 / 64) / 1e3, abs=0.2)
+    few, *_ = weights(*new, "--tune_text", "lora", "--load_in_8bit")
+    assert lora - few == pytest.approx(linear * 3 / 1e3, abs=4)  # and a scale for each row
+    own, _, table = weights("--model", str(first))
+    names = {name for name in load_file(first / "adapter_model.safetensors") if "lora_" in name}
+    count = sum(load_file(first / "adapter_model.safetensors")[name].numel() for name in names)
+    plain = sum(p.numel() for p in VLMForConditionalGeneration.from_pretrained(first / "base").parameters())
+    assert sum(table.values()) == plain + count

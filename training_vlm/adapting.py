@@ -26,7 +26,7 @@ from processing.data_error_vlm import DuetError, in_a_line
 
 from .arguments import ModelArguments
 from .learning.checkpoints import SOURCE, UNFINISHED, fault, put_in_place, seal
-from .learning.lora import AdaptedVLM, adapt, load_adapters, sides_in
+from .learning.lora import AdaptedVLM, adapt, load_adapters, sides_in, wrap
 from .learning.originals import autocast_dtype
 from .policy import TuningArguments
 from .settings import Arguments
@@ -194,10 +194,12 @@ def sketched(model: VLMForConditionalGeneration, arguments: Arguments) -> Any:
     if adapter is None and not sides_of(tuning):
         return model
     if adapter is not None:
-        adapted = AdaptedVLM(model, PeftConfig.from_pretrained(adapter.name, **adapter.hub))
+        adapted = wrap(model, PeftConfig.from_pretrained(adapter.name, **adapter.hub))
     else:
         adapted = adapt(model, tuning, sides_of(tuning), BASE, None)
     if tuning.load_in_4bit or tuning.load_in_8bit:
+        if tuning.use_dora:
+            raise DuetError("what use_dora takes of memory on weights in few bits is not known; leave out one of them.")
         adapters = {name: parameter for name, parameter in model.named_parameters() if ".lora_" in name}
         for parameter in model.parameters():
             parameter.requires_grad_(False)
@@ -302,5 +304,6 @@ def _check_same(adapted: AdaptedVLM, checkpoint: Path) -> None:
 
 
 __all__ = [
-    "adapter_named", "begun_with", "check_adapters", "quantisation_of", "settle_adapter", "sides_of", "sketched", "with_adapters"
+    "adapter_named", "begun_with", "check_adapters", "quantisation_of", "settle_adapter", "sides_of", "sketched",
+    "with_adapters",
 ]  # fmt: skip

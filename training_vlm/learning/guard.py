@@ -69,7 +69,8 @@ class Guard(TrainerCallback):
         if self.trainer.args.world_size > 1:
             seen = self.trainer.accelerator.gather(seen)
         seen = seen.cpu()
-        self.trainer.stop.all_heard(int(seen[:, -1].max()))
+        if self.trainer.args.world_size > 1:  # one process knows by itself
+            self.trainer.stop.all_heard(int(seen[:, -1].max()))
         seen = seen[:, :-1]
         finite = seen.isfinite()
         self._reached = self._reached or bool((seen[:, -1] != 0).any())

@@ -187,7 +187,7 @@ def adapt(model: nn.Module, tuning: TuningArguments, sides: list[str], base: str
         base_model_name_or_path=base,
         revision=revision,
     )
-    return _wrapped(model, config)
+    return wrap(model, config)
 
 
 def load_adapters(model: nn.Module, folder: str, base: str, base_revision: str | None, **hub) -> AdaptedVLM:
@@ -205,7 +205,7 @@ def load_adapters(model: nn.Module, folder: str, base: str, base_revision: str |
     """
     config = PeftConfig.from_pretrained(folder, **hub)
     config.inference_mode, config.base_model_name_or_path, config.revision = False, base, base_revision
-    adapted = _wrapped(model, config)
+    adapted = wrap(model, config)
     weights = load_peft_weights(folder, device="cpu", **hub)
     try:
         set_peft_model_state_dict(adapted, weights)
@@ -215,7 +215,13 @@ def load_adapters(model: nn.Module, folder: str, base: str, base_revision: str |
     return adapted
 
 
-def _wrapped(model, config) -> AdaptedVLM:
+def wrap(model: nn.Module, config: PeftConfig) -> AdaptedVLM:
+    """
+    Put adapters into a model as a config of peft has them.
+
+    Raises:
+        DuetError: it has some already, or peft cannot.
+    """
     if is_adapted(model):
         raise DuetError("the model has adapters already; add --merge_first to go on without them.")
     try:
@@ -227,4 +233,4 @@ def _wrapped(model, config) -> AdaptedVLM:
         raise DuetError(f"peft cannot adapt this model so: {in_a_line(error, 300)}") from error
 
 
-__all__ = ["AdaptedVLM", "Targets", "adapt", "find_targets", "load_adapters", "sides_in"]
+__all__ = ["AdaptedVLM", "Targets", "adapt", "find_targets", "load_adapters", "sides_in", "wrap"]
