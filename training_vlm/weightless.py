@@ -75,7 +75,8 @@ def hold_in_few_bits(root: nn.Module, bits: int) -> None:
             size = rows * columns + 4 * rows if bits == 8 else rows * columns // 2 + -(-rows * columns // 64) * 65 // 64
             held = nn.Parameter(torch.empty(size, dtype=torch.uint8, device="meta"), requires_grad=False)
             held.quant_state = SimpleNamespace(shape=torch.Size((rows, columns)))  # type: ignore[attr-defined]
-            module.weight, module.whole, module.__class__ = held, (rows, columns), _InFewBits
+            module.weight, module.__class__ = held, _InFewBits
+            module.whole = rows, columns  # type: ignore[assignment]
 
 
 class _InFewBits(nn.Linear):
