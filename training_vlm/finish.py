@@ -19,7 +19,7 @@ from transformers.trainer_utils import TrainOutput
 from evaluation_vlm.asking import questions_of
 from evaluation_vlm.gallery import draw_gallery
 from evaluation_vlm.judgement import Judgement, judge
-from evaluation_vlm.metrics import choose_metrics
+from evaluation_vlm.metrics import METRICS, choose_metrics
 from evaluation_vlm.questions import Question
 from evaluation_vlm.showing import Wording, shown_of
 from evaluation_vlm.while_training import PAGE, PICTURE, ask, write_judgement
@@ -200,7 +200,7 @@ class _Answers:
             questions = questions_of(few, self.encoder)[:SAMPLES_SHOWN]
         settings = copy.deepcopy(self.settings)
         vars(settings).update(self.generation_args.told())
-        metrics = choose_metrics(questions)
+        metrics = [METRICS["exact_match"]]  # others compare with all other answers, or need packages
         self.samples = judge(ask(self.trainer, questions, settings, metrics), metrics)
 
     def draw(self) -> None:
