@@ -278,7 +278,8 @@ def test_a_run_that_goes_on_with_other_data_is_told_so(backbones, dialogues, tmp
     """They are as many; their lengths are others, from which the batches follow."""
     common = [*backbones, *dialogues, *QUICK, "--max_tokens_per_batch", "300", "--output_dir"]
     train_sft.main([*common, str(tmp_path / "first"), "--max_steps", "2"])
-    rows = Path(dialogues[1]).read_text().replace("a cat a cat", "a cat")
+    first, *others = Path(dialogues[1]).read_text().splitlines(keepends=True)
+    rows = first + "".join(others).replace("a cat a cat", "a cat")  # another first row would be other data altogether
     (tmp_path / "rows.jsonl").write_text(rows)
     common[common.index(dialogues[1])] = str(tmp_path / "rows.jsonl")
     going_on = ["--max_steps", "3", "--resume_from_checkpoint", str(tmp_path / "first" / "checkpoint-2")]

@@ -32,6 +32,7 @@ from .learning.disk import DiskFull
 from .learning.lineage import note_run, read_run
 from .learning.originals import hold_frozen
 from .learning.probe import why_not_packed
+from .learning.record import record_of
 from .learning.sampling import order_of
 from .learning.savings import Probe, choose_savings, plan_batches
 from .learning.sharding import cut_at_blocks
@@ -175,6 +176,7 @@ def build_trainer(
     trainer.planned = plan_batches(arguments.efficiency, trainer)
     trainer.order = order_of(trainer, data_args, arguments.efficiency)
     examine(trainer, arguments, encoder, test)
+    trainer.describe = functools.partial(record_of, trainer, arguments.model)
     return trainer
 
 

@@ -31,8 +31,10 @@ def read_run(folder: Path) -> dict[str, Any] | None:
 
 def note_run(folder: Path, **known: Any) -> None:
     """Add to what is known of the run in a folder."""
-    folder.mkdir(parents=True, exist_ok=True)
-    _write(folder / RUN, {**(read_run(folder) or {}), **known})
+    before = read_run(folder)
+    if before is None or {**before, **known} != before:
+        folder.mkdir(parents=True, exist_ok=True)
+        _write(folder / RUN, {**(before or {}), **known})
 
 
 def leave_behind(folder: Path, checkpoints: list[Path], overwrite: bool) -> Path | None:

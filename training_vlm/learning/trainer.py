@@ -17,6 +17,7 @@ Eight of the Trainer's private methods are overridden, each with its reason besi
 """
 
 import copy
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
@@ -60,6 +61,7 @@ from .guard import Guard
 from .lineage import leave_behind, note_run, read_run, remove_overwritten
 from .meter import EVALUATION, SAVING, Meter, spent_on
 from .publishing import PublishingTrainer
+from .record import check_record, save_record
 from .sampling import EpochOfData, GroupedOrder, LengthGroupedOrder, change_of_order, order_seed
 from .sharding import check_goes_on, saved_whole
 from .stopping import Interrupted, Stop
@@ -82,6 +84,8 @@ class VLMTrainer(PublishingTrainer):
         self.plan: TuningPlan | None = None  # what was declared to learn; `None` where the parameters alone say it
         self.examine: WhileTraining | None = None  # asks and judges, see `evaluation_vlm`
         self.account = Account()  # what this process has seen
+        self.describe: Callable[[], dict[str, Any]] = dict  # what the run is made of, see `record.py`
+        self._record: dict[str, Any] = {}
         self.order: dict[str, Any] = {}  # what the order of the data follows from, see `sampling.py`
         self._only_loss = False
         self._evaluated = None
@@ -221,6 +225,7 @@ class VLMTrainer(PublishingTrainer):
             Stopped: the process was told to stop; what was learned is in a checkpoint.
         """
         checkpoint, self._resumed_at, self._skip_batches, self._is_late = None, 0, 0, False
+        self._record = self.describe()
         if resume_from_checkpoint:
             checkpoint = find_checkpoint(resume_from_checkpoint, self.run_folder, self.is_world_process_zero())
         if checkpoint is not None:
@@ -251,6 +256,7 @@ class VLMTrainer(PublishingTrainer):
 
     def _go_on_from(self, checkpoint):
         check_goes_on(self, checkpoint)
+        check_record(self, checkpoint, self._record)
         check_plan(self.declared(), checkpoint)
         state = TrainerState.load_from_json(str(checkpoint / STATE))
         self._resumed_at = state.global_step
@@ -539,6 +545,7 @@ class VLMTrainer(PublishingTrainer):
             try:
                 save_order(self.order, beside)
                 save_plan(self.declared(), beside)
+                save_record(self._record, beside)
                 # Which is the best follows from its step, and its path tells of this machine.
                 replace(self.state, best_model_checkpoint=None).save_to_json(str(beside / STATE))
                 seal(beside)
