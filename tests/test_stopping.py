@@ -6,6 +6,7 @@ import signal
 import threading
 
 import pytest
+import torch
 
 import train_pretrain
 from modeling_vlm import VLMForConditionalGeneration
@@ -118,6 +119,23 @@ def test_an_epoch_that_was_not_evaluated_is_when_the_run_goes_on(run, whole, tmp
     assert same(weights(resumed), expected) and evaluated(resumed) == judged and len(judged) > 1
 
 
+def test_an_evaluation_that_asks_questions_is_broken_off(run, tmp_path):
+    trainer, asked = run(tmp_path), []
+    question = torch.tensor([[5, 6, 7]])
+
+    def examine():
+        for _ in range(5):
+            asked.append(trainer.model.generate(question, max_new_tokens=1))
+            if trainer.state.global_step == 2 and len(asked) == 2:
+                tell()
+        return {"asked": len(asked)}
+
+    trainer.examine = examine
+    stop(trainer)
+    assert len(asked) == 2 and names(tmp_path) == ["checkpoint-2"] and not trainer.model._forward_pre_hooks
+    assert not evaluated(trainer)
+
+
 def test_the_best_model_is_the_same_where_its_evaluation_came_late(run, tmp_path):
     """Each next evaluation is worse, or better."""
     best = dict(load_best_model_at_end=True, metric_for_best_model="loss", save_steps=2, max_steps=4)
@@ -206,8 +224,7 @@ def test_one_command_is_started_until_it_is_done(backbones, data, tmp_path, monk
     assert "going on from" in capsys.readouterr().out
     before = {path: path.stat().st_mtime_ns for path in out.rglob("*") if not path.name.startswith("_")}
     train_pretrain.main([*command, str(out)])
-    assert "the run has come to its end of step 3 of 3" in (said := capsys.readouterr().out)
-    assert "nothing is left to do" in said
+    assert f"the run in {out} has come to its end: nothing is left to do" in capsys.readouterr().out
     assert before == {path: path.stat().st_mtime_ns for path in before}
     train_pretrain.main([*command, str(tmp_path / "whole")])
     one, other = (VLMForConditionalGeneration.from_pretrained(folder) for folder in (out, tmp_path / "whole"))

@@ -95,7 +95,7 @@ def finish(
     assert args.output_dir is not None  # where none is given, the library has a name
     if trainer.is_finished:
         if trainer.is_world_process_zero():
-            print(f"The model, its card and samples.png are in {args.output_dir}: nothing is left to do.", flush=True)
+            print(f"the run in {args.output_dir} has come to its end: nothing is left to do", flush=True)
         return
     attempts, losses = Attempts(args.output_dir), {"train_loss": result.training_loss}
     speed = trainer.meter.report()

@@ -19,6 +19,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from transformers import DefaultFlowCallback, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from .adapters import composed
+
 
 if TYPE_CHECKING:
     from .trainer import VLMTrainer
@@ -35,7 +37,7 @@ class Stopped(SystemExit):
         super().__init__(STOPPED)
 
 
-class Interrupted(Exception):
+class Interrupted(BaseException):
     """An evaluation during training is broken off."""
 
 
@@ -86,7 +88,6 @@ class Stop(TrainerCallback):
         self.trainer = trainer
         self.heard = 0  # the signal that this process got, by number
         self._agreed = 0  # the signal that all know of
-        self._random: list[torch.Tensor] = []
 
     @contextlib.contextmanager
     def listening(self) -> Iterator[None]:
@@ -124,6 +125,20 @@ class Stop(TrainerCallback):
         if self.trainer.is_in_train and self.agree():
             raise Interrupted
 
+    @contextlib.contextmanager
+    def between_passes(self) -> Iterator[None]:
+        """
+        See `between_batches`: before the block, and in one process before each pass of the model in it.
+
+        Several may ask the model a different number of times, so they go through the block together.
+        """
+        self.between_batches()
+        with contextlib.ExitStack() as stack:
+            if self.trainer.args.world_size == 1:
+                hook = composed(self.trainer.model).register_forward_pre_hook(lambda *_: self.between_batches())
+                stack.callback(hook.remove)
+            yield
+
     def on_train_begin(self, args, state, control, **kwargs):
         """See whether the run before came to its last evaluation."""
         self.trainer.note_late(is_evaluation_missing(args, state))
@@ -135,11 +150,6 @@ class Stop(TrainerCallback):
         if self._agreed:
             control.should_log = control.should_save = True
             control.should_evaluate = False
-        self._note_random(control)
-
-    def on_epoch_end(self, args, state, control, **kwargs):
-        """An evaluation may follow."""
-        self._note_random(control)
 
     def on_save(self, args, state, control, **kwargs):
         """End the run; also where it was told during a regular save."""
@@ -157,20 +167,6 @@ class Stop(TrainerCallback):
                 flush=True,
             )
         return Stopped()
-
-    def _note_random(self, control):
-        # Each evaluation draws a number for its loader.
-        if control.should_evaluate:
-            cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
-            self._random = [torch.get_rng_state(), *cuda]
-
-    def restore_random(self) -> None:
-        """Put the random numbers back to where they were before the evaluation that was broken off."""
-        if self._random:
-            cpu, *cuda = self._random
-            torch.set_rng_state(cpu)
-            if cuda:
-                torch.cuda.set_rng_state_all(cuda)
 
     def shield(self, loader: torch.utils.data.DataLoader) -> torch.utils.data.DataLoader:
         """Have the workers of a loader told by nobody but this process."""

@@ -206,7 +206,8 @@ class VLMTrainer(PublishingTrainer):
                 del output.metrics[f"{metric_key_prefix}_loss"]
                 logger.warning("the evaluation gives no loss: nothing in its data could be learned from.")
         if self.examine is not None and metric_key_prefix == "eval":
-            output.metrics.update({f"eval_{name}": value for name, value in self.examine().items()})
+            with self.stop.between_passes():
+                output.metrics.update({f"eval_{name}": value for name, value in self.examine().items()})
         return output
 
     def gathered_account(self) -> Account:
@@ -237,8 +238,10 @@ class VLMTrainer(PublishingTrainer):
         with self.stop.listening():
             try:
                 output = super().train(None if checkpoint is None else str(checkpoint), *args, **kwargs)
+            except _Finished:
+                loss = _logged_loss(TrainerState.load_from_json(str(checkpoint / STATE)).log_history)
+                return TrainOutput(self._resumed_at, loss, {"train_loss": loss})
             except Interrupted:
-                self.stop.restore_random()
                 if self.state.global_step > self._resumed_at and not self._place.exists():
                     self._save_checkpoint(self.model, trial=None)
                 raise self.stop.stopped() from None
@@ -250,7 +253,7 @@ class VLMTrainer(PublishingTrainer):
 
     def note_late(self, is_missing: bool) -> None:
         """Note that the step from which a run goes on is still to be evaluated; where none follows, that is done."""
-        self._is_late = is_missing and not self.is_finished and self.state.global_step == self._resumed_at
+        self._is_late = is_missing and self.state.global_step == self._resumed_at
         if self._resumed_at >= self.state.max_steps:
             self._evaluate_late()
 
@@ -299,11 +302,13 @@ class VLMTrainer(PublishingTrainer):
         known = gather_object([read_run(self.run_folder) or {}])[0]
         is_pushed = not self.args.push_to_hub or known.get("pushed") is not None
         self.is_finished = known.get("finished") == max_steps and is_pushed
-        if self.is_finished or self._resumed_at >= max_steps > 0:
+        if self.is_finished:
+            raise _Finished
+        if self._resumed_at >= max_steps > 0:
             if self.is_world_process_zero():
-                says = "the run has come to its end" if self.is_finished else "the checkpoint is"
-                step = max_steps if self.is_finished else self._resumed_at
-                print(f"{says} of step {step} of {max_steps}: nothing is left to train", flush=True)
+                print(
+                    f"the checkpoint is of step {self._resumed_at} of {max_steps}: nothing is left to train", flush=True
+                )
             epochs = 0
         return epochs, *others, max_steps
 
@@ -579,6 +584,10 @@ class VLMTrainer(PublishingTrainer):
             there = surplus(run_folder, limit, self._kept(), coming=1)
             rotate(run_folder, limit, self._kept(), coming=1)
         return any(gather_object([bool(there)]))
+
+
+class _Finished(Exception):
+    """The run has come to its end before."""
 
 
 _OWN_GROUPS = {"params", "model", "optimizer_dict"}
