@@ -154,8 +154,9 @@ def _shares(questions: Sequence[Question], processes: int) -> list[list[int]]:
 def untouched_randomness() -> Iterator[None]:
     """What is random goes on afterwards as if nothing had been drawn."""
     own, numbers = random.getstate(), np.random.get_state()
-    devices = [torch.accelerator.current_device_index()] if torch.accelerator.is_available() else []
-    kind = torch.accelerator.current_accelerator()
+    kind = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+    current = getattr(torch.get_device_module(kind), "current_device", None) if kind is not None else None
+    devices = [] if current is None else [current()]
     with torch.random.fork_rng(devices, device_type="cuda" if kind is None else kind.type):
         try:
             yield
