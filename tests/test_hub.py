@@ -67,6 +67,7 @@ train_sft.main([
     "train[:4]", "--test_split", "train[:3]", "--output_dir", str(home / "assistant"), "--max_steps", "2",
     "--hub_model_id", "me/chat", "--hub_revision", "try", "--eval_strategy", "steps", "--eval_steps", "1",
     "--load_best_model_at_end", "True", "--card_samples", "True", "--tune_text", "last:1",
+    "--hub_strategy", "checkpoint",
 ])
 for name, begun in (("own-base", ["--vision_model", "maker/vit", "--text_model", "maker/lm"]),
                     ("hub-base", ["--model", "me/aligned", "--trust_remote_code"])):
@@ -450,6 +451,19 @@ def test_what_data_say_is_text_and_nothing_else_in_a_card(card, tmp_path, monkey
     assert body.count("```") == 4 and "{{ 'in' ~ 'jected' }}" in html.unescape(body)
     samples = body[body.index("| asked |") :].splitlines()
     assert samples[2].count("|") == 4 and not samples[3]  # one row, of three cells
+
+
+@pytest.mark.parametrize(
+    "metadata",
+    [
+        "license: my own", "datasets: [null]", "base_model: /home/me/vit", "pipeline_tag: image text", "tags: [1]",
+        "model-index: [{name: a, results: [{task: {type: x}, dataset: {type: a b, name: c}, metrics: []}]}]",
+        "model-index: [{name: a, results: [{task: {type: x}, dataset: {type: a, name: c}, metrics: [{type: y}]}]}]",
+        "model-index: [{name: a, results: [{task: {}, dataset: {type: a, name: c}, metrics: []}]}]",
+    ],
+)  # fmt: skip
+def test_the_hub_of_these_tests_refuses_what_the_hub_refuses(metadata):
+    assert faults_of_card(f"---\n{metadata}\n---\n# It\n")
 
 
 def test_an_unfinished_run_says_so_in_its_card(card):
