@@ -161,6 +161,8 @@ def _judged(name: str, dataset: ConversationDataset, args: argparse.Namespace) -
     metrics = choose_metrics(questions, args.metrics)
     weighs, config = any(metric.likelihoods for metric in metrics), greedy(model, processor, args.max_new_tokens)
     predictions = answer_questions(model, processor, questions, args.batch_size, config, weighs=weighs)
+    if not predictions:
+        raise DuetError(f"{args.dataset}: no question could be asked, because no image could be read.")
     return judge(predictions, metrics), Wording(processor)
 
 
