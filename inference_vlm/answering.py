@@ -11,7 +11,13 @@ from typing import Any, NamedTuple
 import torch
 from accelerate.utils import gather_object
 from safetensors import SafetensorError
-from transformers import AutoModelForImageTextToText, AutoProcessor, GenerationConfig, PreTrainedModel
+from transformers import (
+    AutoModelForImageTextToText,
+    AutoProcessor,
+    GenerationConfig,
+    GenerationMixin,
+    PreTrainedModel,
+)
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from processing.batching.features import FeatureCache
@@ -91,8 +97,12 @@ def answer(
         in_step: every process calls this with prompts of its own, and makes the same calls of the model: those that
             share its weights have to.
         weighing: weighs texts for the prompts, as each is answered; every process gives one or none does.
+
+    Raises:
+        DuetError: the model's code is of an earlier Duet, and this transformers needs today's.
     """
     composed = model.get_base_model() if hasattr(model, "get_base_model") else model
+    _refuse_old_code(composed)
     names = [tuple(map(name_of, prompt.images)) for prompt in prompts]
     images = EncodedImages(model, processor, names, cache)
     asking = _Asking(prompts, names, images, processor, composed.model.max_positions, config.max_new_tokens)
@@ -121,6 +131,16 @@ def answer(
             "are empty"
         )
     return answers
+
+
+def _refuse_old_code(composed):
+    """Refuse code of an earlier Duet where transformers does not drop features itself once the prompt has been read."""
+    own = type(composed).prepare_inputs_for_generation is not GenerationMixin.prepare_inputs_for_generation
+    if not own and not hasattr(GenerationMixin, "_expand_multimodal_outputs"):
+        raise DuetError(
+            "the model carries the code of an earlier Duet, with which this release of transformers cannot answer from "
+            "encoded images; bring it up to date with `python -m inference_vlm.update FOLDER`, or update transformers."
+        )
 
 
 class _Batch(NamedTuple):

@@ -3,11 +3,14 @@
 import pytest
 import torch
 from PIL import Image
+from transformers import GenerationMixin
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from inference_vlm import encoded_images
 from inference_vlm.answering import Prompt, answer, greedy
 from inference_vlm.encoded_images import EncodedImages
+from modeling_vlm.generation_vlm import VLMGenerationMixin
+from processing.data_error_vlm import DuetError
 from tests import tiny
 
 
@@ -137,6 +140,14 @@ def test_features_are_given_with_the_prompt_alone(asked):
         given = {"mm_encoder_outputs": {"image": BaseModelOutputWithPooling(pooler_output=features)}}
         written = model.generate(torch.tensor([row]), **given, generation_config=config, **options)
         assert torch.equal(written, expected) or "num_beams" in options
+
+
+def test_code_of_an_earlier_duet_is_refused_where_transformers_needs_todays(asked, monkeypatch):
+    model, processor, prompts, config = asked
+    monkeypatch.delattr(VLMGenerationMixin, "prepare_inputs_for_generation")
+    monkeypatch.delattr(GenerationMixin, "_expand_multimodal_outputs", raising=False)
+    with pytest.raises(DuetError, match="inference_vlm.update"):
+        answer(model, processor, prompts, 2, config)
 
 
 def test_tiled_images_are_encoded_once(folders, image):

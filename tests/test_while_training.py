@@ -291,3 +291,5 @@ def test_early_stopping_waits_as_long_in_a_resumed_run(folders, items, tmp_path)
     resumed = trainer()
     resumed.train(resume_from_checkpoint=str(tmp_path / "run" / "checkpoint-2"))
     assert resumed.state.global_step == 4
+    (losses, *_) = panels_of(resumed.state.log_history)
+    assert [step for step, _ in losses.series[0].points] == [1, 2, 3, 4]  # the curves begin where the run began
