@@ -28,6 +28,9 @@ from .model_error_vlm import DuetError, in_a_line
 logger = logging.get_logger(__name__)
 
 BASE, CONFIG, WEIGHTS, PREFIX = "base", "adapter_config.json", "adapter_model.safetensors", "base_model.model."
+SOURCE = "base_source.json"
+"""In a base: its `id`, which the config of an adapter has too, and what it was made of, as a hash."""
+
 _HUB = ("cache_dir", "local_files_only", "revision", "token")
 _OF_ADAPTERS = "lora_"
 
@@ -133,6 +136,7 @@ def from_adapter(
         config = kwargs.pop("config", None)
     if config is not None:
         held = config.__dict__.pop("quantization_config", None)  # the base itself lies whole on disk
+        _check_base(adapter, config.__dict__.pop("adapter_base", None))
         quantization_config, kwargs["config"] = quantization_config or held, config
     kwargs = {name: value for name, value in kwargs.items() if name not in _HUB} | adapter.base_hub
     loaded = model_class.from_pretrained(adapter.base, *args, quantization_config=quantization_config, **kwargs)
@@ -143,6 +147,15 @@ def from_adapter(
         model = _dequantised(model)
     model = put_on(model, adapter, merge)
     return (model, *others) if others else model
+
+
+def _check_base(adapter: Adapter, expected: str | None) -> None:
+    file = Path(adapter.base, SOURCE)
+    if expected is not None and file.is_file() and json.loads(file.read_text(encoding="utf-8"))["id"] != expected:
+        raise DuetError(
+            f"the adapter in {adapter.name} learned on another base than the one in {adapter.base}, which a later run "
+            "may have written; put them together again."
+        )
 
 
 def _dequantised(model: PreTrainedModel) -> PreTrainedModel:

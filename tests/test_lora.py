@@ -251,6 +251,16 @@ def test_an_adapter_without_its_base_is_one_line_before_data_are_read(first, tmp
     assert "has no base" in capsys.readouterr().err
 
 
+def test_an_adapter_beside_another_base_than_its_own_is_a_line(first, tmp_path):
+    """As an earlier adapter that stays where a later run has begun."""
+    shutil.copytree(first, tmp_path / "run")
+    source = tmp_path / "run" / "base" / "base_source.json"
+    source.write_text(json.dumps({**json.loads(source.read_text()), "id": "another"}))
+    for folder in (tmp_path / "run", tmp_path / "run" / "checkpoint-2"):
+        with pytest.raises(ValueError, match="learned on another base than the one in"):
+            VLMForConditionalGeneration.from_pretrained(folder)
+
+
 def test_update_gives_an_adapter_and_its_base_the_code_of_today(first, tmp_path):
     shutil.copytree(first, tmp_path / "run")
     for folder in (tmp_path / "run", tmp_path / "run" / "base", tmp_path / "run" / "checkpoint-2"):

@@ -12,6 +12,7 @@ from dataclasses import asdict, replace
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, cast
+from uuid import uuid4
 
 import torch
 from accelerate import PartialState
@@ -25,6 +26,7 @@ from processing import VLMProcessor
 from processing.data_error_vlm import DuetError, in_a_line
 
 from .arguments import ModelArguments
+from .learning.adapters import composed
 from .learning.checkpoints import SOURCE, UNFINISHED, fault, put_in_place, seal
 from .learning.lora import AdaptedVLM, adapt, load_adapters, sides_in, wrap
 from .learning.originals import autocast_dtype
@@ -127,7 +129,7 @@ def begun_with(arguments: Arguments) -> ModelArguments:
     base = Path(args.output_dir or "", BASE)
     if not sides or fault(base) is not None:
         return model_args
-    if json.loads((base / SOURCE).read_text(encoding="utf-8")) != _source(arguments):
+    if _source_of(base)["sha256"] != _source(arguments):
         raise DuetError(
             f"the base in {base} was made of another model, or joined otherwise; go on with the settings that the run "
             "began with, or name another output folder."
@@ -135,14 +137,14 @@ def begun_with(arguments: Arguments) -> ModelArguments:
     return replace(model_args, model=str(base), model_revision=None)
 
 
-def _source(arguments: Arguments) -> dict[str, str]:
+def _source(arguments: Arguments) -> str:
     """What a base was made of, as a hash: names may be private."""
     settings = {name: str(value) for name, value in asdict(arguments.model).items() if not name.endswith("_token")}
     for name in ("model", "vision_model", "second_vision_model", "text_model", "tokenizer", "chat_template"):
         if Path(settings[name]).exists():
             settings[name] = str(Path(settings[name]).resolve())
     settings["merge_first"] = str(arguments.tuning.merge_first)
-    return {"sha256": hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()}
+    return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()
 
 
 def with_adapters(
@@ -166,6 +168,7 @@ def with_adapters(
     if name is None:
         name = BASE
         _write_base(model, processor, arguments)
+    identity = None if revision is not None else _source_of(Path(arguments.training.output_dir or "", BASE))["id"]
     if tuning.load_in_4bit or tuning.load_in_8bit:
         place = name if revision is not None else str(Path(arguments.training.output_dir or "", BASE))
         model = _quantised(model, arguments, place, revision)
@@ -173,6 +176,8 @@ def with_adapters(
         adapted = load_adapters(model, adapter.name, name, revision, **adapter.hub)
     else:
         adapted = adapt(model, tuning, sides_of(tuning), name, revision)
+    if identity is not None:  # told to all who load what is saved
+        composed(adapted).config.adapter_base = identity
     if arguments.training.resume_from_checkpoint is not None:
         _check_same(adapted, Path(arguments.training.resume_from_checkpoint))
     return adapted
@@ -224,14 +229,16 @@ def _repository(model_args: ModelArguments, adapter: Adapter | None) -> tuple[st
 
 def _write_base(model, processor, arguments) -> None:
     folder, state = Path(arguments.training.output_dir or ""), PartialState()
-    place, source = folder / BASE, _source(arguments)
-    for writes in (state.is_main_process, state.is_local_main_process):  # of the others, where disks are not shared
-        if writes and (fault(place) is not None or _read(place / SOURCE) != source):
+    place, source, goes_on = folder / BASE, _source(arguments), arguments.training.resume_from_checkpoint is not None
+    for first in (True, False):  # the others write where disks are not shared
+        writes = state.is_main_process if first else state.is_local_main_process and not state.is_main_process
+        there = fault(place) is None and _source_of(place)["sha256"] == source
+        if writes and not (there and (goes_on or not first)):
             beside = folder / UNFINISHED / BASE
             try:
                 model.save_pretrained(beside)
                 processor.save_pretrained(beside)
-                (beside / SOURCE).write_text(json.dumps(source), encoding="utf-8")
+                (beside / SOURCE).write_text(json.dumps({"id": uuid4().hex, "sha256": source}), encoding="utf-8")
             except OSError as error:
                 raise DuetError(f"the base cannot be written to {place}: {in_a_line(error)}") from error
             seal(beside)
@@ -239,8 +246,8 @@ def _write_base(model, processor, arguments) -> None:
         state.wait_for_everyone()
 
 
-def _read(file):
-    return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else None
+def _source_of(base: Path) -> dict[str, str]:
+    return json.loads((base / SOURCE).read_text(encoding="utf-8"))
 
 
 def quantisation_of(tuning: TuningArguments, cast: torch.dtype | None) -> BitsAndBytesConfig:
