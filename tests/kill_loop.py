@@ -206,10 +206,11 @@ class Loop:
                 break
             killed += 1
             self.killed[how] += 1
-        self._compare(out)
+        self.compare(out)
         return killed
 
-    def _compare(self, out):
+    def compare(self, out: Path) -> None:
+        """See that a run is what one is that nobody killed."""
         weights = [path.name for path in self.whole.glob("*model.safetensors")]
         for name in (*weights, "data_report.json"):
             assert filecmp.cmp(self.whole / name, out / name, shallow=False), f"{out / name} is not that of a whole run"

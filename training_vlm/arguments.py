@@ -454,7 +454,18 @@ class VLMTrainingArguments(TrainingArguments):
     """`TrainingArguments`, with defaults that fit images and follow the hardware."""
 
     overwrite_output_dir: bool = field(
-        default=False, metadata={"help": "Train into an output folder that holds something already."}
+        default=False,
+        metadata={
+            "help": "Train into an output folder that holds something already; its checkpoints are removed when there "
+            "is a new one."
+        },
+    )
+    resume_from_checkpoint: str | None = field(
+        default=None,
+        metadata={
+            "help": "auto: go on from the newest whole checkpoint of output_dir, and start where there is none; last: "
+            "the same, refused where there is none; or a checkpoint's folder."
+        },
     )
     card_samples: bool | None = field(
         default=None,

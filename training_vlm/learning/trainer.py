@@ -239,6 +239,7 @@ class VLMTrainer(PublishingTrainer):
             try:
                 output = super().train(None if checkpoint is None else str(checkpoint), *args, **kwargs)
             except _Finished:
+                assert checkpoint is not None
                 loss = _logged_loss(TrainerState.load_from_json(str(checkpoint / STATE)).log_history)
                 return TrainOutput(self._resumed_at, loss, {"train_loss": loss})
             except Interrupted:
@@ -336,22 +337,22 @@ class VLMTrainer(PublishingTrainer):
         if self._beside is not None:  # a checkpoint, which `_save_checkpoint` puts in its place
             try:
                 self._save_error = self._write_model(output_dir)
-            except Exception as error:  # all processes come to where they hear of it
-                self._torn = error
+            except Exception as failure:  # all processes come to where they hear of it
+                self._torn = failure
             return
         self.guard.check_weights()
         folder = self.run_folder if output_dir is None else Path(output_dir)
         beside = folder / UNFINISHED / "model"
         try:
             error = self._write_model(beside)
-        except Exception as failure:
+        except Exception as failure:  # of the weights themselves
             error = self._torn = failure
         if error is not None and is_full(folder, error):
             full = DiskFull(full_disk(beside, self.args.save_total_limit))
             discard_unfinished(folder)
             raise full from error
         if self._torn is not None:
-            raise error
+            raise self._torn
         if self.is_deepspeed_enabled:  # each process may write a part
             self.accelerator.wait_for_everyone()
         if self.args.should_save:
