@@ -162,6 +162,13 @@ def build_trainer(
         raise DuetError(f"the Trainer cannot be made with these settings: {in_a_line(error)}") from error
     cut_at_blocks(trainer)
     trainer.plan = make_plan(model, arguments.tuning, training_args)
+    if trainer.is_deepspeed_enabled and not trainer.plan.is_stock(training_args):
+        plugin = trainer.accelerator.state.deepspeed_plugin
+        if "optimizer" in plugin.deepspeed_config:
+            raise DuetError(
+                "DeepSpeed's config names an optimizer, which knows one rate and one decay; leave it out, so that "
+                "the Trainer's is used, or give all parts the same."
+            )
     if originals.is_holding and (trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled):
         raise DuetError("--frozen_dtype: FSDP and DeepSpeed hold and save the weights themselves; leave it out.")
     if (folder := arguments.efficiency.cache_vision_features) is not None:

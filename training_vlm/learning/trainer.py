@@ -26,6 +26,7 @@ import torch
 from accelerate.utils import gather_object
 from transformers import TrainerState
 from transformers.trainer_utils import EvalLoopOutput, SaveStrategy, TrainOutput
+from transformers.training_args import OptimizerNames
 from transformers.utils import logging
 
 from evaluation_vlm.asking import untouched_randomness
@@ -130,9 +131,10 @@ class VLMTrainer(PublishingTrainer):
             return super().create_optimizer(model)
         kind, kwargs = self.optimizer_cls_and_kwargs or self.get_optimizer_cls_and_kwargs(self.args, opt_model)
         if not isinstance(kind, type) or not issubclass(kind, torch.optim.Optimizer) or {*kwargs} & _OWN_GROUPS:
+            optim, rate = OptimizerNames(self.args.optim).value, f"{self.args.learning_rate:g}"
             raise DuetError(
-                f"optim={self.args.optim} makes its groups itself, so that vision encoder and projector cannot have "
-                "rates or decays of their own; leave these out, or choose another optim."
+                f"optim={optim} makes its groups itself, so that no part can have a rate or a decay of its own; give "
+                f"all the same, as --learning_rate {rate} --projector_learning_rate {rate}, or choose another optim."
             )
         groups = plan.groups(opt_model, self.get_decay_parameter_names(composed(opt_model)))
         before = self.optimizer_cls_and_kwargs
