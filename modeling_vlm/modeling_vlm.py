@@ -36,9 +36,9 @@ from .vision_vlm import (
     blank_image,
     build_vision_tower,
     forward_names,
-    is_gathered,
     leave_out,
     run_tower,
+    runs_in_step,
 )
 
 
@@ -154,7 +154,7 @@ class VLMModel(VLMPreTrainedModel):
         # One config object per backbone, so that a setting made on either side is made on both.
         config.vision_config, config.text_config = self.vision_tower.config, self.language_model.config
         self._tower_takes = forward_names(self.vision_tower)
-        self.tower_runs = True  # and not where its features are cached
+        self.cached_shape: tuple[int, ...] | None = None  # of a view's features, where the tower is not run
         self.max_positions = learned_positions(self.language_model)
         is_new = None in (config.vision_modules_left_out, config.num_prefix_tokens, config.image_seq_length)
         if is_new:
@@ -255,8 +255,16 @@ class VLMModel(VLMPreTrainedModel):
         )
 
     def has_to_see(self) -> bool:
-        """Whether the encoder's weights are gathered for each call, which all processes have to make, or one waits."""
-        return self.tower_runs and is_gathered(self.vision_tower)
+        """Whether every process has to see an image in each step, because all have to run the same modules."""
+        return runs_in_step(self.vision_tower) or runs_in_step(self.multi_modal_projector)
+
+    def _blank_features(self) -> torch.Tensor:
+        """What comes of an image that shows nothing, `(tokens, hidden)`."""
+        if self.cached_shape is None:
+            seen = {"pixel_values": blank_image(self.vision_tower, self.config.image_size)}
+        else:
+            seen = {"vision_features": torch.zeros(1, *self.cached_shape, device=self.device, dtype=self.dtype)}
+        return in_one_row(self.get_image_features(**seen, return_dict=True).pooler_output)
 
     def image_positions(self, input_ids: torch.LongTensor | None, inputs_embeds: torch.Tensor | None) -> torch.Tensor:
         """Where image tokens are, as a `(batch, tokens)` mask; without ids they are told by their embedding."""
@@ -320,8 +328,8 @@ class VLMModel(VLMPreTrainedModel):
             segments (`list` of `(start, end, parent, text)`): of one row of many texts, who sees whom: positions
                 [start, end) see those of the segment numbered `parent`, of its parent and so on, and themselves.
                 Positions in the language model go on after the parent's. See `attention_vlm`.
-            see_blank (`bool`): where no image is given, run a blank one that counts 0 times if the encoder's weights
-                are gathered for each call, which all processes have to make; a model that trains does so in any case.
+            see_blank (`bool`): where no image is given, run a blank one that counts 0 times if all processes have to
+                run the same modules (`has_to_see`); a model that trains does so in any case.
             **kwargs: for the language model, the cache of the tokens before these among them, under the name that the
                 library has for it (`cache`, before transformers 5.24 `past_key_values`).
 
@@ -355,9 +363,9 @@ class VLMModel(VLMPreTrainedModel):
         if pixel_values is not None or vision_features is not None:
             image_outputs = self.get_image_features(pixel_values, image_grids, vision_features, return_dict=True)
         elif image_outputs is None and (self.training or see_blank) and self.has_to_see():
-            blank = blank_image(self.vision_tower, self.config.image_size)
-            unseen = in_one_row(self.get_image_features(blank, return_dict=True).pooler_output)
-            inputs_embeds = inputs_embeds + 0 * unseen.sum().to(inputs_embeds.device, inputs_embeds.dtype)
+            inputs_embeds = inputs_embeds + 0 * self._blank_features().sum().to(
+                inputs_embeds.device, inputs_embeds.dtype
+            )
         image_features = None
         if image_outputs is not None:
             image_features = in_one_row(image_outputs.pooler_output).to(inputs_embeds.device, inputs_embeds.dtype)

@@ -162,10 +162,17 @@ def blank_image(tower: PreTrainedModel, size: tuple[int, int], views: int = 1) -
     return noise.to(weight.device, weight.dtype)
 
 
-def is_gathered(module: nn.Module) -> bool:
-    """Whether weights are cut over processes, which gather a part for each call of it (FSDP2, ZeRO's stage 3)."""
-    cut = any(hasattr(part, "unshard") for part in module.modules())
-    return cut or any(hasattr(parameter, "ds_id") for parameter in module.parameters())
+_MARKS = ("ds_id", "_hp_mapping")
+"""What DeepSpeed leaves at a parameter: in its third stage, in the first and second."""
+
+
+def runs_in_step(module: nn.Module) -> bool:
+    """
+    Whether all processes have to call a module, and alike: it gathers weights that are cut (FSDP2, ZeRO's third stage),
+    or sums gradients in the order in which they come (ZeRO's others), whosever they are.
+    """
+    gathers = any(hasattr(part, "unshard") for part in module.modules())
+    return gathers or any(hasattr(parameter, mark) for parameter in module.parameters() for mark in _MARKS)
 
 
 def unused_parameters(tower: PreTrainedModel, features: Callable[[], torch.Tensor]) -> set[str]:
@@ -241,9 +248,9 @@ __all__ = [
     "blank_image",
     "build_vision_tower",
     "forward_names",
-    "is_gathered",
     "leave_out",
     "leave_out_unused",
     "run_tower",
+    "runs_in_step",
     "unused_parameters",
 ]

@@ -93,12 +93,16 @@ def ordered(tiles):
     return [*texts, *images[:2], *images[2:4], *texts, *texts, *reversed(texts), *images[:4]]
 
 
-def trainer_of(case, backbones, folder, processes, **changes):
-    """A run of a case; as many conversations a step whatever the processes."""
-    model, processor = tiny.compose(*backbones(case.pair), tiny.PAIRS[case.pair][2], max_tiles=case.tiles)
+def without_dropout(model):
     for module in model.modules():
         if isinstance(module, torch.nn.Dropout):
             module.p = 0.0
+
+
+def trainer_of(case, backbones, folder, processes, **changes):
+    """A run of a case; as many conversations a step whatever the processes."""
+    model, processor = tiny.compose(*backbones(case.pair), tiny.PAIRS[case.pair][2], max_tiles=case.tiles)
+    without_dropout(model)
     apply_tuning(model, "frozen" if case.text != "full" else "full", case.text)
     settings = dict(
         use_cpu=True, bf16=False, report_to=[], disable_tqdm=True, dataloader_num_workers=0, learning_rate=0.5,
@@ -246,6 +250,90 @@ def test_two_processes_take_the_steps_of_one_in_every_form(tmp_path):
     names = [name for name in CASES if name not in QUICK]
     launch(tmp_path, f"worker({str(tmp_path)!r}, {names})", limit=900)
     assert_as_in_one(tmp_path, names)
+
+
+# -- DeepSpeed, where it is installed ----------------------------------------------------------------------------------
+
+
+def deepspeed_worker(root, stages):
+    """The same under ZeRO, which accelerate keeps for accelerators as well; gloo connects the processes."""
+    import deepspeed
+
+    sys.modules["deepspeed.comm.torch"].build_shm_op = lambda: None  # which would be compiled
+    PartialState._prepare_backend = lambda *args, **kwargs: ("gloo", DistributedType.MULTI_GPU)
+    deepspeed.init_distributed(dist_backend="gloo")
+    there, root = torch.accelerator.is_available, Path(root)
+    for stage in stages:
+        for name in [name for name in os.environ if name.startswith("ACCELERATE_USE_")]:
+            del os.environ[name]
+        AcceleratorState._reset_state(reset_partial_state=True)
+        zero = {"stage": stage, "stage3_gather_16bit_weights_on_model_save": True}
+        sizes = ("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps")
+        settings = {"zero_optimization": zero, **dict.fromkeys([*sizes, "gradient_clipping"], "auto")}
+        torch.accelerator.is_available = lambda: True
+        out = root / f"zero{stage}"
+        changes = {"use_cpu": False, "deepspeed": settings, "dataloader_pin_memory": False}
+        trainer = trainer_of(CASES["whole"], backbones_in(root), out, 2, **changes)
+        torch.accelerator.is_available = there
+        found = taken(trainer)
+        assert trainer.is_deepspeed_enabled and trainer.args.world_size == 2
+        assert all(hasattr(parameter, "ds_id") for parameter in trainer.model.parameters()) == (stage == 3)
+        trainer.save_model()
+        if trainer.args.process_index == 0:
+            (root / f"zero{stage}.json").write_text(json.dumps(found))
+        trainer.accelerator.wait_for_everyone()
+
+
+@pytest.mark.slow
+def test_two_processes_of_deepspeed_take_the_steps_of_one_with_images_on_either_or_neither(tmp_path, monkeypatch):
+    pytest.importorskip("deepspeed")
+    save_backbones(tmp_path)
+    for name, value in {"DS_ACCELERATOR": "cpu", "ACCELERATE_TORCH_DEVICE": "cpu"}.items():
+        monkeypatch.setenv(name, value)
+    launch(tmp_path, f"deepspeed_worker({str(tmp_path)!r}, [2, 3])")
+    monkeypatch.undo()
+    _, expected = run_case("whole", backbones_in(tmp_path), tmp_path / "one", 1)
+    for stage in (2, 3):
+        assert_same_steps(json.loads((tmp_path / f"zero{stage}.json").read_text()), expected)
+        assert_same_weights(tmp_path / f"zero{stage}", tmp_path / "one")
+        assert {path.name for path in (tmp_path / f"zero{stage}").iterdir()} == {
+            path.name for path in (tmp_path / "one").iterdir()
+        }
+
+
+@pytest.mark.parametrize("mark", ["ds_id", "_hp_mapping", "unshard"])
+@pytest.mark.parametrize("cached", [False, True])
+def test_a_batch_without_images_runs_the_modules_of_one_with_images_where_all_processes_have_to(folders, mark, cached):
+    """As it is known from what FSDP and DeepSpeed leave at a module or a parameter."""
+    model, processor = tiny.compose(*folders("vit-gpt2"), "cls")
+    without_dropout(model)
+    batch = tiny.collate(processor, [tiny.dialogue("what is it?", "a cat")])
+    expected = model.train()(**batch).loss
+    called = []
+    for part in (model.model.vision_tower, model.model.multi_modal_projector):
+        part.register_forward_hook(lambda module, *_: called.append(type(module).__name__))
+    assert model(**batch).loss == expected and not called
+    if mark == "unshard":
+        model.model.vision_tower.unshard = None
+    else:
+        setattr(next(model.model.multi_modal_projector.parameters()), mark, 1)
+    if cached:
+        model.model.cached_shape = (1, 32)
+    for training in (True, False):
+        model.train(training)
+        called.clear()
+        loss = model(**batch).loss
+        torch.testing.assert_close(loss, expected)
+        assert called == ([] if cached else ["ViTModel"]) + ["MLP"]
+    model.train()(**batch).loss.backward()
+    learning = [
+        *model.model.multi_modal_projector.parameters(),
+        *([] if cached else model.model.vision_tower.parameters()),
+    ]
+    assert all(parameter.grad is not None and not parameter.grad.any() for parameter in learning)
+    called.clear()
+    model.eval()(input_ids=batch["input_ids"])  # as an answer is written
+    assert not called
 
 
 # -- a whole run of a script -------------------------------------------------------------------------------------------

@@ -75,7 +75,7 @@ def train_on_features(
     if not (trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled):
         originals.release(model.model.vision_tower)
         return cache
-    model.model.tower_runs = False
+    model.model.cached_shape = cache.shape
     if trainer.is_world_process_zero():
         print("the vision encoder stays in memory, though nothing runs it: FSDP and DeepSpeed hold its weights")
     return cache
