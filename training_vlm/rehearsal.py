@@ -122,6 +122,7 @@ def rehearse(
         two.training.gradient_accumulation_steps = accumulated * devices  # what is saved follows from a whole step
         trainer = build_trainer(two, model, encoder, dataset, None, probe=lambda *_: None)
         trainer.args.gradient_accumulation_steps = min(2, accumulated)
+        trainer.describe = dict  # nothing is written that a run could go on from
         unread = cast(Any, trainer.data_collator).features = Unread(encoder.processor, cached)
         seen = list(_batches(trainer, cached))
         batches = [batch for batch in seen if batch is not None]

@@ -10,7 +10,6 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import datasets
 import torch
 from safetensors import safe_open
 
@@ -67,7 +66,7 @@ def _data(dataset) -> Iterator[int]:
     """A digest of the first row of each source, its images left out."""
     for source in getattr(dataset, "sources", [dataset]):
         rows = getattr(source, "rows", None)
-        if isinstance(rows, datasets.IterableDataset):
+        if rows is not None and not hasattr(rows, "__len__"):  # a stream
             row: Any = next(iter(rows.take(1)), None)
         else:
             row = rows.with_format(None)[0] if rows is not None and len(rows) else None
