@@ -120,6 +120,10 @@ CAPTIONS, MIX, CAULDRON, DOCMATIX = 558_128, 665_298, 1_700_000, 1_270_000
 RUNS: dict[tuple[str, Stage], Run] = {
     ("llava_15_7b", PRETRAIN): Run(A100, 8, CAPTIONS, "20", published="3.5"),
     ("llava_15_7b", SFT): Run(A100, 8, MIX, "250/125", sharded=True, published="10"),
+    ("llava_15_7b_lora", PRETRAIN): Run(A100, 8, CAPTIONS, "20", published="3.5"),
+    ("llava_15_7b_lora", SFT): Run(A100, 8, MIX, "250/125"),
+    ("llava_15_7b_qlora_24gb", PRETRAIN): Run(RTX4090, 1, CAPTIONS, "20"),
+    ("llava_15_7b_qlora_24gb", SFT): Run(RTX4090, 1, MIX, "250/125"),
     ("tinyllava_3b", PRETRAIN): Run(A100, 4, CAPTIONS, "20"),
     ("tinyllava_3b", SFT): Run(A100, 4, MIX, "250/125", sharded=True),
     ("nanovlm_222m", SFT): Run(H100, 1, CAULDRON, "60/20", published="6"),
