@@ -16,6 +16,7 @@ from transformers import AutoModelForImageTextToText, AutoProcessor, GenerationC
 
 import train_pretrain
 import train_sft
+from evaluation_vlm.judgement import Judgement
 from inference_vlm.answering import Prompt, answer, greedy
 from modeling_vlm import VLMForConditionalGeneration
 from modeling_vlm.generation_vlm import savable
@@ -216,9 +217,9 @@ AFTER = {
     "the evaluation": (VLMTrainer, "evaluate"),
     "writing the metrics": (VLMTrainer, "save_metrics"),
     "the account of the data": (finish, "write_data_report"),
-    "the test questions": (finish, "judge"),
-    "the samples": (finish, "answer"),
-    "samples.png": (finish, "draw_gallery"),
+    "the test questions": (Judgement, "by_name"),
+    "the samples": (finish._Answers, "ask_samples"),
+    "samples.html and samples.png": (finish, "draw_gallery"),
     "the model card": (RunCard, "text"),
 }
 
@@ -239,7 +240,7 @@ def test_what_fails_after_the_weights_costs_itself_alone(backbones, data, tmp_pa
     assert "Traceback" in said.err  # of what is no person's mistake
     load(out)
     assert (out / "README.md").is_file() == (what != "the model card")
-    assert (out / "samples.png").is_file() == (what not in ("samples.png", "the samples"))
+    assert (out / "samples.png").is_file() == (what != "the samples")
     assert not (out / "_unfinished").exists()
 
 
@@ -349,7 +350,7 @@ import training_vlm.finish as finish
 def wait(*args, **kwargs):
     Path(sys.argv[1], "waiting").touch()
     time.sleep(600)
-finish.answer = wait
+finish.ask = wait
 import train_pretrain
 train_pretrain.main(sys.argv[2:])
 """
