@@ -9,6 +9,7 @@ peft only where there is an adapter.
 import contextlib
 import copy
 import json
+import shutil
 import warnings
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -250,6 +251,10 @@ def save_adapter(model: PreTrainedModel, folder: str | Path, state_dict: dict[st
         max_shard_size="1TB",  # peft reads one file
     )
     config = copy.copy(config)
+    base = Path(config.base_model_name_or_path or BASE)
+    if base.is_absolute() and base.is_dir():  # of an adapter that was loaded: whoever has the folder has all of it
+        shutil.copytree(base, Path(folder) / BASE, dirs_exist_ok=True)
+        config.base_model_name_or_path = BASE
     config.inference_mode = True
     config.save_pretrained(str(folder))
     model.config.architectures = [type(model).__name__]

@@ -251,6 +251,16 @@ def test_an_adapter_without_its_base_is_one_line_before_data_are_read(first, tmp
     assert "has no base" in capsys.readouterr().err
 
 
+def test_a_loaded_adapter_is_saved_with_its_base(first, tmp_path):
+    loaded = VLMForConditionalGeneration.from_pretrained(first / "checkpoint-2")
+    loaded.save_pretrained(tmp_path / "saved")
+    shutil.move(tmp_path / "saved", tmp_path / "moved")
+    assert str(first) not in (tmp_path / "moved" / "adapter_config.json").read_text()
+    inputs = batch_of(VLMProcessor.from_pretrained(first))
+    found = VLMForConditionalGeneration.from_pretrained(tmp_path / "moved")
+    assert torch.equal(logits_of(found, inputs), logits_of(loaded, inputs))
+
+
 def test_an_adapter_beside_another_base_than_its_own_is_a_line(first, tmp_path):
     """As an earlier adapter that stays where a later run has begun."""
     shutil.copytree(first, tmp_path / "run")
