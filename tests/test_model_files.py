@@ -194,7 +194,7 @@ def test_a_folder_without_a_model_says_what_it_holds(parts, refused):
     for number in (5, 10):
         shutil.copytree(parts / "composed", folder / f"checkpoint-{number}")
     line = refused(train_sft.main, "--model", folder)
-    assert "--resume_from_checkpoint last" in line and f"--model {folder / 'checkpoint-10'}" in line
+    assert "--resume_from_checkpoint auto" in line and f"--model {folder / 'checkpoint-10'}" in line
     assert "is a file" in refused(train_sft.main, "--model", folder / "notes.txt")
 
 
