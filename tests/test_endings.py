@@ -283,6 +283,23 @@ def test_what_fails_in_the_middle_costs_no_step_that_was_made(backbones, data, t
     assert json.loads((out / "trainer_state.json").read_text())["global_step"] == 4
 
 
+def test_what_fails_in_the_middle_of_a_step_is_not_saved_as_the_one_before(backbones, data, tmp_path, monkeypatch):
+    """As where a worker dies while the optimizer moves: some weights are of the next step."""
+    out = tmp_path / "out"
+
+    def broken(self, *args, **kwargs):
+        stock(self, *args, **kwargs)
+        if self.param_groups[0]["params"][0].grad is not None and (calls := calls_of.append(0) or len(calls_of)) == 2:
+            raise RuntimeError(f"in step {calls}")
+
+    stock, calls_of = torch.optim.AdamW.step, []
+    monkeypatch.setattr(torch.optim.AdamW, "step", broken)
+    common = [*backbones(), *data, *QUICK, "--max_steps", "4", "--save_strategy", "no", "--output_dir", str(out)]
+    with pytest.raises(RuntimeError, match="in step 2"):
+        train_pretrain.main(common)
+    assert not list(out.glob("checkpoint-*"))
+
+
 def test_what_the_trainer_refuses_is_one_line(backbones, data, tmp_path, capsys):
     (tmp_path / "file").write_text("")
     for told, out in ((["--fsdp", "full_shard"], "out"), (["--push_to_hub", "True"], "out"), ([], "file")):

@@ -88,11 +88,12 @@ class Stop(TrainerCallback):
         self.trainer = trainer
         self.heard = 0  # the signal that this process got, by number
         self._agreed = 0  # the signal that all know of
+        self.is_moving = False  # the weights are between two steps
 
     @contextlib.contextmanager
     def listening(self) -> Iterator[None]:
         """Note signals in the block; one that nothing came of goes to whoever heard them before."""
-        self.heard = self._agreed = 0
+        self.heard, self._agreed, self.is_moving = 0, 0, False
 
         def note(number, frame):
             self.heard = self.heard or number
@@ -143,8 +144,13 @@ class Stop(TrainerCallback):
         """See whether the run before came to its last evaluation."""
         self.trainer.note_late(is_evaluation_missing(args, state))
 
+    def on_pre_optimizer_step(self, args, state, control, **kwargs):
+        """From here on the weights are those of no step."""
+        self.is_moving = True
+
     def on_step_end(self, args, state, control, **kwargs):
         """Have a step that is the last for now logged and saved; what would be evaluated is when the run goes on."""
+        self.is_moving = False
         if args.world_size == 1:
             self.all_heard(self.heard)
         if self._agreed:

@@ -374,7 +374,8 @@ class VLMTrainer(PublishingTrainer):
             its folder; `None` where nothing new was learned, or where other processes would have to write theirs too.
         """
         step, place = self.state.global_step, self._place
-        if self.args.world_size > 1 or self.guard.stopped or step <= self._resumed_at or place.exists():
+        is_good = not (self.guard.stopped or self.stop.is_moving)
+        if self.args.world_size > 1 or not is_good or step <= self._resumed_at or place.exists():
             return None
         self._save_checkpoint(self.model, trial=None)
         return place
