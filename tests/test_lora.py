@@ -296,6 +296,7 @@ def learned(run):
 EXACT = ["--optim", "sgd", "--learning_rate", "1", "--train_sampling_strategy", "sequential"]
 
 
+@pytest.mark.slow
 def test_savings_and_checkpointing_change_nothing_of_what_adapters_learn(folders, source, tmp_path):
     settings = source + QUICK + first_settings(folders, "siglip-llama") + EXACT
     settings += ["--max_steps", "3", "--save_strategy", "no"]

@@ -79,7 +79,9 @@ def quantised_parts(model):
     }
 
 
-@pytest.mark.parametrize("bits, kind", [("4bit", "llama"), ("8bit", "llama"), ("4bit", "gpt2")])
+@pytest.mark.parametrize(
+    "bits, kind", [("4bit", "llama"), pytest.param("8bit", "llama", marks=pytest.mark.slow), ("4bit", "gpt2")]
+)
 def test_the_language_model_alone_is_in_few_bits_and_all_else_is_whole(
     backbones, source, tmp_path, bits, kind, monkeypatch, capsys
 ):
