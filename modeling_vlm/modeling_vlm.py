@@ -6,33 +6,26 @@
 checkpoint, so it imports torch and transformers only.
 """
 
-import os
 from collections.abc import Sequence
 from contextlib import nullcontext
 
 import torch
 from torch import nn
 from transformers import AutoModel, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
-from transformers import initialization as init
 from transformers.modeling_outputs import BaseModelOutputWithPooling, ModelOutput
 from transformers.utils import can_return_tuple, logging, torch_compilable_check
-from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from .adapters_vlm import find_adapter, from_adapter, is_adapted, save_adapter
 from .attention_vlm import Segment, attending, readers_of, row_of
-from .backbones_vlm import CACHE, BackboneKwargs, learned_positions, leave_out_image_parts, scale_logits
+from .backbones_vlm import CACHE, BackboneKwargs, learned_positions, scale_logits
 from .compose_vlm import check_positions, check_room, compose, count_visual_tokens, fit_vision_tower
-from .configuration_vlm import VLMConfig
 from .generation_vlm import VLMGenerationMixin, savable
-from .loading_vlm import take_saved_weights
 from .loss_vlm import IGNORE, balance_loss, keep_positions, loss_in_parts, mean_loss, targets_of, zero_of
 from .model_error_vlm import DuetError
 from .outputs_vlm import VLMCausalLMOutputWithPast, VLMModelOutputWithPast
-from .own_projector_vlm import trusting
-from .projector_vlm import Resampler, build_projector, select_features
+from .pretrained_vlm import VLMPreTrainedModel
+from .projector_vlm import build_projector, select_features
 from .views_vlm import in_one_row, join_views, put_in_place
 from .vision_vlm import (
-    VLMVisionPair,
     blank_image,
     build_vision_tower,
     forward_names,
@@ -43,90 +36,6 @@ from .vision_vlm import (
 
 
 logger = logging.get_logger(__name__)
-
-
-class VLMPreTrainedModel(PreTrainedModel):
-    """Flags that both models share. They are optimistic: each backbone checks and refuses what it cannot do."""
-
-    config_class = VLMConfig
-    base_model_prefix = "model"
-    input_modalities = ("image", "text")
-    supports_gradient_checkpointing = True
-    _skip_keys_device_placement = [CACHE]
-    _supports_flash_attn = True
-    _supports_sdpa = True
-    _supports_flex_attn = True
-    _supports_attention_backend = True
-    _can_compile_fullgraph = True
-
-    def __init__(self, config: PreTrainedConfig, *args, **kwargs):
-        super().__init__(config, *args, **kwargs)
-        self.register_load_state_dict_pre_hook(take_saved_weights)
-
-    @classmethod
-    def from_pretrained(
-        cls,
-        pretrained_model_name_or_path: str | os.PathLike | None = None,
-        *args,
-        trust_remote_code: bool | None = None,
-        quantization_config: QuantizationConfigMixin | dict | None = None,
-        merge_adapter: bool = False,
-        **kwargs,
-    ) -> PreTrainedModel:
-        """
-        The library's, with care for three things.
-
-        Args:
-            pretrained_model_name_or_path: folder or repository of a model, or of an adapter, whose base comes with it.
-            trust_remote_code: whether a projector class that comes with the checkpoint may be run.
-            quantization_config: where it does not say what is left whole, vision tower, projector and head are, and it
-                is saved so; the library would quantise the first two.
-            merge_adapter: of an adapter, give a plain model that computes the same.
-        """
-        if (adapter := find_adapter(pretrained_model_name_or_path, kwargs)) is not None:
-            how = {"quantization_config": quantization_config, "trust_remote_code": trust_remote_code}
-            return from_adapter(cls, adapter, *args, merge=merge_adapter, **how, **kwargs)
-        if quantization_config is not None:
-            quantization_config = leave_out_image_parts(quantization_config)
-        with trusting(trust_remote_code, **kwargs):
-            return super().from_pretrained(
-                pretrained_model_name_or_path, *args, quantization_config=quantization_config, **kwargs
-            )
-
-    def save_pretrained(self, save_directory: str | os.PathLike, *args, **kwargs):
-        """
-        See `PreTrainedModel.save_pretrained`; of a model with adapters what it has learned, without its base.
-
-        One whose weights are cut over processes is saved as what it is.
-        """
-        made, own = type(self), next(kind for kind in type(self).__mro__ if not kind.__module__.startswith("torch."))
-        self.__class__ = own  # `fully_shard` makes a class of its own, whose code would be saved in place of this
-        if self.config.tie_word_embeddings and (state := kwargs.get("state_dict")) is not None:
-            # Weights that were gathered one by one no longer show that they are one.
-            kwargs["state_dict"] = {name: state[name] for name in state if name not in (self._tied_weights_keys or ())}
-        try:
-            if is_adapted(self):
-                save_adapter(self, save_directory, kwargs.get("state_dict"))
-            else:
-                super().save_pretrained(save_directory, *args, **kwargs)
-        finally:
-            self.__class__ = made
-
-    def initialize_weights(self):
-        # The backbones by the library's own rule: in code that is not its own it passes over modules without tensors,
-        # and some of these set buffers of their parts that no checkpoint holds (Falcon-H1).
-        for module in self.modules():
-            if isinstance(module, PreTrainedModel) and not isinstance(module, (VLMPreTrainedModel, VLMVisionPair)):
-                module.initialize_weights()
-        super().initialize_weights()
-
-    @torch.no_grad()
-    def _init_weights(self, module: nn.Module):
-        super()._init_weights(module)
-        if isinstance(module, Resampler):
-            init.normal_(module.queries, std=0.02)
-        elif isinstance(module, VLMModel) and module.image_newline is not None:
-            init.normal_(module.image_newline, std=0.02)
 
 
 class VLMModel(VLMPreTrainedModel):

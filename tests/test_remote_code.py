@@ -25,8 +25,8 @@ ROOT = Path(__file__).parents[1]
 SHIPPED = sorted(file.name for package in ("modeling_vlm", "processing") for file in (ROOT / package).glob("*_vlm.py"))
 # What belongs to a run that can be resumed, not to the model.
 OF_TRAINING = {
-    "optimizer.pt", "scheduler.pt", "trainer_state.json", "rng_state.pth", "training_args.bin", "data_account_0.json",
-    "checkpoint_manifest.json", "data_order.json",
+    "optimizer.pt", "scheduler.pt", "trainer_state.json", "rng_state.pth", "data_account_0.json",
+    "checkpoint_manifest.json", "data_order.json", "run.json", "tuning.json",
 }  # fmt: skip
 KINDS = ["composed", "cut", "loaded", "checkpoint-1", "checkpoint-2", "end_of_training"]
 AUTO_CLASSES = ["AutoModel", "AutoModelForImageTextToText", "AutoModelForCausalLM", "AutoModelForMultimodalLM"]
