@@ -98,13 +98,17 @@ class Guard(TrainerCallback):
         named = "; ".join(rows[:ROWS_NAMED]) + (f" and {len(rows) - ROWS_NAMED} more" if len(rows) > ROWS_NAMED else "")
         raise DuetError(
             f"{what} at step {trainer.state.global_step + 1}{f' (learned there: {named})' if named else ''}; nothing "
-            f"was saved of it, and {self._last_good()}. Choose a smaller learning_rate (it is {args.learning_rate:g}) "
-            "or float32, or look at these rows."
+            f"was saved of it, and {self._last_good()}, or look at these rows."
         )
 
     def _last_good(self):
-        good = newest_whole(self.trainer.run_folder)
-        return "no checkpoint was saved before" if good is None else f"{good} is the last good checkpoint"
+        """What there is to go on from, and with what."""
+        rate = self.trainer.args.learning_rate
+        remedy = f"Choose a smaller learning_rate (it is {rate:g}) or float32"
+        if (good := newest_whole(self.trainer.run_folder)) is None:
+            return f"no checkpoint was saved before. {remedy}"
+        # A resumed run keeps its rate.
+        return f"{good} is the last good checkpoint. {remedy} in a new run from its model, --model {good}"
 
     def check_weights(self) -> None:
         """
@@ -126,8 +130,7 @@ class Guard(TrainerCallback):
             self.stopped = True
             raise DuetError(
                 f"the weights are no longer finite after step {trainer.state.global_step} ({found[0]}); they are not "
-                f"saved, and {self._last_good()}. Choose a smaller learning_rate (it is "
-                f"{trainer.args.learning_rate:g}) or float32."
+                f"saved, and {self._last_good()}."
             )
 
     def on_step_end(self, args, state, control, **kwargs):
