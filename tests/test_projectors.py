@@ -880,7 +880,7 @@ def test_scripts_trust_folders_and_ask_for_consent_to_the_hubs_code(tmp_path, mo
     for name, arguments, trusted in (
         (str(tmp_path), [], True), ("me/own", [], False), ("me/own", ["--trust_remote_code"], True)
     ):  # fmt: skip
-        load._load_composed(parsed("--model", name, *arguments), torch.float32)
+        load._load_composed(parsed("--model", name, *arguments), torch.float32, merge=False)
         assert asked["trust_remote_code"] is trusted
 
 

@@ -157,11 +157,14 @@ def test_workers_that_are_told_to_stop_go_on_reading(run, tmp_path):
     """A scheduler tells all processes of a machine; without workers, the step would have no batch."""
     settings = dict(dataloader_num_workers=2, eval_strategy="no", save_strategy="no")
     trainer, told = run(tmp_path / "told", **settings), []
-    stock = trainer.training_step
+    stock, others = trainer.training_step, {process.pid for process in multiprocessing.active_children()}
+
+    def workers():
+        return [process for process in multiprocessing.active_children() if process.pid not in others]
 
     def training_step(*args, **kwargs):
         # At the other steps one of the two may not have begun.
-        for worker in multiprocessing.active_children() if trainer.state.global_step in (1, 2, 3) else ():
+        for worker in workers() if trainer.state.global_step in (1, 2, 3) else ():
             for number in (signal.SIGTERM, signal.SIGUSR1):
                 os.kill(worker.pid, number)
                 told.append(worker.pid)
@@ -172,7 +175,9 @@ def test_workers_that_are_told_to_stop_go_on_reading(run, tmp_path):
     quiet = run(tmp_path / "quiet", **settings)
     quiet.train()
     assert len(set(told)) >= 2 and trainer.state.global_step == 5 and same(weights(trainer), weights(quiet))
-    assert not multiprocessing.active_children()
+    for worker in workers():
+        worker.join(10)
+    assert not workers()
 
 
 def test_a_run_outside_of_the_main_thread_is_left_alone(run, tmp_path):
