@@ -108,6 +108,7 @@ def test_the_ladder_is_a_picture_with_a_bar_for_each_runner(measured, modules, t
     assert shapes.count("rect") == 1 + len(measured["runners"])
 
 
+@pytest.mark.slow
 def test_the_benchmark_of_a_gpu_runs_without_the_package_datasets(tmp_path):
     command = [sys.executable, "-c", WITHOUT_DATASETS, BENCHMARKS, tmp_path]
     done = subprocess.run(command, env=ENVIRONMENT, capture_output=True, text=True, check=False)

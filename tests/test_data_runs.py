@@ -298,6 +298,7 @@ def test_what_is_cut_is_counted(backbones, tmp_path):
         assert report["length percentiles"]["100 %"] <= 80
 
 
+@pytest.mark.slow
 def test_several_processes_with_workers_share_a_stream(backbones, tmp_path):
     """Half of the rows miss their image: as many are dropped as are named, so none was seen twice or by nobody."""
     for shard in range(4):

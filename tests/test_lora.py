@@ -361,6 +361,7 @@ def test_two_processes_learn_the_adapters_that_one_does(folders, source, tmp_pat
         assert (two / "base").is_dir() and (two / "checkpoint-2" / "adapter_model.safetensors").is_file()
 
 
+@pytest.mark.slow
 def test_the_estimate_knows_adapters_and_few_bits(first, source, folders, capsys):
     def weights(*how):
         estimate(source + ["--output_dir", "none", "--bf16", "False", *how])

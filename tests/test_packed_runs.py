@@ -97,6 +97,7 @@ made.accelerator.end_training()
 """
 
 
+@pytest.mark.slow
 def test_two_processes_evaluate_and_train_as_one_whatever_is_dropped_in_one_of_them(tmp_path):
     tiny.save_vit(tmp_path / "vision")
     tiny.save_gpt2(tmp_path / "text")
