@@ -204,7 +204,7 @@ def nice_ticks(low: float, high: float, whole: bool = False) -> list[float]:
 
 def _shown(value: float, step: float | None = None) -> str:
     """A number as short as it can be read; with as many places as tell it from one that is `step` away."""
-    if step is not None and 1e-4 < step < abs(value) < 1e5:
+    if step is not None and 1e-4 < step <= abs(value) * (1 + 1e-9) < 1e5:
         places = len(f"{step:.6f}".rstrip("0").partition(".")[2])
         return f"{value:,.{places}f}"
     if value == 0 or 1e-3 <= abs(value) < 1e5:
