@@ -169,12 +169,18 @@ def named_metrics(asked: str) -> list[Metric]:
     return metrics
 
 
+_TAKEN = {"loss", "runtime", "samples_per_second", "steps_per_second", "model_preparation_time"}
+"""What the Trainer logs of an evaluation."""
+
+
 def _own_metric(named: str) -> Metric:
     """A function of the user's own; see docs/evaluation.md."""
     path, _, name = named.rpartition(":")
     file = Path(path).expanduser()
     if not path or file.suffix != ".py" or not name.isidentifier():
         raise DuetError(f"metrics has {named!r}; expected {', '.join(METRICS)}, or FILE.py:FUNCTION.")
+    if name in _TAKEN:
+        raise DuetError(f"metrics={named!r}: the log has another eval_{name}; give the function another name.")
     if not file.is_file():
         raise NotFound(f"metrics={named!r}: there is no file {file}; expected FILE.py:FUNCTION.")
     spec = importlib.util.spec_from_file_location(file.stem, file)
@@ -201,7 +207,7 @@ def _own_metric(named: str) -> Metric:
             raise DuetError(f"metrics={named!r} failed on {len(predictions):,} predictions: {reason}") from error
         return _own_scores(named, found, len(predictions))
 
-    return Metric(name, score, "an answer", _any)
+    return Metric(name, score, "an answer", _any, shown=".3g")
 
 
 def _own_scores(named: str, found: Any, count: int) -> Scores:
@@ -209,7 +215,7 @@ def _own_scores(named: str, found: Any, count: int) -> Scores:
     try:
         if isinstance(found, Scores):
             return found
-        if not isinstance(found, (str, dict)) and hasattr(found, "__len__"):
+        if not isinstance(found, (str, dict)) and hasattr(found, "__len__") and getattr(found, "ndim", 1):
             each = [float(score) for score in found]
             if len(each) == count and all(map(math.isfinite, each)):
                 return Scores(sum(each) / count, list(each))
@@ -217,7 +223,7 @@ def _own_scores(named: str, found: Any, count: int) -> Scores:
             return Scores(value)
     except (TypeError, ValueError):
         pass
-    size = f" of {len(found)}" if hasattr(found, "__len__") else ""
+    size = f" of {len(found)}" if hasattr(found, "__len__") and getattr(found, "ndim", 1) else ""
     raise DuetError(
         f"metrics={named!r} returned a {type(found).__name__}{size}; expected a finite number, or a list with one for "
         f"each of the {count:,} predictions."

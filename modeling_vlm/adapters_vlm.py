@@ -253,7 +253,8 @@ def save_adapter(model: PreTrainedModel, folder: str | Path, state_dict: dict[st
     config = copy.copy(config)
     base = Path(config.base_model_name_or_path or BASE)
     if base.is_absolute() and base.is_dir():  # of an adapter that was loaded: whoever has the folder has all of it
-        shutil.copytree(base, Path(folder) / BASE, dirs_exist_ok=True)
+        if base.resolve() != (there := (Path(folder) / BASE).resolve()):
+            shutil.copytree(base, there, dirs_exist_ok=True)
         config.base_model_name_or_path = BASE
     config.inference_mode = True
     config.save_pretrained(str(folder))

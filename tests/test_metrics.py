@@ -2,6 +2,7 @@
 
 import importlib.util
 import itertools
+import math
 import random
 import shutil
 
@@ -331,6 +332,7 @@ def test_a_function_of_ones_own_is_a_metric(tmp_path):
         ("short", "returned a list of 1; expected a finite number"),
         ("infinite", "returned a list of 2; expected a finite number"),
         ("broken", "failed on 2 predictions: ZeroDivisionError: division by zero"),
+        ("loss", "the log has another eval_loss; give the function another name"),
         ("missing", "has no function missing; it has length, one, text, short, infinite, broken"),
     ],
 )
@@ -340,6 +342,19 @@ def test_what_is_wrong_with_a_function_of_ones_own_is_one_line(tmp_path, name, l
     with pytest.raises(DuetError) as error:
         judge([*map(Prediction, [asked("a"), asked("b")], "ab")], named_metrics(f"{file}:{name}"))
     assert line in str(error.value) and "\n" not in str(error.value)
+
+
+def test_no_choice_is_the_models_where_none_has_room():
+    question = asked("A")._replace(choices=("A", "B"))
+    found = METRICS["multiple_choice"].score([Prediction(question, "", (-math.inf, -math.inf))])
+    assert found.value == 0.0
+
+
+def test_a_number_in_a_tensor_is_a_number(tmp_path):
+    file = tmp_path / "mine.py"
+    file.write_text("import torch\n\ndef mean(predictions):\n    return torch.tensor(12.5)\n")
+    found = judge([Prediction(asked("a"), "a")], named_metrics(f"{file}:mean"))
+    assert found.values == {"mean": 12.5} and "12.5" in found.report() and "%" not in found.report()
 
 
 def test_a_file_of_ones_own_that_cannot_be_read_is_one_line(tmp_path):

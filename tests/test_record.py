@@ -97,6 +97,16 @@ def test_other_data_are_refused_unless_that_is_said(begun, capsys, tmp_path, dia
     assert (tmp_path / "out" / "checkpoint-2").is_dir()
 
 
+def test_other_data_of_a_stream_are_refused_too(begun, capsys, tmp_path, dialogues):  # noqa: F811
+    _, command = begun
+    command = [*command, "--streaming", "--max_steps", "1"]
+    train_sft.main([*command, "--output_dir", str(tmp_path / "out")])
+    rows = Path(dialogues[1]).read_text().replace("what is it?", "what is that?")
+    (tmp_path / "rows.jsonl").write_text(rows)
+    others = [str(tmp_path / "rows.jsonl") if argument == dialogues[1] else argument for argument in command]
+    assert "its data began with another row" in refused(capsys, others, tmp_path / "out")
+
+
 def test_another_stage_is_refused(begun, capsys):
     folder, command = begun
     line = refused(capsys, command, folder / "out", train_pretrain)

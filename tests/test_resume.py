@@ -169,6 +169,15 @@ def test_rotation_keeps_the_newest_and_the_best(run, tmp_path):
     assert same(weights(trainer), {name: parameter.detach() for name, parameter in saved.named_parameters()})
 
 
+def test_the_end_of_a_run_removes_nothing_that_rotation_keeps(run, tmp_path):
+    (tmp_path / "checkpoint-3-of-mine").mkdir()
+    best_first = dict(eval_strategy="steps", eval_steps=2, metric_for_best_model="loss", greater_is_better=True)
+    trainer = run(tmp_path, save_total_limit=1, max_steps=8, **best_first)
+    trainer.train()
+    best = os.path.basename(trainer.state.best_model_checkpoint)
+    assert names(tmp_path) == sorted({"checkpoint-3-of-mine", "checkpoint-8", best})
+
+
 def test_rotation_removes_the_oldest(run, tmp_path):
     run(tmp_path, save_total_limit=1).train()
     assert names(tmp_path) == ["checkpoint-6"]

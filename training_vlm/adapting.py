@@ -120,14 +120,16 @@ def begun_with(arguments: Arguments) -> ModelArguments:
     if args.resume_from_checkpoint is None:
         return model_args
     checkpoint, sides = Path(args.resume_from_checkpoint), sides_of(arguments.tuning)
-    if bool(sides) != (checkpoint / CONFIG).is_file():
-        found, asked = ("an adapter", "learns whole weights") if not sides else ("a whole model", "learns adapters")
+    goes_on = not arguments.tuning.merge_first and adapter_named(model_args) is not None
+    adapts = bool(sides) or goes_on  # with an adapter that is held as it is
+    if adapts != (checkpoint / CONFIG).is_file():
+        found, asked = ("an adapter", "learns whole weights") if not adapts else ("a whole model", "learns adapters")
         raise DuetError(
             f"{checkpoint} holds {found}, and this run {asked}; go on with the tune_vision and tune_text that it began "
             "with."
         )
     base = Path(args.output_dir or "", BASE)
-    if not sides or fault(base) is not None:
+    if not adapts or fault(base) is not None:
         return model_args
     if _source_of(base)["sha256"] != _source(arguments):
         raise DuetError(
@@ -217,6 +219,8 @@ def sketched(model: VLMForConditionalGeneration, arguments: Arguments) -> Any:
 def _repository(model_args: ModelArguments, adapter: Adapter | None) -> tuple[str | None, str | None]:
     """The repository that is the base itself, and its commit."""
     name, asked = (model_args.model, model_args.model_revision)
+    if adapter is None and adapter_named(model_args) is not None:  # which was merged into its base
+        return None, None
     if adapter is not None:
         name, asked = adapter.base, adapter.base_hub.get("revision")
         if adapter.base_hub.get("subfolder"):  # pushed with its adapter

@@ -1,5 +1,6 @@
 """Short answers, compared with those that people gave."""
 
+import math
 import re
 from collections.abc import Sequence
 
@@ -105,12 +106,13 @@ def multiple_choice(predictions: Sequence[Prediction]) -> Scores:
     """
     The share of questions whose right choice is the one that the model finds likeliest (see `weighing`).
 
-    A question that fills all positions of the model has none.
+    Where no choice has room beside its question, none is right.
     """
     each = []
     for question, _, likelihoods in predictions:
         best = max(range(len(likelihoods)), key=likelihoods.__getitem__) if likelihoods else None
-        each.append(float(best is not None and question.is_right(question.choices[best])))
+        has_room = best is not None and math.isfinite(likelihoods[best])
+        each.append(float(has_room and question.is_right(question.choices[best])))
     return mean_scores(each)
 
 

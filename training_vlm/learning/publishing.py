@@ -98,8 +98,8 @@ def push(files: Files, repository: str, message: str, under: str = "", **where: 
     try:
         if not under:
             there = _HUB.list_repo_files(repository, **where)
-            stale = [name for name in there if any(fnmatch(name, kind) for kind in _REPLACED) and name not in files]
-            operations += [CommitOperationDelete(name) for name in stale]
+            stale = [name for name in there if "/" not in name and any(fnmatch(name, kind) for kind in _REPLACED)]
+            operations += [CommitOperationDelete(name) for name in stale if name not in files]
         return _HUB.create_commit(repository, operations, commit_message=message, **where)
     except (HfHubHTTPError, httpx.HTTPError, OSError, ValueError, RuntimeError) as error:
         raise DuetError(f"the push to {repository} failed: {in_a_line(error, 400)}") from error
@@ -118,6 +118,7 @@ class PublishingTrainer(Trainer):
         self._beside: Path | None = None  # where a checkpoint is being written
         self._model_files: list[str] = []  # what the last save of the model wrote
         self._pushed: list[tuple[Path, Future]] = []  # the checkpoints whose push may still go on
+        self._base_on_its_way: set[Future] = set()  # pushes that have the base of adapters with them
         self._base_is_there = False  # in the repository, beside the adapters that need it
         super().__init__(*args, **kwargs)
 
@@ -200,7 +201,10 @@ class PublishingTrainer(Trainer):
             under = place.name if strategy == HubStrategy.ALL_CHECKPOINTS else "last-checkpoint"
             pushes.append((files_of_checkpoint(place), f"{message}, checkpoint", under))
         for content, told, under in pushes:
-            self._pushed.append((place, push_in_background(content, self.repository, told, under, **where)))
+            job = push_in_background(content, self.repository, told, under, **where)
+            self._pushed.append((place, job))
+            if any(name.startswith(f"{BASE}/") for name in content):
+                self._base_on_its_way.add(job)
         self.push_in_progress = PushInProgress([job for _, job in self._pushed])
 
     def _with_base(self, files):
@@ -216,7 +220,7 @@ class PublishingTrainer(Trainer):
         done = [job for _, job in self._pushed if job.done()]
         self._pushed = [(place, job) for place, job in self._pushed if job not in done]
         failed = [job.exception() for job in done]
-        self._base_is_there |= None in failed
+        self._base_is_there |= any(job in self._base_on_its_way and job.exception() is None for job in done)
         for error in filter(None, failed):
             print(f"checkpoints: {error}", flush=True)
 

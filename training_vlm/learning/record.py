@@ -65,7 +65,7 @@ def _weights(tensors: Iterable[torch.Tensor | None]) -> int:
 def _data(dataset) -> Iterator[int]:
     """A digest of the first row of each source, its images left out."""
     for source in getattr(dataset, "sources", [dataset]):
-        rows = getattr(source, "rows", None)
+        rows = source[0] if isinstance(source, tuple) else getattr(source, "rows", None)  # of a stream, or not
         if rows is not None and not hasattr(rows, "__len__"):  # a stream
             row: Any = next(iter(rows.take(1)), None)
         else:

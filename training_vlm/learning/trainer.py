@@ -13,7 +13,7 @@ waiting. A run that is resumed at its end takes no further step, and one whose d
 that is told to stop saves what it has learned. An evaluation changes nothing that is random afterwards, and may ask the
 model questions. What goes to the Hub is another class's, see `publishing.py`.
 
-Eight of the Trainer's private methods are overridden, each with its reason beside it; they are the last of the class.
+Nine of the Trainer's private methods are overridden, here and in `publishing.py`, each with its reason beside it.
 """
 
 import copy
@@ -511,6 +511,14 @@ class VLMTrainer(PublishingTrainer):
         if is_best and self.args.save_strategy == SaveStrategy.BEST:
             self._save_checkpoint(self.model, None)
 
+    def _finalize_training(self, *args, **kwargs):
+        # The stock method removes whatever is named like a checkpoint but the best one, where one may be left.
+        limit, self.args.save_total_limit = self.args.save_total_limit, None
+        try:
+            return super()._finalize_training(*args, **kwargs)
+        finally:
+            self.args.save_total_limit = limit
+
     @spent_on(SAVING)
     def _save_checkpoint(self, model, trial):
         # The stock method writes in place, where a kill leaves half a checkpoint for the next resume to take.
@@ -542,6 +550,7 @@ class VLMTrainer(PublishingTrainer):
         beside = self._beside / place.name
         try:
             super()._save_checkpoint(model, trial)
+            beside.mkdir(parents=True, exist_ok=True)  # another process may not have come to it
             save_account(self.account, beside, self.args.process_index)
         except Exception as failure:
             error = failure

@@ -153,6 +153,10 @@ def apply_tuning(
     Raises:
         DuetError: another word, or more blocks than there are.
     """
+    if "lora" in (vision, text):
+        raise DuetError(
+            "adapters are put into a model by peft, see examples/lora.py; expected frozen, full, or last:N."
+        )
     make_plan(model, TuningArguments(vision, "full", text, freeze_embeddings)).apply(model)
 
 
