@@ -212,6 +212,15 @@ def test_a_run_with_another_policy_or_model_does_not_go_on(first, source, folder
     assert error.startswith("error: ") and said in error
 
 
+def test_a_run_that_holds_an_adapter_as_it_is_goes_on(first, source, tmp_path):
+    out = tmp_path / "held"
+    held = ["--model", str(first), "--tune_text", "frozen", "--tune_vision", "frozen", "--output_dir", str(out)]
+    for steps in ("1", "2"):
+        train_sft.main(source + QUICK + held + ["--max_steps", steps, "--resume_from_checkpoint", "auto"])
+    before, after = (load_file(run / "adapter_model.safetensors") for run in (first, out / "checkpoint-2"))
+    assert {name for name in before if torch.equal(before[name], after[name])} == {n for n in before if "lora" in n}
+
+
 def test_the_next_run_goes_on_with_the_adapter_or_with_what_it_merges_to(first, source, tmp_path):
     train_sft.main(source + QUICK + ["--model", str(first), "--max_steps", "1", "--output_dir", str(tmp_path / "on")])
     assert {path.name for path in (tmp_path / "on").iterdir()} >= {"base", "adapter_model.safetensors"}
