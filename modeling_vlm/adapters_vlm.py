@@ -102,7 +102,9 @@ def base_of(name: str, hub: dict[str, Any]) -> tuple[str, dict[str, Any]]:
             return name, {"subfolder": BASE, "revision": hub.get("revision")}
         return named, {"revision": settings.get("revision")}
     folder = Path(name).resolve()
-    for place in (folder / named, folder / BASE, folder.parent / BASE):
+    is_aside = folder.parent.name.startswith(("_set_aside-", "_overwritten-"))  # of a run's output folder
+    aside = [folder.parent.parent / BASE] * is_aside
+    for place in (folder / named, folder / BASE, folder.parent / BASE, *aside):
         if (place / "config.json").is_file():
             return str(place), {}
     if named.count("/") == 1 and not named.startswith(("/", ".")):

@@ -212,6 +212,15 @@ def test_a_run_with_another_policy_or_model_does_not_go_on(first, source, folder
     assert error.startswith("error: ") and said in error
 
 
+def test_a_checkpoint_that_was_set_aside_has_its_base(first, tmp_path):
+    moved = tmp_path / "run" / "_set_aside-1" / "checkpoint-2"
+    shutil.copytree(first / "base", tmp_path / "run" / "base")
+    shutil.copytree(first / "checkpoint-2", moved)
+    inputs = batch_of(VLMProcessor.from_pretrained(first))
+    found = [VLMForConditionalGeneration.from_pretrained(folder) for folder in (first / "checkpoint-2", moved)]
+    assert torch.equal(*(logits_of(model, inputs) for model in found))
+
+
 def test_a_run_that_holds_an_adapter_as_it_is_goes_on(first, source, tmp_path):
     out = tmp_path / "held"
     held = ["--model", str(first), "--tune_text", "frozen", "--tune_vision", "frozen", "--output_dir", str(out)]

@@ -85,8 +85,8 @@ def test_a_stage_on_cached_features_saves_and_says_what_it_does_without(backbone
     }.items():
         capsys.readouterr()
         train_sft.main([
-            "--model", aligned, *source("dialogues"), *QUICK, "--eval_split", "train[:4]", "--test_split", "train[:3]",
-            *options, "--output_dir", str(tmp_path / name),
+            "--model", aligned, *source("dialogues"), *QUICK, "--train_split", "train[3:]",
+            "--eval_split", "train[3:7]", "--test_split", "train[:3]", *options, "--output_dir", str(tmp_path / name),
         ])  # fmt: skip
         results = json.loads((tmp_path / name / "all_results.json").read_text())
         losses = [results[key] for key in ("train_loss", "eval_loss")]

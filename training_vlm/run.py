@@ -172,8 +172,7 @@ def build_trainer(
     if originals.is_holding and (trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled):
         raise DuetError("--frozen_dtype: FSDP and DeepSpeed hold and save the weights themselves; leave it out.")
     if (folder := arguments.efficiency.cache_vision_features) is not None:
-        asked = test if arguments.evaluation.predict_with_generate else None
-        train_on_features(trainer, [train, evaluation, asked], folder, originals)
+        train_on_features(trainer, [train, evaluation, test], folder, originals)
     trainer.add_callback(originals)
     savings = choose_savings(arguments.efficiency, trainer, probe)
     trainer.savings = savings._replace(is_cached=collator.features is not None)
