@@ -212,10 +212,11 @@ def _own_metric(named: str) -> Metric:
 
 def _own_scores(named: str, found: Any, count: int) -> Scores:
     """What a function of the user's own gave, a number or a number for each prediction, as scores."""
+    is_number = hasattr(found, "ndim") and found.ndim == 0  # in a tensor or an array
     try:
         if isinstance(found, Scores):
             return found
-        if not isinstance(found, (str, dict)) and hasattr(found, "__len__") and getattr(found, "ndim", 1):
+        if not isinstance(found, (str, dict)) and hasattr(found, "__len__") and not is_number:
             each = [float(score) for score in found]
             if len(each) == count and all(map(math.isfinite, each)):
                 return Scores(sum(each) / count, list(each))
@@ -223,7 +224,7 @@ def _own_scores(named: str, found: Any, count: int) -> Scores:
             return Scores(value)
     except (TypeError, ValueError):
         pass
-    size = f" of {len(found)}" if hasattr(found, "__len__") and getattr(found, "ndim", 1) else ""
+    size = f" of {len(found)}" if hasattr(found, "__len__") and not is_number else ""
     raise DuetError(
         f"metrics={named!r} returned a {type(found).__name__}{size}; expected a finite number, or a list with one for "
         f"each of the {count:,} predictions."

@@ -110,9 +110,10 @@ def multiple_choice(predictions: Sequence[Prediction]) -> Scores:
     """
     each = []
     for question, _, likelihoods in predictions:
-        best = max(range(len(likelihoods)), key=likelihoods.__getitem__) if likelihoods else None
-        has_room = best is not None and math.isfinite(likelihoods[best])
-        each.append(float(has_room and question.is_right(question.choices[best])))
+        is_right = False
+        if likelihoods and math.isfinite(likeliest := max(likelihoods)):
+            is_right = question.is_right(question.choices[likelihoods.index(likeliest)])
+        each.append(float(is_right))
     return mean_scores(each)
 
 
