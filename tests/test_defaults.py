@@ -9,11 +9,11 @@ from transformers import CLIPVisionConfig, CLIPVisionModel, ViTConfig
 import train_pretrain
 import train_sft
 from modeling_vlm import VLMForConditionalGeneration
-from training_vlm.arguments import VLMTrainingArguments
 from training_vlm.defaults import default_layer, rate_of_language_model
 from training_vlm.load import choose_what_learns
 from training_vlm.settings import parse_arguments
 from training_vlm.stages import PRETRAIN, SFT
+from training_vlm.training_arguments import VLMTrainingArguments
 
 
 NEW = ["--vision_model", "vision", "--text_model", "text"]

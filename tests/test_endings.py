@@ -341,7 +341,7 @@ def test_a_model_that_was_there_before_stays_until_the_new_one_is_whole(composed
     model.save_pretrained(tmp_path, max_shard_size="50kB")
     before = {path.name: path.read_bytes() for path in tmp_path.iterdir() if path.is_file()}
     assert "model.safetensors.index.json" in before
-    from training_vlm.arguments import VLMTrainingArguments
+    from training_vlm.training_arguments import VLMTrainingArguments
 
     args = VLMTrainingArguments(output_dir=str(tmp_path), use_cpu=True, bf16=False, report_to="none")
     trainer = VLMTrainer(model=model, args=args, processing_class=processor)

@@ -25,11 +25,11 @@ from processing.image_files_vlm import ImagePolicy
 from processing.reading.items import Reading
 from tests import tiny
 from tests.test_trainer import SETTINGS, Stream, same, weights
-from training_vlm.arguments import VLMTrainingArguments
 from training_vlm.cache_features import train_on_features
 from training_vlm.learning.originals import Originals, hold_frozen
 from training_vlm.learning.trainer import VLMTrainer
 from training_vlm.learning.tuning import apply_tuning
+from training_vlm.training_arguments import VLMTrainingArguments
 
 
 WAYS = ["vit-gpt2", "siglip-llama", "tiles", "two encoders", "layer -2"]

@@ -239,7 +239,8 @@ def test_a_card_is_one_that_the_hub_takes_and_reads(pushed):
         card = ModelCard(content)
         assert ModelCard(str(card)).data.to_dict() == card.data.to_dict()
         assert card.data.base_model == ["maker/vit", "maker/lm"] and card.data.license == "mit"
-        assert (card.data.pipeline_tag, card.data.library_name) == ("image-text-to-text", "transformers")
+        said = card.data.to_dict()
+        assert (said["pipeline_tag"], said["library_name"]) == ("image-text-to-text", "transformers")
         assert f"stage-{stage}" in card.data.tags and f"Stage {stage} of 2" in content
         assert "| projector |" in content and "| schedule |" in content and "## Limits" in content
         assert f"transformers {__import__('transformers').__version__}" in content

@@ -11,10 +11,10 @@ from tests import tiny
 from tests.test_endings import QUICK, backbones, data  # noqa: F401 (fixtures)
 from tests.test_resume import EVERY, empty, names
 from tests.test_trainer import same, trainer_of, weights
-from training_vlm.arguments import VLMTrainingArguments
 from training_vlm.learning.checkpoints import MANIFEST, fault, find_checkpoint, numbered
 from training_vlm.learning.lineage import leave_behind, note_run, read_run
 from training_vlm.run import prepare
+from training_vlm.training_arguments import VLMTrainingArguments
 
 
 @pytest.fixture

@@ -15,9 +15,9 @@ from modeling_vlm.backbones_vlm import CACHE
 from processing import VLMDataCollator, VLMProcessor
 from processing.batching.encoding import IGNORE, encode_caption
 from tests import matrix, tiny
-from training_vlm.arguments import VLMTrainingArguments
 from training_vlm.learning.trainer import VLMTrainer
 from training_vlm.learning.tuning import apply_tuning
+from training_vlm.training_arguments import VLMTrainingArguments
 
 
 def captions(image):

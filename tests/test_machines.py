@@ -30,7 +30,7 @@ from processing import VLMDataCollator
 from tests import tiny
 from tests.isolated import run_without_package
 from training_vlm import machines
-from training_vlm.arguments import DataArguments, VLMTrainingArguments
+from training_vlm.arguments import DataArguments
 from training_vlm.efficiency import EfficiencyArguments
 from training_vlm.learning.checkpoints import fault
 from training_vlm.learning.sampling import change_of_order, order_of
@@ -39,6 +39,7 @@ from training_vlm.learning.trainer import VLMTrainer
 from training_vlm.learning.tuning import apply_tuning
 from training_vlm.settings import RECIPES, parse_arguments
 from training_vlm.stages import SFT
+from training_vlm.training_arguments import VLMTrainingArguments
 
 
 ROOT = Path(__file__).parents[1]

@@ -35,12 +35,12 @@ from tests.isolated import WITHOUT_PACKAGE
 from tests.test_generation import answers, encode, prompts
 from tests.test_scripts import QUICK, data, refused, source  # noqa: F401  (fixtures)
 from training_vlm import load
-from training_vlm.arguments import VLMTrainingArguments
 from training_vlm.inspect_data.__main__ import main as inspect_data
 from training_vlm.learning.trainer import VLMTrainer
 from training_vlm.learning.tuning import apply_tuning
 from training_vlm.settings import parse_arguments
 from training_vlm.stages import PRETRAIN
+from training_vlm.training_arguments import VLMTrainingArguments
 
 
 ROOT = Path(__file__).parents[1]

@@ -16,9 +16,9 @@ from modeling_vlm import VLMForConditionalGeneration
 from processing import VLMDataCollator, VLMProcessor
 from tests import tiny
 from tests.isolated import run_without_package
-from training_vlm.arguments import VLMTrainingArguments
 from training_vlm.learning.trainer import VLMTrainer
 from training_vlm.learning.tuning import apply_tuning
+from training_vlm.training_arguments import VLMTrainingArguments
 
 
 ROOT = Path(__file__).parents[1]

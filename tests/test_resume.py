@@ -16,7 +16,6 @@ from modeling_vlm import VLMForConditionalGeneration
 from processing.data_error_vlm import DuetError
 from tests import tiny
 from tests.test_trainer import Stream, same, trainer_of, weights
-from training_vlm.arguments import VLMTrainingArguments
 from training_vlm.learning.checkpoints import (
     MANIFEST,
     UNFINISHED,
@@ -28,6 +27,7 @@ from training_vlm.learning.checkpoints import (
     sizes_of,
 )
 from training_vlm.run import prepare
+from training_vlm.training_arguments import VLMTrainingArguments
 
 
 EVERY = dict(save_strategy="steps", save_steps=2, max_steps=6)

@@ -11,10 +11,10 @@ import yaml
 from transformers import TrainingArguments
 
 from processing import DuetError
-from training_vlm.arguments import VLMTrainingArguments
 from training_vlm.run import prepare
 from training_vlm.settings import RECIPES, parse_arguments
 from training_vlm.stages import PRETRAIN, SFT
+from training_vlm.training_arguments import VLMTrainingArguments
 
 
 ROOT = Path(__file__).parents[1]
@@ -139,7 +139,7 @@ def test_numbers_of_a_yaml_are_read_as_on_the_command_line(tmp_path):
 
 def test_every_option_without_effect_is_one_that_the_library_has():
     """Should the library drop one, its line here is dead and goes."""
-    from training_vlm.arguments import _WITHOUT_EFFECT
+    from training_vlm.training_arguments import _WITHOUT_EFFECT
 
     assert _WITHOUT_EFFECT.keys() <= set(TrainingArguments.__dataclass_fields__)
     assert VLMTrainingArguments(output_dir="out", use_cpu=True).use_liger_kernel is False

@@ -15,10 +15,10 @@ from tests import tiny
 from tests.test_endings import QUICK, backbones, data  # noqa: F401 (fixtures)
 from tests.test_resume import losses, names
 from tests.test_trainer import same, trainer_of, weights
-from training_vlm.arguments import VLMTrainingArguments
 from training_vlm.learning.checkpoints import fault, numbered
 from training_vlm.learning.stopping import STOPPED, Stopped, exiting_when_told
 from training_vlm.learning.trainer import VLMTrainer
+from training_vlm.training_arguments import VLMTrainingArguments
 
 
 SETTINGS = dict(eval_strategy="steps", eval_steps=2, save_strategy="steps", save_steps=4, max_steps=5)

@@ -31,7 +31,6 @@ from tests import tiny
 from tests.isolated import run_without_package
 from tests.test_labels import KNOWS_NO_SYSTEM, Bare, expected, trained
 from tests.test_remote_code import CHILD
-from training_vlm.arguments import VLMTrainingArguments
 from training_vlm.data import encode_data, load_data
 from training_vlm.inspect_data import __main__ as inspect_data
 from training_vlm.learning.trainer import VLMTrainer
@@ -40,6 +39,7 @@ from training_vlm.load import check_fit
 from training_vlm.settings import parse_arguments
 from training_vlm.stages import SFT
 from training_vlm.survey import survey_data
+from training_vlm.training_arguments import VLMTrainingArguments
 
 
 EXIF_ORIENTATION = 0x0112

@@ -13,10 +13,10 @@ from modeling_vlm import VLMForConditionalGeneration
 from processing import VLMDataCollator, VLMProcessor
 from processing.batching.account import Account, Record
 from tests import tiny
-from training_vlm.arguments import VLMTrainingArguments
 from training_vlm.learning.checkpoints import save_account, seal
 from training_vlm.learning.trainer import VLMTrainer
 from training_vlm.learning.tuning import apply_tuning
+from training_vlm.training_arguments import VLMTrainingArguments
 
 
 SETTINGS = dict(

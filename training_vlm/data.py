@@ -17,9 +17,10 @@ from processing.reading.rows import HELD_OUT_ROWS, hold_out, limited
 from processing.reading.settings import SourceSettings
 from processing.reading.sources import open_source, split_names
 
-from .arguments import DataArguments, VLMTrainingArguments
+from .arguments import DataArguments
 from .learning.sampling import order_seed
 from .stages import Stage
+from .training_arguments import VLMTrainingArguments
 
 
 ENCODED_AHEAD = 20_000

@@ -11,7 +11,8 @@ from transformers import TrainingArguments
 
 from processing.data_error_vlm import DuetError
 
-from .arguments import DataArguments, VLMTrainingArguments
+from .arguments import DataArguments
+from .training_arguments import VLMTrainingArguments
 
 
 FROZEN_DTYPES = ("auto", "bfloat16", "float16")

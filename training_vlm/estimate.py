@@ -24,13 +24,13 @@ from transformers.utils import logging
 from processing.batching.account import number_of
 from processing.data_error_vlm import DuetError
 
-from .arguments import precision_of
 from .learning.originals import shown_size
 from .learning.tuning import make_plan
 from .run import one_line_errors
 from .settings import Arguments, parse_arguments, split_config, stages_of
 from .sketch import Sketch, StandIn
 from .stages import PRETRAIN, SFT, STAGES, Stage
+from .training_arguments import precision_of
 from .weightless import KINDS
 
 

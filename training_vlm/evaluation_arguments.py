@@ -10,7 +10,8 @@ from transformers.trainer_utils import IntervalStrategy
 from evaluation_vlm.metrics import METRICS, named_metrics
 from processing.data_error_vlm import DuetError
 
-from .arguments import DataArguments, VLMTrainingArguments
+from .arguments import DataArguments
+from .training_arguments import VLMTrainingArguments
 
 
 LOSSES = ("loss", "eval_loss")

@@ -18,7 +18,7 @@ from accelerate.commands.config import default_config_file, load_config_from_fil
 
 from processing.data_error_vlm import DuetError
 
-from .arguments import VLMTrainingArguments
+from .training_arguments import VLMTrainingArguments
 
 
 COUNTS = {

@@ -26,13 +26,13 @@ from modeling_vlm.configuration_vlm import DUET_VERSION
 from processing.batching.account import Account, number_of
 from processing.reading.settings import SourceSettings
 
-from .arguments import precision_of
 from .learning.adapters import composed
 from .learning.trainer import VLMTrainer
 from .licences import Base, find_bases, licence_of
 from .private import is_hub_name, public_name, without_folders
 from .settings import Arguments
 from .stages import Stage
+from .training_arguments import precision_of
 
 
 TEMPLATE = Path(__file__).parent / "model_card.md.jinja"

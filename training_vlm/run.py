@@ -22,7 +22,7 @@ from processing.batching.dataset import StreamedDataset
 from processing.batching.encoding import Encoder
 from processing.data_error_vlm import DuetError, in_a_line
 
-from .arguments import GenerationArguments, VLMTrainingArguments, precision_of
+from .arguments import GenerationArguments
 from .cache_features import train_on_features
 from .defaults import decided
 from .examine import examine
@@ -42,6 +42,7 @@ from .machines import check_launch
 from .settings import Arguments
 from .stages import Stage
 from .survey import Survey, report_data
+from .training_arguments import VLMTrainingArguments, precision_of
 
 
 def one_line_errors(main):

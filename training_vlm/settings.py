@@ -18,12 +18,13 @@ from transformers import HfArgumentParser
 
 from processing.data_error_vlm import DuetError, NotFound
 
-from .arguments import DataArguments, GenerationArguments, ModelArguments, VLMTrainingArguments, suggest
+from .arguments import DataArguments, GenerationArguments, ModelArguments, suggest
 from .defaults import fill_in
 from .efficiency import EfficiencyArguments
 from .evaluation_arguments import EvaluationArguments
 from .policy import TuningArguments
 from .stages import STAGES, Stage
+from .training_arguments import VLMTrainingArguments
 
 
 _HERE = Path(__file__).resolve().parent

@@ -16,10 +16,11 @@ from processing.batching.encoding import Encoded, Encoder, encode_item
 from processing.data_error_vlm import DuetError
 from processing.image_files_vlm import BadImage, check_image, is_url
 
-from .arguments import DataArguments, VLMTrainingArguments
+from .arguments import DataArguments
 from .data import EvalDataset, TrainDataset, evaluation_is_asked
 from .private import public_account
 from .stages import Stage
+from .training_arguments import VLMTrainingArguments
 
 
 SURVEYED = 1_000

@@ -18,13 +18,14 @@ from transformers.utils import logging
 
 from processing.data_error_vlm import DuetError
 
-from ..arguments import DataArguments, ModelArguments, VLMTrainingArguments
+from ..arguments import DataArguments, ModelArguments
 from ..data import encode_data, encode_test, joined, load_data
 from ..learning.sampling import order_seed
 from ..run import one_line_errors
 from ..settings import parse_arguments
 from ..stages import STAGES, Stage
 from ..survey import report_data, some_items, survey_data
+from ..training_arguments import VLMTrainingArguments
 from .page import write_page
 from .processor import load_processor
 from .samples import read_samples
