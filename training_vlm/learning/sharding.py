@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.fsdp.wrap import transformer_auto_wrap_policy
-from transformers import TrainerCallback
+from transformers import Trainer, TrainerCallback
 
 from modeling_vlm import VLMForConditionalGeneration
 from processing.data_error_vlm import DuetError
@@ -98,7 +98,7 @@ def check_goes_on(trainer: "VLMTrainer", checkpoint: Path) -> None:
 
 
 @contextlib.contextmanager
-def saved_whole(trainer: "VLMTrainer") -> Iterator[None]:
+def saved_whole(trainer: Trainer) -> Iterator[None]:
     """Within, the model is saved whole, whatever FSDP was told of the states that a run goes on from."""
     plugin: Any = trainer.accelerator.state.fsdp_plugin if trainer.is_fsdp_enabled else None
     kept = None if plugin is None else plugin.state_dict_type

@@ -1,26 +1,23 @@
 """The Trainer, with what it cannot express for this model: nothing computed in vain, and a loss that weighs tokens.
 
-Fifteen things differ from the stock Trainer. The head is computed at supervised positions only, a part of them at a
+Thirteen things differ from the stock Trainer. The head is computed at supervised positions only, a part of them at a
 time: the same loss and gradients, without the logits of a thousand image positions. The evaluation loss is the mean
 over tokens, summed for each text of a row, where the stock loop averages the means of batches, which makes it depend on
 the batch size. Label smoothing is the model's, with all that its loss has. Batches may be planned ahead in place of a
 number of conversations, and texts of an image learned in one. The accounts of the batches that were trained on are
 added up, and go on with a resumed run. A run on a stream resumes at its next sample without decoding those before it.
-Grouping by length reads no item, and its order depends on seed and epoch alone. A checkpoint is written beside and
-counts when it is whole. A run stops when its loss is no longer finite or nothing reaches what learns. What was learned
-before another error is kept as a checkpoint. Each line of the log says how fast the run is, and how much of it is
-waiting. A run that is resumed at its end takes no further step, and one whose data come in another order says so. A run
-that is told to stop saves what it has learned. An evaluation changes nothing that is random afterwards, and may ask the
-model questions. What goes to the Hub is another class's, see `publishing.py`.
+Grouping by length reads no item, and its order depends on seed and epoch alone. A run stops when its loss is no longer
+finite or nothing reaches what learns. Each line of the log says how fast the run is, and how much of it is waiting. A
+run that is resumed at its end takes no further step, and one whose data come in another order says so. A run that is
+told to stop saves what it has learned. An evaluation changes nothing that is random afterwards, and may ask the model
+questions. What is saved is another class's, see `saving.py`, and what goes to the Hub a third one's, `publishing.py`.
 
-Nine of the Trainer's private methods are overridden, here and in `publishing.py`, each with its reason beside it.
+Nine of the Trainer's private methods are overridden in the three, each with its reason beside it.
 """
 
 import copy
 from collections.abc import Callable
-from dataclasses import replace
-from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
 from accelerate.utils import gather_object
@@ -33,13 +30,12 @@ from evaluation_vlm.asking import untouched_randomness
 from evaluation_vlm.while_training import WhileTraining
 from modeling_vlm.loss_vlm import IGNORE, targets_of, token_costs
 from processing.batching.account import Account, number_of
-from processing.data_error_vlm import DuetError, in_a_line
+from processing.data_error_vlm import DuetError
 
 from .adapters import composed
 from .batches import PlannedBatches, PlannedStream
 from .checkpoints import (
     STATE,
-    UNFINISHED,
     BestCheckpoint,
     discard_unfinished,
     find_checkpoint,
@@ -47,58 +43,38 @@ from .checkpoints import (
     left_behind,
     load_account,
     load_order,
-    put_in_place,
-    replace_files,
-    rotate,
-    save_account,
-    save_order,
-    save_weights_at_least,
-    seal,
-    sizes_of,
-    surplus,
 )
-from .disk import DiskFull, full_disk, is_full
 from .guard import Guard
-from .lineage import leave_behind, note_run, read_run, remove_overwritten
-from .meter import EVALUATION, SAVING, Meter, spent_on
-from .publishing import PublishingTrainer
-from .record import check_record, save_record
+from .lineage import leave_behind, note_run, read_run
+from .meter import EVALUATION, Meter, spent_on
+from .record import check_record
 from .sampling import EpochOfData, GroupedOrder, LengthGroupedOrder, change_of_order, order_seed
-from .sharding import check_goes_on, saved_whole
+from .saving import SavingTrainer
+from .sharding import check_goes_on
 from .stopping import Interrupted, Stop
-from .tuning import RatesOfParts, TuningPlan, check_plan, make_plan, save_plan
+from .tuning import RatesOfParts, check_plan
 from .verify import Verification
 
 
 logger = logging.get_logger(__name__)
 
-TRAINING_ARGS = "training_args.bin"
-OF_A_PROCESS = ("rng_state", "data_account", "optimizer", "scheduler", "scaler")
 
-
-class VLMTrainer(PublishingTrainer):
+class VLMTrainer(SavingTrainer):
     """`Trainer` for a composed model; takes the same arguments."""
 
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
         self.savings = None  # which ones a run makes, see `savings.py`
-        self.plan: TuningPlan | None = None  # what was declared to learn; `None` where the parameters alone say it
         self.examine: WhileTraining | None = None  # asks and judges, see `evaluation_vlm`
-        self.account = Account()  # what this process has seen
         self.describe: Callable[[], dict[str, Any]] = dict  # what the run is made of, see `record.py`
-        self._record: dict[str, Any] = {}
-        self.order: dict[str, Any] = {}  # what the order of the data follows from, see `sampling.py`
         self._only_loss = False
         self._evaluated = None
         self._skip_batches = 0  # where a stream is resumed
         # The model's loss smooths: the stock way knows neither who predicts whom, nor weights, nor a balance loss.
         self.label_smoother = None
-        self._resumed_at = 0  # step
         self._is_late = False  # the evaluation that belongs to that step was not come to
         self.is_finished = False  # the run had come to its end before, and nothing of it is left to do
         self.planned: PlannedBatches | PlannedStream | None = None  # in place of a number of conversations
-        self._save_error: Exception | None = None  # of what is not the weights
-        self._torn: Exception | None = None  # of the weights
         self.best = BestCheckpoint()
         self.add_callback(self.best)
         self.add_callback(EpochOfData())
@@ -113,10 +89,6 @@ class VLMTrainer(PublishingTrainer):
         self.add_callback(self.stop)
         # It would hide from the log what the guard looks at; the steps that a scaler skips are to be hidden.
         self.args.logging_nan_inf_filter = self.accelerator.scaler is not None
-
-    def declared(self) -> TuningPlan:
-        """What learns, each part with its rate and decay."""
-        return make_plan(cast(Any, self.model), None, self.args) if self.plan is None else self.plan
 
     def create_optimizer(self, model=None) -> torch.optim.Optimizer:
         """
@@ -250,10 +222,6 @@ class VLMTrainer(PublishingTrainer):
                 raise self.stop.stopped() from None
         return output._replace(training_loss=output.metrics["train_loss"])
 
-    @property
-    def _place(self):
-        return self.run_folder / f"checkpoint-{self.state.global_step}"
-
     def note_late(self, is_missing: bool) -> None:
         """Note that the step from which a run goes on is still to be evaluated; where none follows, that is done."""
         self._is_late = is_missing and self.state.global_step == self._resumed_at
@@ -325,78 +293,6 @@ class VLMTrainer(PublishingTrainer):
             logs.update(self.rates.rates, **self.meter.log_line())
         super().log(logs, *args, **kwargs)
 
-    @spent_on(SAVING)
-    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        """
-        See `Trainer.save_model`; files are written beside and then moved, so that a kill leaves old or new ones.
-
-        What cannot be saved of a model's settings is reported after its weights are on the disk.
-
-        Raises:
-            DuetError: the weights are not finite, or the disk is full.
-        """
-        self._torn = None
-        if self._beside is not None:  # a checkpoint, which `_save_checkpoint` puts in its place
-            try:
-                self._save_error = self._write_model(output_dir)
-            except Exception as failure:  # all processes come to where they hear of it
-                self._torn = failure
-            return
-        self.guard.check_weights()
-        folder = self.run_folder if output_dir is None else Path(output_dir)
-        beside = folder / UNFINISHED / "model"
-        try:
-            error = self._write_model(beside)
-        except Exception as failure:  # of the weights themselves
-            error = self._torn = failure
-        if error is not None and is_full(folder, error):
-            full = DiskFull(full_disk(beside, self.args.save_total_limit))
-            discard_unfinished(folder)
-            raise full from error
-        if self._torn is not None:
-            raise self._torn
-        if self.is_deepspeed_enabled:  # each process may write a part
-            self.accelerator.wait_for_everyone()
-        if self.args.should_save:
-            replace_files(beside, folder)
-            if folder == self.run_folder:
-                remove_overwritten(folder)
-        if error is not None:
-            raise error
-        if self.args.push_to_hub and not _internal_call:
-            self.push_to_hub(commit_message="Model save", revision=self.args.hub_revision)
-
-    def rescue(self) -> Path | None:
-        """
-        Write a checkpoint of the last step that was made, where there is none yet, before an error ends the run.
-
-        Returns:
-            its folder; `None` where nothing new was learned, or where other processes would have to write theirs too.
-        """
-        step, place = self.state.global_step, self._place
-        is_good = not (self.guard.stopped or self.stop.is_moving)
-        if self.args.world_size > 1 or not is_good or step <= self._resumed_at or place.exists():
-            return None
-        self._save_checkpoint(self.model, trial=None)
-        return place
-
-    def _write_model(self, folder) -> Exception | None:
-        model = self.accelerator.unwrap_model(self.model)
-        try:
-            with saved_whole(self):
-                super().save_model(str(folder), _internal_call=True)
-        except Exception as error:  # whatever else than weights could not be saved
-            if self.args.should_save and not (self.is_fsdp_enabled or self.is_deepspeed_enabled):
-                save_weights_at_least(model, Path(folder))
-            return error
-        finally:
-            if self.args.should_save:
-                # A pickle of paths, host and token, which nothing here or in the library reads.
-                Path(folder, TRAINING_ARGS).unlink(missing_ok=True)
-                # Other processes may be writing what is theirs of a checkpoint there.
-                self._model_files = [name for name in sizes_of(Path(folder)) if not name.startswith(OF_A_PROCESS)]
-        return None
-
     def get_train_dataloader(self) -> torch.utils.data.DataLoader:
         """See `Trainer.get_train_dataloader`; of a resumed stream, what the loop will skip is not even made."""
         collator, dataset = self.data_collator, self.train_dataset
@@ -448,13 +344,6 @@ class VLMTrainer(PublishingTrainer):
         # A stream without a length is one epoch of `max_steps`.
         return self._resumed_at % self.args.max_steps * self.args.gradient_accumulation_steps
 
-    def save_state(self) -> None:
-        """See `Trainer.save_state`; the best checkpoint has its name and not its path."""
-        if self.is_world_process_zero():
-            best = self.state.best_model_checkpoint
-            public = replace(self.state, best_model_checkpoint=best and Path(best).name)
-            public.save_to_json(str(self.run_folder / STATE))
-
     def _add_evaluated(self, texts, keep, costs):
         # A sum and a count for each row that was asked for, whether it came into the batch or was dropped: so those
         # repeated to fill the last batch are not counted twice, and all processes have as many.
@@ -491,11 +380,6 @@ class VLMTrainer(PublishingTrainer):
         self.guard.check(norm)
         return norm
 
-    def _get_output_dir(self, trial):
-        # The stock `_save_checkpoint` asks for the run's folder here, and makes the checkpoint's in it.
-        folder = super()._get_output_dir(trial)
-        return folder if self._beside is None else str(self._beside)
-
     def _load_rng_state(self, checkpoint):
         # The one place of a resumed run that has the random numbers of where the run before it was.
         super()._load_rng_state(checkpoint)
@@ -510,93 +394,6 @@ class VLMTrainer(PublishingTrainer):
             self.state.best_model_checkpoint = str(self._place)
         if is_best and self.args.save_strategy == SaveStrategy.BEST:
             self._save_checkpoint(self.model, None)
-
-    def _finalize_training(self, *args, **kwargs):
-        # The stock method removes whatever is named like a checkpoint but the best one, where one may be left.
-        limit, self.args.save_total_limit = self.args.save_total_limit, None
-        try:
-            return super()._finalize_training(*args, **kwargs)
-        finally:
-            self.args.save_total_limit = limit
-
-    @spent_on(SAVING)
-    def _save_checkpoint(self, model, trial):
-        # The stock method writes in place, where a kill leaves half a checkpoint for the next resume to take.
-        self.guard.check_weights()
-        run_folder = Path(self._get_output_dir(trial))
-        place = run_folder / f"checkpoint-{self.state.global_step}"
-        error = self._write_checkpoint(model, trial, place)
-        if isinstance(error, DiskFull) and self._make_room(run_folder):
-            error = self._write_checkpoint(model, trial, place)
-        if error is not None:
-            raise error
-        if self.args.push_to_hub:
-            self._push_from_checkpoint(str(place))
-        if self.args.should_save:
-            remove_overwritten(run_folder)
-            rotate(run_folder, self.args.save_total_limit, self._kept())
-        if self._save_error is not None:
-            error, self._save_error = self._save_error, None
-            raise error
-
-    def _kept(self):
-        best = self.state.best_model_checkpoint
-        return {self._place, *([] if best is None else [Path(best)]), *(folder for folder, _ in self._pushed)}
-
-    def _write_checkpoint(self, model, trial, place) -> Exception | None:
-        """Write a checkpoint beside and put it in its place; what failed in any process, and then it leaves nothing."""
-        run_folder, error = place.parent, None
-        self._beside, self._torn = run_folder / UNFINISHED, None
-        beside = self._beside / place.name
-        try:
-            super()._save_checkpoint(model, trial)
-            beside.mkdir(parents=True, exist_ok=True)  # another process may not have come to it
-            save_account(self.account, beside, self.args.process_index)
-        except Exception as failure:
-            error = failure
-        self._beside = None
-        best = run_folder / f"checkpoint-{self.state.best_global_step}"
-        if best == place or best.is_dir():
-            self.state.best_model_checkpoint = str(best)
-        error = self._failed_anywhere(self._torn or error, place)
-        if error is None and self.args.should_save:
-            try:
-                save_order(self.order, beside)
-                save_plan(self.declared(), beside)
-                save_record(self._record, beside)
-                # Which is the best follows from its step, and its path tells of this machine.
-                replace(self.state, best_model_checkpoint=None).save_to_json(str(beside / STATE))
-                seal(beside)
-                put_in_place(beside, place)
-            except OSError as failure:
-                error = failure
-        error = self._failed_anywhere(error, place)
-        if self.args.should_save:
-            discard_unfinished(run_folder)
-        return error
-
-    def _failed_anywhere(self, error, place):
-        """The error of this process, or that another has one; a full disk is named as such by all."""
-        if error is None and self._save_error is not None and is_full(place.parent, self._save_error):
-            error = self._save_error
-        if error is not None and not isinstance(error, DiskFull) and is_full(place.parent, error):
-            error = DiskFull(full_disk(place, self.args.save_total_limit))
-        if self.args.world_size == 1:
-            return error
-        found = gather_object([None if error is None else (isinstance(error, DiskFull), in_a_line(error, 400))])
-        failed = next(filter(None, found), None)
-        if failed is None or error is not None:
-            return error
-        is_disk, line = failed
-        return DiskFull(line) if is_disk else RuntimeError(f"another process could not save {place.name}: {line}")
-
-    def _make_room(self, run_folder):
-        """Remove already what is too much when the checkpoint is there, if a whole one stays; whether there was any."""
-        there, limit = [], self.args.save_total_limit
-        if self.args.should_save:
-            there = surplus(run_folder, limit, self._kept(), coming=1)
-            rotate(run_folder, limit, self._kept(), coming=1)
-        return any(gather_object([bool(there)]))
 
 
 class _Finished(Exception):
