@@ -9,7 +9,7 @@ import functools
 import operator
 import random
 from collections.abc import Iterator, Sequence
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -22,7 +22,7 @@ from inference_vlm.answering import answer
 from inference_vlm.encoded_images import name_of
 from inference_vlm.weighing import Weighing, answer_ids
 from processing.batching.account import Record
-from processing.batching.encoding import Encoder, encode_item
+from processing.batching.encoding import IGNORE, Encoded, Encoder, encode_item
 from processing.batching.features import FeatureCache
 from processing.image_files_vlm import BadImage, check_image
 from processing.processing_vlm import VLMProcessor
@@ -59,30 +59,41 @@ class StoredImages(Sequence[Any]):
         return isinstance(other, Sequence) and list(self) == list(other)
 
 
-def questions_of(dataset: Any, encoder: Encoder) -> list[Question]:
+def questions_of(dataset: Any, encoder: Encoder, most: int | None = None) -> list[Question]:
     """
     The questions of a data set whose images are there; of each that is not a line is printed, and one of those that ask
     nothing.
 
+    What is asked has to fit into the encoder's `max_length`; what is right is whole, however long.
+
     Args:
         dataset: items, encoded or not, in a data set or a list.
-        encoder: how conversations are encoded.
+        encoder: how conversations are encoded; what it makes of the long ones, or learns of prompts, is of no account.
+        most: items that are looked at, the first; all if not given.
     """
-
+    options = {name: value for name, value in encoder.options.items() if name == "supervise"}
+    fitting, whole = (
+        Encoder(encoder.processor, encoder.encode, limit, **options) for limit in (encoder.max_length, None)
+    )
+    count = len(dataset) if most is None else min(most, len(dataset))
     dropped: list[Record] = []
 
     def readable() -> Iterator[dict[str, Any]]:
-        for index in range(len(dataset)):
-            encoded, record = encode_item(dataset[index], encoder)
+        for index in range(count):
+            item = dataset[index]
+            encoded, record = encode_item(item, fitting)
             if encoded is None:
                 dropped.append(record)
                 continue
+            if encoded.get("cut"):
+                conversation = item if "messages" in item else _conversation(dataset, index)
+                encoded = _with_whole_answer(encoded, encode_item(conversation, whole)[0])
             images = encoded["images"]
             try:
                 for reference in images:
                     check_image(reference)
             except BadImage as error:
-                print(f"left out of the questions: {error}")
+                say(f"left out of the questions: {error}")
                 continue
             stored = any(isinstance(reference, dict) for reference in images)
             yield {**encoded, "images": StoredImages(dataset, index, len(images)) if stored else images}
@@ -90,8 +101,29 @@ def questions_of(dataset: Any, encoder: Encoder) -> list[Question]:
     questions = find_questions(readable(), encoder.processor)
     if dropped:
         such_as = dropped[0].detail or f"{dropped[0].source}, row {dropped[0].row}: {dropped[0].dropped}"
-        print(f"left out of the questions: {len(dropped):,} of {len(dataset):,} samples, such as {such_as}")
+        say(f"left out of the questions: {len(dropped):,} of {count:,} samples, such as {such_as}")
     return questions
+
+
+def _conversation(dataset: Any, index: int) -> Any:
+    """An item of a data set before it was encoded, where the data set knows it."""
+    return dataset.conversation(index) if hasattr(dataset, "conversation") else dataset[index]
+
+
+def _with_whole_answer(cut: Encoded, whole: Encoded | None) -> Encoded:
+    """A conversation that was cut, with the rest of the answer that it was cut in."""
+    if whole is None:  # its images have gone meanwhile
+        return cut
+    end, labels = len(cut["input_ids"]), whole["labels"]
+    if cut["labels"][-1] != IGNORE:
+        end = next((place for place in range(end, len(labels)) if labels[place] == IGNORE), len(labels))
+    return cast(Encoded, {**whole, "input_ids": whole["input_ids"][:end], "labels": labels[:end]})
+
+
+def say(line: str) -> None:
+    """Print a line, where all processes would: in the main one."""
+    if PartialState().is_main_process:
+        print(line)
 
 
 def answer_questions(

@@ -1,7 +1,12 @@
 """What metrics say of a model's answers: a value each, for all and by subset and kind."""
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
+
+from accelerate import PartialState
+from accelerate.utils import broadcast_object_list
+
+from processing.data_error_vlm import DuetError
 
 from .metrics import Metric
 from .predictions import Prediction, Scores
@@ -96,6 +101,35 @@ def judge(predictions: Sequence[Prediction], metrics: Sequence[Metric]) -> Judge
     return Judgement(list(predictions), had_something, scores)
 
 
+def judge_together(predictions: Sequence[Prediction], metrics: Sequence[Metric]) -> Judgement:
+    """
+    The same, computed once: by the main process, which tells the others; each has to call it, with all predictions.
+
+    The others know every score, but not how a part of them is judged whose value is no mean.
+
+    Raises:
+        DuetError: a metric of the user's own fails; in every process.
+    """
+    state = PartialState()
+    if state.num_processes == 1:
+        return judge(predictions, metrics)
+    judgement, told = None, list[Any]([None, None])
+    if state.is_main_process:
+        try:
+            judgement = judge(predictions, metrics)
+            told[0] = {name: scores._replace(of=None) for name, scores in judgement.scores.items()}
+        except Exception as error:  # whatever it is, the others have to know, which would wait
+            told[1] = str(error)
+            broadcast_object_list(told)
+            raise
+    broadcast_object_list(told)
+    if told[1] is not None:
+        raise DuetError(told[1])
+    if judgement is not None:
+        return judgement
+    return Judgement(list(predictions), [metric for metric in metrics if metric.name in told[0]], told[0])
+
+
 def _aligned(scores: Scores, numbers: list[int], count: int) -> Scores:
     """Scores of some predictions as scores of all."""
     if scores.each is None or len(numbers) == count:
@@ -143,4 +177,4 @@ def _label(name: str) -> str:
     return line if len(line) <= 40 else f"{line[:37]}..."
 
 
-__all__ = ["Judgement", "Shares", "format_shares", "judge", "mean_of"]
+__all__ = ["Judgement", "Shares", "format_shares", "judge", "judge_together", "mean_of"]

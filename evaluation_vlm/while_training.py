@@ -20,7 +20,7 @@ from processing.data_error_vlm import in_a_line
 from .asking import answer_questions
 from .curves import draw_curves
 from .gallery import draw_gallery
-from .judgement import KINDS_SHOWN, Judgement, judge
+from .judgement import KINDS_SHOWN, Judgement, judge_together
 from .metrics import Metric
 from .predictions import Prediction
 from .questions import Question
@@ -62,7 +62,8 @@ class WhileTraining:
         Returns:
             values by name, see `logged`; those of the main process, so that all decide alike.
         """
-        self.judgement = judge(ask(self.trainer, self.questions, self.settings, self.metrics), self.metrics)
+        predictions = ask(self.trainer, self.questions, self.settings, self.metrics)
+        self.judgement = judge_together(predictions, self.metrics)
         values = [logged(self.judgement)]
         if self.trainer.args.world_size > 1:
             broadcast_object_list(values)
@@ -77,11 +78,14 @@ class WhileTraining:
         What a value will be counted with, where that is not what its name promises, is printed.
         """
         right = [Prediction(question, question.expected, _as_likely(question)) for question in self.questions]
-        tried = judge(right, self.metrics)
+        tried = judge_together(right, self.metrics)
         if self.trainer.is_world_process_zero():
             for name, note in tried.notes.items():
                 print(f"{name}: {note}", flush=True)
-        return list(logged(tried))
+        names = [list(logged(tried))]
+        if self.trainer.args.world_size > 1:
+            broadcast_object_list(names)
+        return names[0]
 
 
 def _as_likely(question: Question) -> tuple[float, ...]:

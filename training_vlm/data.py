@@ -25,8 +25,20 @@ from .training_arguments import VLMTrainingArguments
 
 ENCODED_AHEAD = 20_000
 
+
+class StreamedItems(list):
+    """
+    Items of rows that were streamed.
+
+    Attributes:
+        asked (`list`): the items of the same rows, with every answer of each.
+    """
+
+    asked: list[Any]
+
+
 TrainDataset = ConversationDataset | MixedDataset | StreamedDataset
-EvalDataset = ConversationDataset | MixedDataset | list | None
+EvalDataset = ConversationDataset | MixedDataset | StreamedItems | None
 
 
 class Opened(NamedTuple):
@@ -204,16 +216,47 @@ def encode_data(
             workers = training_args.dataloader_num_workers or 0
             training_args.dataloader_num_workers = min(workers, train.num_shards)
         if data.eval and data_args.streaming:
-            evaluation = [
-                item
-                for rows, reading in data.eval
-                for index, row in enumerate(rows.take(HELD_OUT_ROWS))
-                for item in reading.items(row, index)
-            ]
+            evaluation = _streamed_items(data.eval)
         elif data.eval:
             whole = joined(data.eval, None, seed, settings if ahead else None)
             evaluation = cast(ConversationDataset | MixedDataset, whole)  # none of its sources is streamed
     return train, evaluation
+
+
+def _streamed_items(sources: list[Opened]) -> StreamedItems:
+    items, asked = StreamedItems(), []
+    for rows, reading in sources:
+        for index, row in enumerate(rows.take(HELD_OUT_ROWS)):
+            items += reading.items(row, index)
+            asked += _asked(reading).items(row, index)
+    items.asked = asked
+    return items
+
+
+def _asked(reading: Reading) -> Reading:
+    return replace(reading, caption_choice="all")
+
+
+def items_to_ask(dataset: Any, most: int | None = None) -> Any:
+    """
+    What is asked about of data that are learned from or that the loss is of: every answer of their rows, not encoded.
+
+    Args:
+        dataset: that data; a list is taken as it is.
+        most: items, where the data have no end.
+    """
+    if isinstance(dataset, ConversationDataset):
+        return ConversationDataset(dataset.rows, _asked(dataset.reading))
+    if isinstance(dataset, MixedDataset):
+        return MixedDataset([items_to_ask(source, most) for source in dataset.sources])
+    if isinstance(dataset, StreamedDataset):
+        stream = StreamedDataset(
+            [(rows, _asked(reading)) for rows, reading in dataset.sources],
+            dataset.weights, dataset.seed, dataset.shuffle_buffer,
+        )  # fmt: skip
+        stream.keeps_rows = True
+        return list(itertools.islice(stream, most))
+    return dataset.asked if isinstance(dataset, StreamedItems) else dataset
 
 
 def encode_test(data: Data, encoder: Encoder, training_args: VLMTrainingArguments) -> ConversationDataset | None:
@@ -261,6 +304,7 @@ __all__ = [
     "encode_data",
     "encode_test",
     "evaluation_is_asked",
+    "items_to_ask",
     "joined",
     "load_data",
     "training_texts",

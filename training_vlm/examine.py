@@ -18,6 +18,7 @@ from processing.batching.encoding import Encoder
 from processing.data_error_vlm import DuetError
 
 from .arguments import suggest
+from .data import items_to_ask
 from .evaluation_arguments import LOSSES
 from .learning.adapters import composed
 from .learning.trainer import VLMTrainer
@@ -64,7 +65,7 @@ def _questions(trainer: VLMTrainer, encoder: Encoder, test: Any) -> list[Questio
             "predict_with_generate asks about held-out data, and there are none; name a --test_dataset or an "
             "--eval_split, or hold out a share with --eval_share 0.01."
         )
-    questions = questions_of(dataset, encoder)
+    questions = questions_of(test if test is not None else items_to_ask(dataset), encoder)
     if not questions:
         raise DuetError(f"predict_with_generate: the {where} hold no question whose image can be read.")
     return questions

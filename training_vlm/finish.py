@@ -6,21 +6,19 @@ and makes the run exit with 1.
 
 import contextlib
 import copy
-import itertools
 import sys
 import traceback
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, cast
+from typing import cast
 
-import torch
 from transformers.trainer_utils import TrainOutput
 
 from evaluation_vlm.asking import questions_of
 from evaluation_vlm.gallery import draw_gallery
-from evaluation_vlm.judgement import Judgement, judge
+from evaluation_vlm.judgement import Judgement, judge_together
 from evaluation_vlm.metrics import METRICS, choose_metrics
-from evaluation_vlm.questions import Question
+from evaluation_vlm.predictions import Prediction
 from evaluation_vlm.showing import Wording, shown_of
 from evaluation_vlm.while_training import PAGE, PICTURE, ask, write_judgement
 from inference_vlm.answering import greedy
@@ -28,7 +26,7 @@ from processing.batching.collator import VLMDataCollator
 from processing.batching.dataset import ConversationDataset
 from processing.data_error_vlm import DuetError
 
-from .data import Data, TrainDataset
+from .data import Data, TrainDataset, items_to_ask
 from .learning.adapters import composed
 from .learning.lineage import note_run
 from .learning.meter import table
@@ -158,7 +156,7 @@ class _Answers:
 
     Attributes:
         judgement (`Judgement`): of the test set, else of the last evaluation; `None` where nothing was judged.
-        samples (`Judgement`): of the samples.
+        samples (`Judgement`): of the samples, which come first, and of what was answered beside them.
     """
 
     def __init__(self, arguments: Arguments, trainer: VLMTrainer, test: ConversationDataset | None):
@@ -168,20 +166,19 @@ class _Answers:
         self.settings = greedy(composed(trainer.model), self.encoder.processor, self.generation_args.max_new_tokens)
         self.judgement: Judgement | None = trainer.examine.judgement if trainer.examine is not None else None
         self.samples: Judgement | None = None
-        self._to_show: list[Question] = []
+        self._count = 0  # of the samples
 
     def ask_test(self) -> None:
-        """Answer and judge the test questions, print what comes of it, and keep the first for the samples."""
+        """Answer and judge the test questions, and print what comes of it."""
         if self.test is None:
             return
         questions = questions_of(self.test, self.encoder)
-        self._to_show = questions[:SAMPLES_SHOWN]
         if self.judgement is None or len(self.judgement.predictions) < len(questions):  # or all were asked just now
             metrics = choose_metrics(questions, self.asked.metrics)
             predictions = ask(self.trainer, questions, self.settings, metrics)
             if not predictions:
                 raise DuetError("no question could be asked, because no image could be read.")
-            self.judgement = judge(predictions, metrics)
+            self.judgement = judge_together(predictions, metrics)
         number = len(self.judgement.predictions)
         if self.trainer.is_world_process_zero():
             exact = [metric.name for metric in self.judgement.metrics] == ["exact_match"]
@@ -190,26 +187,34 @@ class _Answers:
             self.trainer.save_metrics("test", self.judgement.by_name())
 
     def ask_samples(self) -> None:
-        """Answer some questions as `GenerationArguments` say: of the test set, else what was evaluated or learned."""
-        questions = self._to_show
-        if self.test is None:
-            dataset: Any = self.trainer.eval_dataset or self.trainer.train_dataset
-            if isinstance(dataset, torch.utils.data.IterableDataset):
-                dataset = list(itertools.islice(dataset, 10 * SAMPLES_SHOWN))
-            few = torch.utils.data.Subset(dataset, range(min(len(dataset), 10 * SAMPLES_SHOWN)))
-            questions = questions_of(few, self.encoder)[:SAMPLES_SHOWN]
-        settings = copy.deepcopy(self.settings)
+        """
+        Answer some questions as `GenerationArguments` say: the first that were judged, else what was learned.
+
+        They are judged as the others were, and among these, as the score of one may depend on all.
+        """
+        settings, others = copy.deepcopy(self.settings), list[Prediction]()
         vars(settings).update(self.generation_args.told())
-        metrics = [METRICS["exact_match"]]  # others compare with all other answers, or need packages
-        self.samples = judge(ask(self.trainer, questions, settings, metrics), metrics)
+        if self.judgement is None:
+            most = 10 * SAMPLES_SHOWN
+            dataset = items_to_ask(self.trainer.eval_dataset or self.trainer.train_dataset, most)
+            questions = questions_of(dataset, self.encoder, most)[:SAMPLES_SHOWN]
+            metrics = [METRICS["exact_match"]]  # others may need packages
+        else:
+            first, others = self.judgement.predictions[:SAMPLES_SHOWN], self.judgement.predictions[SAMPLES_SHOWN:]
+            questions, metrics = [prediction.question for prediction in first], self.judgement.metrics
+            if settings == self.settings:  # they were answered so
+                self.samples, self._count = self.judgement, len(first)
+                return
+        said = ask(self.trainer, questions, settings, metrics)
+        self.samples, self._count = judge_together([*said, *others], metrics), len(said)
 
     def draw(self) -> None:
         """Write the page of what was judged, or else of the samples, and the picture of the samples; in one process."""
-        if self.samples is None or not self.samples.predictions:
+        if self.samples is None or not self._count:
             return
         write_judgement(self.trainer, self.judgement or self.samples, "after training")
         folder, processor = self.trainer.run_folder, self.encoder.processor
-        shown = shown_of(self.samples, range(len(self.samples.predictions)), Wording(processor))
+        shown = shown_of(self.samples, range(self._count), Wording(processor))
         if draw_gallery(shown, folder / PICTURE).lacks:
             print(f"{PICTURE} lacks characters that no font of this machine has; {folder / PAGE} shows them.")
 
@@ -218,7 +223,8 @@ class _Answers:
         if self.samples is None:
             return []
         words = Wording(self.encoder.processor)
-        return [(words(question), question.expected, said) for question, said, _ in self.samples.predictions]
+        shown = self.samples.predictions[: self._count]
+        return [(words(question), question.expected, said) for question, said, _ in shown]
 
 
 def _say_goodbye(stage, folder):

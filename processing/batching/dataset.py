@@ -81,7 +81,7 @@ class ConversationDataset(torch.utils.data.Dataset):
             row, number = self._place(index)
             items = self.reading.items(self.rows[row], row)
             return self._choice(index)(items) if self._is_random else items[number]
-        item = self.encodings[index if self._drawn is None else self._choice(index)(self._drawn[index])]
+        item = self._encoding(index)
         number, references = item.pop("number"), item.pop("references")
         if None in references:
             position = item["position"]
@@ -90,6 +90,17 @@ class ConversationDataset(torch.utils.data.Dataset):
             references = [NamedImage(reference, self.reading.images) for reference in references]
         item = {name: value for name, value in item.items() if value is not None or name not in KEPT}
         return cast(Encoded, {**item, "images": references, "source": self.reading.source})
+
+    def conversation(self, index: int) -> Conversation | Dropped | Encoded:
+        """An item as it was before it was encoded."""
+        if self.encodings is None:
+            return self[index]
+        item = self._encoding(index)
+        return self.reading.items(self.rows[item["position"]], item["position"])[item["number"]]
+
+    def _encoding(self, index):
+        assert self.encodings is not None
+        return self.encodings[index if self._drawn is None else self._choice(index)(self._drawn[index])]
 
     def _choice(self, index):
         return random.Random(f"{self.seed} {int(self._epoch)} {index}").choice
