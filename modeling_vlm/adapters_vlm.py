@@ -23,6 +23,7 @@ from transformers.pytorch_utils import Conv1D
 from transformers.utils import find_adapter_config_file, logging
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
+from .files_vlm import check_file
 from .model_error_vlm import DuetError, in_a_line
 
 
@@ -32,6 +33,7 @@ BASE, CONFIG, WEIGHTS, PREFIX = "base", "adapter_config.json", "adapter_model.sa
 SOURCE = "base_source.json"
 """In a base: its `id`, which the config of an adapter has too, and what it was made of, as a hash."""
 
+_ASIDE = ("_set_aside-", "_overwritten-")  # where the output folder of a run has what it does not go on with
 _HUB = ("cache_dir", "local_files_only", "revision", "token")
 _OF_ADAPTERS = "lora_"
 
@@ -95,24 +97,45 @@ def base_of(name: str, hub: dict[str, Any]) -> tuple[str, dict[str, Any]]:
         `DuetError`: there is none.
     """
     file = Path(name, CONFIG) if Path(name).is_dir() else find_adapter_config_file(name, **hub)
+    if file is None:
+        raise DuetError(f"there is no adapter in {name}: it has no {CONFIG}.")
+    check_file("adapter", name, Path(file))
     settings = json.loads(Path(file).read_text(encoding="utf-8"))
     named = settings.get("base_model_name_or_path") or BASE
+    if not isinstance(named, str):
+        raise DuetError(f"the adapter in {name} names its base by {named!r} in {CONFIG}; expected a folder or a name.")
     if not Path(name).is_dir():
-        if named == name:
+        if named in (name, BASE):  # pushed with it
             return name, {"subfolder": BASE, "revision": hub.get("revision")}
         return named, {"revision": settings.get("revision")}
     folder = Path(name).resolve()
-    is_aside = folder.parent.name.startswith(("_set_aside-", "_overwritten-"))  # of a run's output folder
-    aside = [folder.parent.parent / BASE] * is_aside
-    for place in (folder / named, folder / BASE, folder.parent / BASE, *aside):
-        if (place / "config.json").is_file():
-            return str(place), {}
+    is_aside = folder.parent.name.startswith(_ASIDE)
+    places = [folder / named, *_bases_in(folder), *_bases_in(folder.parent)]
+    places += _bases_in(folder.parent.parent) if is_aside else []
+    there = [place for place in places if (place / "config.json").is_file()]
+    expected = _told(folder / "config.json", "adapter_base")
+    if own := [place for place in there if expected is None or _told(place / SOURCE, "id") in (None, expected)]:
+        return str(own[0]), {}
+    if there:  # another one, which is told when it is loaded
+        return str(there[0]), {}
     if named.count("/") == 1 and not named.startswith(("/", ".")):
         return named, {"revision": settings.get("revision")}
     raise DuetError(
         f"the adapter in {name} has no base: expected a composed model in {folder / BASE} or {folder.parent / BASE} "
         f"(it names {named!r}); move or copy the whole output folder of its run, base and all."
     )
+
+
+def _bases_in(run: Path) -> list[Path]:
+    """Where the output folder of a run has bases; an earlier one is where its checkpoints were moved to."""
+    return [run / BASE, *sorted(place for kind in _ASIDE for place in run.glob(f"{kind}*/{BASE}"))]
+
+
+def _told(file: Path, key: str) -> str | None:
+    try:
+        return json.loads(file.read_text(encoding="utf-8")).get(key)
+    except (OSError, ValueError, AttributeError):
+        return None
 
 
 def from_adapter(
@@ -153,8 +176,8 @@ def from_adapter(
 
 
 def _check_base(adapter: Adapter, expected: str | None) -> None:
-    file = Path(adapter.base, SOURCE)
-    if expected is not None and file.is_file() and json.loads(file.read_text(encoding="utf-8"))["id"] != expected:
+    found = _told(Path(adapter.base, SOURCE), "id")
+    if expected is not None and found not in (None, expected):
         raise DuetError(
             f"the adapter in {adapter.name} learned on another base than the one in {adapter.base}, which a later run "
             "may have written; put them together again."

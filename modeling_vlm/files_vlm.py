@@ -44,7 +44,7 @@ def check_files(what: str, name: str | Path, names: Iterable[str], revision: str
     if weights and found is not None:
         read.append(found)
     for file in read:
-        _check(what, name, file)
+        check_file(what, name, file)
     if weights and found is not None and found.suffix == ".json":
         shards = sorted(set(json.loads(found.read_text(encoding="utf-8"))["weight_map"].values()))
         missing = [shard for shard in shards if not (folder / shard).is_file()]
@@ -54,7 +54,7 @@ def check_files(what: str, name: str | Path, names: Iterable[str], revision: str
                 f"{missing[0]}; fetch them."
             )
         for shard in shards:
-            _check(what, name, folder / shard)
+            check_file(what, name, folder / shard)
 
 
 def _folder_of(name, revision):
@@ -67,7 +67,13 @@ def _folder_of(name, revision):
     return Path(config).parent if isinstance(config, str) else None
 
 
-def _check(what, name, file):
+def check_file(what: str, name: str | Path, file: Path) -> None:
+    """
+    See that a file of the folder or repository `name` is whole.
+
+    Raises:
+        `DuetError`: it is not.
+    """
     if wrong := _wrong_with(file):
         raise DuetError(f"the {what} {str(name)!r} cannot be read: {file} {wrong}.")
 
@@ -105,4 +111,4 @@ def _wrong_with(file: Path) -> str | None:
     return None
 
 
-__all__ = ["TEXT_FILES", "VISION_FILES", "check_files"]
+__all__ = ["TEXT_FILES", "VISION_FILES", "check_file", "check_files"]

@@ -6,16 +6,12 @@ it began with, and is refused on another.
 """
 
 import gc
-import hashlib
-import json
-from dataclasses import asdict, replace
+from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, cast
-from uuid import uuid4
 
 import torch
-from accelerate import PartialState
 from huggingface_hub import try_to_load_from_cache
 from peft import PeftConfig
 from transformers import BitsAndBytesConfig
@@ -26,8 +22,8 @@ from processing import VLMProcessor
 from processing.data_error_vlm import DuetError, in_a_line
 
 from .arguments import ModelArguments
+from .bases import base_begun_with, discard_new_base, made_of, source_of, write_base
 from .learning.adapters import composed
-from .learning.checkpoints import SOURCE, UNFINISHED, fault, put_in_place, seal
 from .learning.lora import AdaptedVLM, adapt, load_adapters, sides_in, wrap
 from .learning.originals import autocast_dtype
 from .policy import TuningArguments
@@ -128,25 +124,15 @@ def begun_with(arguments: Arguments) -> ModelArguments:
             f"{checkpoint} holds {found}, and this run {asked}; go on with the tune_vision and tune_text that it began "
             "with."
         )
-    base = Path(args.output_dir or "", BASE)
-    if not adapts or fault(base) is not None:
+    base = base_begun_with(arguments)
+    if base is None:
         return model_args
-    if _source_of(base)["sha256"] != _source(arguments):
+    if made_of(base)["sha256"] != source_of(arguments):
         raise DuetError(
             f"the base in {base} was made of another model, or joined otherwise; go on with the settings that the run "
             "began with, or name another output folder."
         )
     return replace(model_args, model=str(base), model_revision=None)
-
-
-def _source(arguments: Arguments) -> str:
-    """What a base was made of, as a hash: names may be private."""
-    settings = {name: str(value) for name, value in asdict(arguments.model).items() if not name.endswith("_token")}
-    for name in ("model", "vision_model", "second_vision_model", "text_model", "tokenizer", "chat_template"):
-        if Path(settings[name]).exists():
-            settings[name] = str(Path(settings[name]).resolve())
-    settings["merge_first"] = str(arguments.tuning.merge_first)
-    return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()
 
 
 def with_adapters(
@@ -163,16 +149,16 @@ def with_adapters(
     Raises:
         DuetError: what peft, bitsandbytes or the model cannot have.
     """
-    tuning = arguments.tuning
+    tuning, identity = arguments.tuning, None
+    discard_new_base(arguments)
     if adapter is None and not sides_of(tuning):
         return model
     name, revision = _repository(arguments.model, adapter)
+    place = name
     if name is None:
-        name = BASE
-        _write_base(model, processor, arguments)
-    identity = None if revision is not None else _source_of(Path(arguments.training.output_dir or "", BASE))["id"]
+        written = write_base(model, processor, arguments)
+        name, place, identity = BASE, str(written), made_of(written)["id"]
     if tuning.load_in_4bit or tuning.load_in_8bit:
-        place = name if revision is not None else str(Path(arguments.training.output_dir or "", BASE))
         model = _quantised(model, arguments, place, revision)
     if adapter is not None:
         adapted = load_adapters(model, adapter.name, name, revision, **adapter.hub)
@@ -229,29 +215,6 @@ def _repository(model_args: ModelArguments, adapter: Adapter | None) -> tuple[st
         return None, None
     config = try_to_load_from_cache(name, "config.json", revision=asked)
     return (name, Path(config).parent.name) if isinstance(config, str) else (None, None)
-
-
-def _write_base(model, processor, arguments) -> None:
-    folder, state = Path(arguments.training.output_dir or ""), PartialState()
-    place, source, goes_on = folder / BASE, _source(arguments), arguments.training.resume_from_checkpoint is not None
-    for first in (True, False):  # the others write where disks are not shared
-        writes = state.is_main_process if first else state.is_local_main_process and not state.is_main_process
-        there = fault(place) is None and _source_of(place)["sha256"] == source
-        if writes and not (there and (goes_on or not first)):
-            beside = folder / UNFINISHED / BASE
-            try:
-                model.save_pretrained(beside)
-                processor.save_pretrained(beside)
-                (beside / SOURCE).write_text(json.dumps({"id": uuid4().hex, "sha256": source}), encoding="utf-8")
-            except OSError as error:
-                raise DuetError(f"the base cannot be written to {place}: {in_a_line(error)}") from error
-            seal(beside)
-            put_in_place(beside, place)
-        state.wait_for_everyone()
-
-
-def _source_of(base: Path) -> dict[str, str]:
-    return json.loads((base / SOURCE).read_text(encoding="utf-8"))
 
 
 def quantisation_of(tuning: TuningArguments, cast: torch.dtype | None) -> BitsAndBytesConfig:

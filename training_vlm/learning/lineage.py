@@ -14,9 +14,13 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+from modeling_vlm.adapters_vlm import BASE, SOURCE
+
 
 RUN = "_run.json"
 """What is known of the run in a folder: from where outside it was begun, and at which step it came to its end."""
+NEW_BASE = "_new_base"
+"""A base of adapters that takes the place of `base` when the run begins."""
 _MOVES = "_moves.json"
 _SET_ASIDE, _OVERWRITTEN = "_set_aside", "_overwritten"
 
@@ -39,20 +43,21 @@ def note_run(folder: Path, **known: Any) -> None:
 
 def leave_behind(folder: Path, checkpoints: list[Path], overwrite: bool) -> Path | None:
     """
-    Move checkpoints to where nobody takes them up.
+    Move checkpoints to where nobody takes them up, and with them a base in whose place another one goes.
 
     Args:
         overwrite: they are to be removed when there is something better.
 
     Returns:
-        where they are; `None` where there were none.
+        where they are; `None` where there was nothing to move.
     """
-    if not checkpoints:
+    bases = [BASE] * (folder / NEW_BASE).is_dir()
+    if not checkpoints and not bases:
         return None
     name = _OVERWRITTEN if overwrite else _SET_ASIDE
     numbers = (int(path.name.rpartition("-")[2]) for path in _folders(folder, name))
     place = folder / f"{name}-{max(numbers, default=0) + 1}"
-    _write(folder / _MOVES, {"to": place.name, "checkpoints": [path.name for path in checkpoints]})
+    _write(folder / _MOVES, {"to": place.name, "checkpoints": [path.name for path in checkpoints] + bases})
     finish_moving(folder)
     return place
 
@@ -64,15 +69,27 @@ def finish_moving(folder: Path) -> None:
         place = folder / moves["to"]
         place.mkdir(exist_ok=True)
         for name in moves["checkpoints"]:
-            if (folder / name).exists():
+            if (folder / name).exists() and not (place / name).exists():
                 os.replace(folder / name, place / name)
+        if (folder / NEW_BASE).is_dir():
+            os.replace(folder / NEW_BASE, folder / BASE)
         (folder / _MOVES).unlink()
 
 
 def remove_overwritten(folder: Path) -> None:
-    """Remove what was to be overwritten, now that there is something better."""
+    """Remove what was to be overwritten, now that there is something better; not the base of a model that is there."""
+    needed = _told(folder / "config.json", "adapter_base")
     for path in _folders(folder, _OVERWRITTEN):
-        shutil.rmtree(path, ignore_errors=True)
+        keeps = needed is not None and _told(path / BASE / SOURCE, "id") == needed
+        for part in [part for part in path.iterdir() if part.name != BASE] if keeps else [path]:
+            shutil.rmtree(part, ignore_errors=True)
+
+
+def _told(file, key):
+    try:
+        return json.loads(file.read_text(encoding="utf-8")).get(key)
+    except (OSError, ValueError):
+        return None
 
 
 def _folders(folder, name):
@@ -88,4 +105,4 @@ def _write(file: Path, content: Any) -> None:
     os.replace(beside, file)
 
 
-__all__ = ["RUN", "finish_moving", "leave_behind", "note_run", "read_run", "remove_overwritten"]
+__all__ = ["NEW_BASE", "RUN", "finish_moving", "leave_behind", "note_run", "read_run", "remove_overwritten"]

@@ -258,7 +258,7 @@ class VLMTrainer(SavingTrainer):
         left = left_behind(folder, checkpoint)
         place = leave_behind(folder, left, overwrite)
         if place is not None and self.is_world_process_zero():
-            names = ", ".join(path.name for path in reversed(left))
+            names = ", ".join(path.name for path in reversed(left)) or "the base"
             then = "and is removed when there is a new checkpoint" if overwrite else "where it stays"
             print(f"{names} of a run that is not gone on with: now in {place}, {then}", flush=True)
         origin = None if checkpoint is None or checkpoint.resolve().parent == folder.resolve() else str(checkpoint)
