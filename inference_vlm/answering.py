@@ -1,63 +1,333 @@
-"""A model is loaded once, and answers many prompts.
+"""A model is loaded once, and answers: one prompt as it is written, many prompts together, turn after turn.
 
-What is special: prompts are ids, those that training goes on from, and of any length together; an image is encoded once
-for all prompts that show it; an answer is never longer than the positions that its language model has; and an image
-that cannot be read costs its own prompt alone. Memory holds a few batches, whatever the number of prompts.
+What is special: an image is encoded once for all prompts that show it, and what a conversation has in memory is not run
+again; an answer is never longer than the positions that the language model has; it ends within a step when nobody
+waits for it any more; and among many prompts an image that cannot be read costs its own prompt alone.
 """
 
-from collections.abc import Hashable, Iterator, Sequence
+import contextlib
+import copy
+import threading
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
 from accelerate.utils import gather_object
-from safetensors import SafetensorError
-from transformers import (
-    AutoModelForImageTextToText,
-    AutoProcessor,
-    GenerationConfig,
-    GenerationMixin,
-    PreTrainedModel,
-)
+from transformers import GenerationConfig, GenerationMixin, PreTrainedModel, StoppingCriteriaList
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from processing.batching.features import FeatureCache
-from processing.data_error_vlm import DuetError, in_a_line
-from processing.image_files_vlm import BadImage
+from processing.data_error_vlm import DuetError
+from processing.image_files_vlm import BadImage, ImagePolicy, image_content, load_image
+from processing.messages_vlm import all_parts, with_parts
 from processing.processing_vlm import VLMProcessor
 
+from .asked import Prepared, Prompt, caption_ids, image_of, reference_of, too_long
+from .conversation import CACHE, Conversation, marks_of
 from .encoded_images import EncodedImages, name_of
+from .loading import load, place
+from .sampled import WARPERS, Settings, check_settings, drawing, fresh_seed
+from .spoken import Listening, Spoken
+from .streaming import Either, Finish, Flag, Stream
 from .weighing import Weighing
 
+
+MAX_NEW_TOKENS = 256
+"""The longest answer where neither the settings nor the model say."""
 
 _BATCHES_NEAR = 8  # batches of prompts among which those of like length are put together
 
 
-class Prompt(NamedTuple):
-    """Ids that a model is to go on with, one id an image, and references to the images in their order."""
-
-    ids: list[int]
-    images: list[Any]
-
-
-def load(name: str) -> tuple[PreTrainedModel, VLMProcessor]:
+class Answerer:
     """
-    A composed model, ready to answer, and its processor.
+    A composed model that answers; one prompt at a time, whoever asks waits for those before.
 
     Args:
-        name: folder or Hub name; its own code is run.
+        model: a composed model, with adapters in it or without, where it is to answer.
+        processor: its processor.
+        name: what it is called.
+
+    Attributes:
+        max_positions (`int`): those that the language model was made for; `None` for any number.
 
     Raises:
-        DuetError: there is none, or its files cannot be read.
+        DuetError: the model's code is of an earlier Duet, and this transformers needs today's.
     """
+
+    def __init__(self, model: Any, processor: VLMProcessor, name: str = ""):
+        self.model, self.processor, self.name = model.eval(), processor, name
+        self._composed = _composed(model)
+        _refuse_old_code(self._composed)
+        self.max_positions: int | None = self._composed.model.max_positions or _context(self._text_config)
+        self._lock = threading.Lock()
+
+    @classmethod
+    def load(
+        cls,
+        name: str,
+        *,
+        device: str | torch.device | None = None,
+        device_map: str | dict | None = None,
+        dtype: str | torch.dtype | None = None,
+        attn_implementation: str | None = None,
+        load_in_4bit: bool = False,
+        load_in_8bit: bool = False,
+    ) -> "Answerer":
+        """
+        A model from its folder or the Hub, which runs its own code; an adapter comes with its base.
+
+        Args:
+            device: where it is to lie; on the accelerator that there is (CUDA, MPS), else the CPU, if not given.
+            device_map: how it is spread over devices (`"auto"`), in place of `device`.
+            dtype: of the weights. If not given, those of 32 bits become bfloat16 on an accelerator that multiplies it,
+                and others stay what was saved.
+            attn_implementation: of both backbones; the library's choice if not given.
+            load_in_4bit, load_in_8bit: hold the language model in few bits, by bitsandbytes.
+
+        Raises:
+            DuetError: there is no such model or device, or it cannot be loaded so.
+        """
+        options = place(
+            name, device=device, device_map=device_map, dtype=dtype, attn_implementation=attn_implementation,
+            load_in_4bit=load_in_4bit, load_in_8bit=load_in_8bit,
+        )  # fmt: skip
+        return cls(*load(name, **options), name)
+
+    @property
+    def _text_config(self):
+        return self._composed.config.get_text_config()
+
+    # -- what is asked --------------------------------------------------------------------------------------------
+
+    def read(
+        self,
+        messages: list[dict],
+        *,
+        allow_urls: bool = False,
+        allow_local_urls: bool = False,
+        allow_files: bool = True,
+    ) -> Prepared:
+        """
+        A conversation as a prompt for the next answer.
+
+        Args:
+            messages: as `processor.apply_chat_template` takes them; an image part carries a PIL image, a path, a
+                `data:` URI or a URL.
+            allow_urls: whether http and https URLs are fetched; with `allow_local_urls` from this machine and networks
+                of its own, too.
+            allow_files: whether images may be files of this machine.
+
+        Raises:
+            BadImage: a `DuetError`: an image that cannot be had.
+            DuetError: messages that the chat template cannot render, or more positions than there are.
+        """
+        messages = with_parts(messages)
+        ids, _ = self.processor.encode_messages(messages, add_generation_prompt=True)
+        named = [image_of(part) for part in all_parts(messages) if part["type"] == "image"]
+        policy = ImagePolicy(allow_urls=allow_urls, allow_local_urls=allow_local_urls, own_paths=True)
+        turns = sum(message.get("role") == "user" for message in messages)
+        return self._prepared(Prompt(ids, [reference_of(image, policy, allow_files) for image in named]), turns)
+
+    def read_caption(
+        self, images: Sequence[Any], *, allow_urls: bool = False, allow_local_urls: bool = False
+    ) -> Prepared:
+        """Images as the prompt for a caption, without a question; all that a model of stage 1 can do. See `read`."""
+        policy = ImagePolicy(allow_urls=allow_urls, allow_local_urls=allow_local_urls, own_paths=True)
+        references = [reference_of(image, policy, True) for image in images]
+        return self._prepared(Prompt(caption_ids(self.processor, len(images)), references), 1)
+
+    def _prepared(self, prompt: Prompt, turns: int) -> Prepared:
+        images = [load_image(reference) for reference in prompt.images]
+        counts = [self.processor.image_tokens(image.height, image.width) for image in images]
+        (row,) = self.processor.expand_images(prompt.ids, counts=counts)
+        if self.max_positions is not None and len(row) >= self.max_positions:
+            raise DuetError(too_long(len(row), counts, self.max_positions, turns))
+        return Prepared(row, images, [image_content(image) for image in images], counts)
+
+    def settings(
+        self,
+        *,
+        max_new_tokens: int | None = None,
+        temperature: float | None = None,
+        top_p: float | None = None,
+        top_k: int | None = None,
+        min_p: float | None = None,
+        repetition_penalty: float | None = None,
+        seed: int | None = None,
+    ) -> Settings:
+        """
+        How an answer is written; what is not given is as the model's own `generation_config` has it, but for beams.
+
+        Args:
+            max_new_tokens: longest answer.
+            temperature: 0 takes the likeliest token at each step, without what the model's own settings add to that.
+            top_p, top_k, min_p: what is drawn from; given without a temperature, tokens are drawn, too.
+            repetition_penalty: above 1 disfavours what is there already.
+            seed: the same seed draws the same answer; another each time if not given.
+
+        Raises:
+            DuetError: a value that none of them can have.
+        """
+        given = {
+            "max_new_tokens": max_new_tokens, "temperature": temperature, "top_p": top_p, "top_k": top_k,
+            "min_p": min_p, "repetition_penalty": repetition_penalty,
+        }  # fmt: skip
+        check_settings({**given, "seed": seed})
+        own = self._composed.generation_config
+        most = max_new_tokens or own.max_new_tokens or MAX_NEW_TOKENS
+        if temperature == 0:
+            config = greedy(self._composed, self.processor, most)
+            config.repetition_penalty = repetition_penalty
+            return Settings(config, seed)
+        config = copy.deepcopy(own)
+        config.max_new_tokens, config.max_length, config.num_beams = most, None, None
+        if any(given[name] is not None for name in WARPERS if name in given):
+            config.do_sample = True
+        for name, value in given.items():
+            if value is not None:
+                setattr(config, name, value)
+        self.processor.update_generation_config(config)
+        return Settings(config, seed)
+
+    # -- what is answered -----------------------------------------------------------------------------------------
+
+    def stream(
+        self,
+        prepared: Prepared,
+        settings: Settings | None = None,
+        *,
+        stop: Sequence[str] = (),
+        conversation: Conversation | None = None,
+        cancelled: Flag | None = None,
+    ) -> Stream:
+        """
+        The answer in pieces, as it is written in another thread; together they are what `text_of` makes of its ids.
+
+        Args:
+            prepared: of `read`.
+            settings: of `settings`; the model's own if not given.
+            stop: strings at which the answer ends, without them.
+            conversation: what earlier turns left in memory, and where this one goes.
+            cancelled: ends the writing within a step once it is set.
+
+        Raises:
+            DuetError: an empty stop string.
+        """
+
+        def write(tell, left):
+            return self.write(
+                prepared, settings, stop=stop, conversation=conversation, tell=tell,
+                cancelled=Either(left, cancelled),
+            )  # fmt: skip
+
+        _check_stops(stop)
+        return Stream(write)
+
+    def write(
+        self,
+        prepared: Prepared,
+        settings: Settings | None = None,
+        *,
+        stop: Sequence[str] = (),
+        conversation: Conversation | None = None,
+        cancelled: Flag | None = None,
+        tell: Callable[[str], None] = lambda piece: None,
+    ) -> Finish:
+        """
+        Write the answer in this thread, and give each piece to `tell`; see `stream`.
+
+        Raises:
+            DuetError: an empty stop string.
+        """
+        _check_stops(stop)
+        settings = settings or self.settings()
+        ended = (lambda: False) if cancelled is None else cancelled.is_set
+        while not self._lock.acquire(timeout=0.05):
+            if ended():
+                return Finish("cancelled", prepared.prompt_tokens, prepared.image_tokens, 0, 0)
+        try:
+            if ended():
+                return Finish("cancelled", prepared.prompt_tokens, prepared.image_tokens, 0, 0)
+            return self._write(prepared, settings, stop, conversation, ended, tell)
+        finally:
+            self._lock.release()
+
+    @torch.no_grad()
+    def _write(self, prepared, settings, stop, conversation, ended, tell) -> Finish:
+        row, processor = prepared.row, self.processor
+        marks = marks_of(row, processor.image_token_id, prepared.names, prepared.counts)
+        cache, known = (None, 0) if conversation is None else conversation.take(marks)
+        room = settings.config.max_new_tokens
+        if self.max_positions is not None:
+            room = min(room, self.max_positions - len(row))
+        seed = fresh_seed() if settings.seed is None else settings.seed
+        config, drawn = drawing(settings.config, [seed])
+        ends = _ends_of(config, processor, stop)
+        spoken = Spoken(processor.tokenizer, stop)
+        listening = Listening([spoken], len(row), lambda _, piece: tell(piece), ended)
+        features = self._features(prepared, marks[known:])
+        inputs = _inputs([row], features, processor.tokenizer.pad_token_id, self.model.device)
+        if cache is not None:
+            inputs[CACHE] = cache
+        with _generating(self._composed, config):
+            found = self.model.generate(
+                **inputs, max_new_tokens=room, eos_token_id=ends, logits_processor=drawn, return_dict_in_generate=True,
+                stopping_criteria=StoppingCriteriaList([listening]),
+            )  # fmt: skip
+        written = found.sequences[0, len(row) :].tolist()
+        if conversation is not None:
+            conversation.keep(found.get(CACHE), [*marks, *written], self._text_config)
+        if piece := spoken.end():
+            tell(piece)
+        is_cut = not spoken.stopped and written[-1] not in ends
+        reason = "stop" if not is_cut else "cancelled" if ended() and len(written) < room else "length"
+        return Finish(reason, len(row), prepared.image_tokens, len(written), known)
+
+    def _features(self, prepared: Prepared, marks: Sequence[Hashable]) -> list[torch.Tensor]:
+        """Those of the images that begin among these positions."""
+        new = [mark[0] for mark in marks if isinstance(mark, tuple) and mark[1] == 0]
+        images = EncodedImages(self._composed, self.processor, [new])
+        shown = dict(zip(prepared.names, prepared.images))
+        images.encode({name: shown[name] for name in new})
+        return images.take(new)
+
+
+def _composed(model: Any) -> Any:
+    """The composed model itself, which may have adapters around it."""
+    return model.get_base_model() if hasattr(model, "get_base_model") else model
+
+
+def _context(config) -> int | None:
+    """How many positions a language model was made for, by its config; rotary ones may be scaled."""
+    limit = getattr(config, "max_position_embeddings", None)
+    rope = getattr(config, "rope_parameters", None) or {}
+    if limit is None or not rope.get("factor"):
+        return limit
+    return max(limit, int(rope["factor"] * (rope.get("original_max_position_embeddings") or limit)))
+
+
+def _check_stops(stop: Sequence[str]) -> None:
+    if isinstance(stop, str) or not all(isinstance(text, str) and text for text in stop):
+        raise DuetError(f"stop={stop!r}: expected a list of strings that are not empty.")
+
+
+def _ends_of(config: GenerationConfig, processor: VLMProcessor, stop: Sequence[str]) -> list[int]:
+    """Ids that end an answer: those of the settings, and control tokens among the stop strings, which no text shows."""
+    known = config.eos_token_id
+    ends = [] if known is None else list(known) if isinstance(known, (list, tuple)) else [known]
+    control = processor.encoder.text.control_ids
+    return sorted({*ends, *(control[text] for text in stop if text in control)})
+
+
+@contextlib.contextmanager
+def _generating(composed: Any, config: GenerationConfig) -> Iterator[None]:
+    """With these settings in place of the model's own, from which `generate` would take what is not said."""
+    own = composed.generation_config
+    composed.generation_config = config
     try:
-        processor = AutoProcessor.from_pretrained(name, trust_remote_code=True)
-        model = AutoModelForImageTextToText.from_pretrained(name, trust_remote_code=True)
-    except (OSError, ValueError, ImportError, SafetensorError) as error:
-        reason = in_a_line(error)
-        raise DuetError(
-            f"the model {name!r} could not be loaded: expected a folder that Duet saved, or a name on the Hub. {reason}"
-        ) from error
-    return model.eval(), processor
+        yield
+    finally:
+        composed.generation_config = own
 
 
 def greedy(model: PreTrainedModel, processor: VLMProcessor, max_new_tokens: int) -> GenerationConfig:
@@ -101,27 +371,26 @@ def answer(
     Raises:
         DuetError: the model's code is of an earlier Duet, and this transformers needs today's.
     """
-    composed = model.get_base_model() if hasattr(model, "get_base_model") else model
+    composed = _composed(model)
     _refuse_old_code(composed)
     names = [tuple(map(name_of, prompt.images)) for prompt in prompts]
     images = EncodedImages(model, processor, names, cache)
     asking = _Asking(prompts, names, images, processor, composed.model.max_positions, config.max_new_tokens)
     answers: list[str | None] = [None] * len(prompts)
-    was_training, own = model.training, composed.generation_config
+    was_training = model.training
     model.eval()
-    composed.generation_config = config  # which `generate` would take what is not said from
     try:
-        for batch, room, encodes in _rounds(asking.batches(batch_size), images, in_step):
-            written = _written(model, processor, images, batch, room, encodes, in_step)
-            for index, ids in zip(batch.indices if batch else (), written):
-                answers[index] = text_of(processor, ids)
-            if weighing is not None:
-                indices, rows, shown = ([], [], []) if batch is None else (batch.indices, batch.rows, batch.names)
-                features = [images.of(names) for names in shown]
-                weighing.weigh(model, processor, indices, rows, features, asking.limit, in_step)
-            images.give_up()
+        with _generating(composed, config):
+            for batch, room, encodes in _rounds(asking.batches(batch_size), images, in_step):
+                written = _written(model, processor, images, batch, room, encodes, in_step)
+                for index, ids in zip(batch.indices if batch else (), written):
+                    answers[index] = text_of(processor, ids)
+                if weighing is not None:
+                    indices, rows, shown = ([], [], []) if batch is None else (batch.indices, batch.rows, batch.names)
+                    features = [images.of(names) for names in shown]
+                    weighing.weigh(model, processor, indices, rows, features, asking.limit, in_step)
+                images.give_up()
     finally:
-        composed.generation_config = own
         model.train(was_training)
     for index in asking.full:
         answers[index] = text_of(processor, [])
@@ -239,16 +508,22 @@ def _written(model, processor, images, batch, room, encodes, in_step) -> list[li
         if encodes:
             images.encode_nothing()
         rows, features = [[processor.tokenizer.eos_token_id]], []
-    length, pad, device = max(map(len, rows)), processor.tokenizer.pad_token_id, model.device
+    inputs = _inputs(rows, features, processor.tokenizer.pad_token_id, model.device)
+    if in_step:
+        inputs["synced_gpus"] = True
+    return model.generate(**inputs, max_new_tokens=room)[:, inputs["input_ids"].shape[1] :].tolist()
+
+
+def _inputs(rows: list[list[int]], features: Any, pad: int, device: torch.device) -> dict[str, Any]:
+    """What `generate` takes of prompts, padded on the left, and of the images in them."""
+    length = max(map(len, rows))
     inputs: dict[str, Any] = {
         "input_ids": torch.tensor([[pad] * (length - len(row)) + row for row in rows], device=device),
         "attention_mask": torch.tensor([[0] * (length - len(row)) + [1] * len(row) for row in rows], device=device),
     }
     if features:
         inputs["mm_encoder_outputs"] = {"image": BaseModelOutputWithPooling(pooler_output=features)}
-    if in_step:
-        inputs["synced_gpus"] = True
-    return model.generate(**inputs, max_new_tokens=room)[:, length:].tolist()
+    return inputs
 
 
 def text_of(processor: VLMProcessor, ids: list[int]) -> str:
@@ -256,4 +531,7 @@ def text_of(processor: VLMProcessor, ids: list[int]) -> str:
     return processor.tokenizer.decode(ids, skip_special_tokens=True).strip()
 
 
-__all__ = ["Prompt", "answer", "greedy", "load", "text_of"]
+__all__ = [
+    "MAX_NEW_TOKENS", "Answerer", "Conversation", "Finish", "Flag", "Prepared", "Prompt", "Settings", "Stream",
+    "answer", "greedy", "load", "text_of",
+]  # fmt: skip
