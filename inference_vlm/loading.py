@@ -23,6 +23,7 @@ from processing.processing_vlm import VLMProcessor
 
 
 DTYPES = ("float32", "bfloat16", "float16")
+_WRITES_ANEW = "support_avx512bf16_for_cpu"  # of layers in few bits
 _NOT_READ = (OSError, ValueError, ImportError, SafetensorError)
 
 
@@ -58,8 +59,8 @@ def load(name: str, **options: Any) -> tuple[PreTrainedModel, VLMProcessor]:
     for module in model.modules():
         # On a CPU that multiplies bfloat16 bitsandbytes would write 4-bit weights anew, with scales rounded to 16 bits,
         # and cannot where a layer is narrower than a block.
-        if hasattr(module, "support_avx512bf16_for_cpu"):
-            module.support_avx512bf16_for_cpu = False
+        if hasattr(module, _WRITES_ANEW):
+            setattr(module, _WRITES_ANEW, False)
     return model.eval(), processor
 
 
