@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from huggingface_hub import HfApi, ModelCard, ModelCardData
+from huggingface_hub import HfApi, ModelCard
 from PIL import Image
 from safetensors.torch import load_file
 
@@ -22,17 +22,14 @@ from evaluation_vlm.metrics import METRICS
 from evaluation_vlm.predictions import Prediction
 from evaluation_vlm.questions import Question
 from inference_vlm.answering import Prompt
-from processing.batching.account import Account, Record
+from processing.batching.account import Account
 from processing.data_error_vlm import DuetError
 from tests import tiny
 from tests.fake_hub import faults_of_card, hub_environment, start_fake_hub
 from tests.isolated import WITHOUT_PACKAGE
 from tests.test_trainer import trainer_of
-from training_vlm.arguments import ModelArguments
 from training_vlm.learning.checkpoints import fault
-from training_vlm.licences import Base, find_bases, licence_of
 from training_vlm.model_card import RunCard
-from training_vlm.private import public_account, public_name, without_folders
 from training_vlm.settings import parse_arguments
 from training_vlm.stages import SFT
 
@@ -299,95 +296,6 @@ def test_a_push_that_fails_at_the_end_is_one_line(folders, image, tmp_path, monk
     trainer.train()
     with pytest.raises(DuetError, match="^the push to me/out failed: the line is cut$"):
         trainer.push_to_hub()
-
-
-# -- names for others -------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    "text, public",
-    [
-        ("/mnt/anna/rows.jsonl", "rows.jsonl"),
-        ("/mnt/anna's data/my rows.jsonl", "my rows.jsonl"),
-        ("/mnt/a b/c d.png: no such image file; and/or another", "c d.png: no such image file; and/or another"),
-        ("rows.jsonl, row 5: '../other/x.png' is cut", "rows.jsonl, row 5: 'x.png' is cut"),
-        (r"C:\Users\anna\x.png", "x.png"),
-        ("~/data/x.png", "x.png"),
-        ("maker/talk", "maker/talk"),
-        ("maker/talk (train[:5])", "maker/talk (train[:5])"),
-        ("http://example.com/a/b.png", "http://example.com/a/b.png"),
-        ("1 / 2 of them, either/or", "1 / 2 of them, either/or"),
-        (str(Path.home()), "~"),
-    ],
-)  # fmt: skip
-def test_a_path_is_named_by_its_last_part(text, public):
-    assert without_folders(text) == public
-
-
-def test_data_of_one_name_in_two_folders_stay_two_in_an_account():
-    account = Account()
-    for source in ("/mnt/anna/rows.jsonl", "/mnt/b/rows.jsonl", "/mnt/b/other.jsonl"):
-        account.add([Record(source, 1, tokens=3), Record(source, 2, "malformed row", f"{source}, row 2: no")])
-    public = public_account(account)
-    assert list(public.sources) == ["rows.jsonl", "rows.jsonl (2)", "other.jsonl"]
-    assert public.total == account.total and len(public.named) == 3
-    assert "mnt" not in json.dumps(public.state()) + json.dumps(public.report())
-    # As a run that goes on from a pushed checkpoint has it.
-    public.merge(account)
-    again = public_account(public)
-    assert list(again.sources) == list(public_account(account).sources)
-    assert again.total["samples"] == 2 * account.total["samples"]
-
-
-def test_a_model_has_its_name_on_the_hub_or_that_of_its_folder(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    (tmp_path / "maker" / "here").mkdir(parents=True)
-    names = {"maker/vit": "maker/vit", "gpt2": "gpt2", "maker/here": "here", str(tmp_path / "maker"): "maker"}
-    for name, public in names.items():
-        assert public_name(name) == public
-
-
-# -- licences ---------------------------------------------------------------------------------------------------------
-
-
-def base(name, **terms):
-    return Base("language model", name, True, terms)
-
-
-def test_a_licence_is_claimed_as_far_as_all_bases_state_one():
-    apache, mit = base("a/b", license="apache-2.0"), base("c/d", license="mit")
-    own = base("e/f", license="other", license_name="their-own", license_link="https://example.com/terms")
-    assert licence_of([apache, base("c/d", license="apache-2.0")]) == {"license": "apache-2.0"}
-    assert licence_of([apache, mit]) == {"license": "other", "license_name": "apache-2.0-and-mit"}
-    assert licence_of([own, own]) == own.terms
-    assert licence_of([apache, own]) == {"license": "other", "license_name": "apache-2.0-and-their-own"}
-    assert licence_of([apache, base("c/d")]) == {} == licence_of([])
-
-
-@pytest.mark.parametrize(
-    "card, terms",
-    [
-        ("---\nlicense: mit\n---\n", {"license": "mit"}),
-        ("---\nlicense: [mit]\n---\n", {"license": "mit"}),
-        ("---\nlicense: My Own <b>\n---\n", {"license": "other", "license_name": "my-own-b"}),
-        ("---\nlicense: other\nlicense_name: x\nlicense_link: A\n---\n", {"license": "other", "license_name": "x"}),
-        ("---\nlicense: 3\n---\n", {}),
-        ("---\n- no\n---\n", {}),
-        ("---\na: [\n---\n", {}),
-        ("no metadata", {}),
-        (None, {}),
-    ],
-)  # fmt: skip
-def test_the_licence_of_a_folder_is_what_its_card_says(card, terms, tmp_path):
-    if card is not None:
-        (tmp_path / "README.md").write_text(card)
-    (found,) = find_bases(ModelArguments(model=str(tmp_path)))
-    assert found == Base("earlier model", tmp_path.name, False, terms)
-    if terms:
-        content = str(
-            ModelCard.from_template(ModelCardData(**licence_of([found])), template_str="---\n{{ card_data }}\n---\n")
-        )
-        assert not faults_of_card(content)
 
 
 # -- the card ---------------------------------------------------------------------------------------------------------

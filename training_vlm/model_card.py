@@ -27,6 +27,7 @@ from processing.batching.account import Account, number_of
 from processing.reading.settings import SourceSettings
 
 from .learning.adapters import composed
+from .learning.publishing import CURVE, SAMPLES
 from .learning.trainer import VLMTrainer
 from .licences import Base, find_bases, licence_of
 from .private import is_hub_name, public_name, without_folders
@@ -36,7 +37,6 @@ from .training_arguments import precision_of
 
 
 TEMPLATE = Path(__file__).parent / "model_card.md.jinja"
-CURVE, PICTURE = "training.png", "samples.png"
 BUILT_IN = "shapes"
 TASK = "image-text-to-text"
 _LIBRARIES = ("transformers", "torch", "accelerate", "peft", "datasets", "tokenizers", "huggingface_hub", "Pillow")
@@ -91,7 +91,8 @@ class RunCard:
             ValueError: its metadata are none that huggingface_hub takes.
         """
         trainer = self.trainer
-        config, folder = self._model.config, trainer.run_folder
+        config, pictures = self._model.config, self.pictures()
+        samples = [[_cell(text) for text in row] for row in self.samples] if self.shows_samples else []
         card = ModelCard.from_template(
             self._data(),
             template_path=str(TEMPLATE),
@@ -108,15 +109,20 @@ class RunCard:
             account=self._account_in_words(),
             components=self._components(),
             settings={key: _cell(value) for key, value in self._settings().items()},
-            curve=CURVE if (folder / CURVE).is_file() else "",
+            curve=CURVE if CURVE in pictures else "",
             results=self._results(),
-            samples=[[_cell(text) for text in row] for row in self.samples] if self.shows_samples else [],
+            samples=samples,
             asked="data" if self.judgement is None else "test questions",
-            picture=PICTURE if (folder / PICTURE).is_file() else "",
+            picture=SAMPLES if SAMPLES in pictures else "",
             limits=self._limits(),
             versions=_versions(),
         )
         return str(card)
+
+    def pictures(self) -> list[str]:
+        """The files beside it that it shows."""
+        shown = [CURVE, *([SAMPLES] if self.samples and self.shows_samples else [])]
+        return [name for name in shown if (self.trainer.run_folder / name).is_file()]
 
     @property
     def bases(self) -> list[Base]:
@@ -133,7 +139,7 @@ class RunCard:
         return self.arguments.data.sources()
 
     def _data(self) -> ModelCardData:
-        base_models, tags, relation = [base.name for base in self.bases if base.on_hub], [], None
+        base_models, tags, relation = [base.name for base in self.bases if base.is_nearest], [], None
         if is_adapted(self._model):
             tags = ["peft", "lora"]
             if (base := self._base_of_adapters()[0]) != BASE:
@@ -188,7 +194,7 @@ class RunCard:
             base, revision = self._base_of_adapters()
             base = f'{name}, subfolder="{BASE}", {trust}' if base == BASE else f"{json.dumps(base)}, {_TRUST}"
             base += f", revision={json.dumps(revision)}" if revision else ""
-            use += _USE_PEFT.format(name=name, base=base)
+            use += _USE_PEFT.format(base=base, adapter=f"{name}, revision={json.dumps(branch)}" if branch else name)
         return use
 
     def _base_of_adapters(self) -> tuple[str, str | None]:
@@ -282,7 +288,7 @@ _USE_PEFT = """
 from peft import PeftModel
 
 base = AutoModelForImageTextToText.from_pretrained({base})
-model = PeftModel.from_pretrained(base, {name})"""
+model = PeftModel.from_pretrained(base, {adapter})"""
 
 _TOLD = (str, int, float, bool, list)
 _NOT_TOLD = {
@@ -328,7 +334,7 @@ def _result(sources: list[SourceSettings], split: str, kind: str, value: float, 
 
 def _shown(base: Base) -> dict[str, str]:
     name = f"[{_cell(base.name)}](https://huggingface.co/{base.name})" if base.on_hub else _cell(base.name)
-    return {"part": base.part, "shown": name, "licence": _cell(base.licence or "not stated")}
+    return {"part": _cell(base.part), "shown": name, "licence": _cell(base.licence or "not stated")}
 
 
 def _licence_in_words(bases: list[Base]) -> str:
@@ -337,8 +343,10 @@ def _licence_in_words(bases: list[Base]) -> str:
         return "No licence is claimed for this model."
     if not terms:
         return "No licence is claimed for this model, because not all that it is made of states one."
-    if terms.get("license") == "other" and len({base.licence for base in bases}) > 1:
+    if len({base.licence for base in bases}) > 1 or terms == {"license": "other"} and len(bases) > 1:
         return "What it is made of has different licences; this model can be used as far as each of them allows."
+    if terms == {"license": "other"}:
+        return "What it is made of has a licence of its own, which holds for this model too; its card tells more."
     return f"All that it is made of states the licence {_cell(bases[0].licence)}, and so does this card."
 
 

@@ -1,7 +1,8 @@
 """What tells of this machine and its user, and what stands for it where others read.
 
 A file that lies beside a model goes where the model goes. So it names data and models by the last part of their path,
-or by their name on the Hub, and never by the folders that they lie in.
+or by their name on the Hub, and never by the folders that they lie in. An address on the web is named as it is, without
+what gives access to it: a password, a signature.
 """
 
 import os
@@ -15,11 +16,21 @@ from huggingface_hub.utils import validate_repo_id
 from processing.batching.account import Account
 
 
-_BEGINS, _ENDS = r"(?<![\w.:/\\~-])", r"(?![\w.-])"
-# A folder's name may hold blanks; so a slash that comes later in a sentence is taken for one of the path.
-_FOLDERS = re.compile(
-    _BEGINS + r"(?:~|\.\.?|[A-Za-z]:)?[/\\](?=\S)(?:(?:[^/\\:;,\"'<>|\n]|(?<=\w)'(?=\w))+[/\\])*(?=[^/\\\s])"
+_BEGINS, _ENDS = r"(?<![\w./\\~-])", r"(?![\w.-])"
+_STOPS = r"/\\:;,\"'<>|"
+# What comes before the folders of a path: a scheme with a machine or without, a login, a drive, a home, this folder.
+_ROOT = (
+    rf"(?:[A-Za-z][\w+.-]*:(?://[^{_STOPS.replace(':', '')}\s]*(?=[/\\])|(?=//))|"
+    r"[\w.-]+@[\w.-]+:|[A-Za-z]:|~[\w.-]*|\.\.?)?"
 )
+# A folder's name may hold blanks; so a slash that comes later in a sentence is taken for one of the path.
+_FOLDERS = rf"[/\\]+(?=[^\s/\\])(?:(?:[^{_STOPS}\n]|(?<=\w)'(?=\w))+[/\\]+)*(?=[^/\\\s])"
+_PLACES = re.compile(
+    r"(?<!\w)(?P<web>https?|hf)://(?P<rest>(?:(?!::)[^\s\"'<>|,;])*)|"
+    rf"{_BEGINS}(?P<folders>{_ROOT}{_FOLDERS})(?P<last>[^{_STOPS}\s]*)"
+)
+_HOMES = re.compile(r"(?:[A-Za-z]:|/var|/export|file://)?[/\\]+(?:home|Users)[/\\]+")
+_IN_HOUSE = re.compile(r"[^.]*|[\d.]+|\[.*|.*\.(?:local|lan|home|corp|internal|intranet)", re.IGNORECASE)
 
 
 def is_hub_name(name: str) -> bool:
@@ -35,15 +46,29 @@ def is_hub_name(name: str) -> bool:
 
 def public_name(name: str) -> str:
     """What to call a model or a data set: its name on the Hub, or the last part of its path."""
-    return name if is_hub_name(name) else Path(os.path.abspath(name)).name
+    if is_hub_name(name):
+        return name
+    if os.path.exists(name):
+        folder, last = os.path.split(os.path.abspath(name))
+        return "~" if _HOMES.fullmatch(f"{folder}/") or Path(folder, last) == Path.home() else last
+    return re.split(r"[/\\]", without_folders(name).rstrip("/\\"))[-1]
 
 
 def without_folders(text: str) -> str:
-    """A text in which files and folders are named by the last part of their path."""
+    """A text in which files and folders are named by the last part of their path, and no address gives access."""
     for folder in sorted({str(Path.home()), os.getcwd()}, key=len, reverse=True):
         if len(folder) > 1:
             text = re.sub(_BEGINS + re.escape(folder) + _ENDS, "~", text)
-    return _FOLDERS.sub("", text)
+    return _PLACES.sub(_public_place, text)
+
+
+def _public_place(found: re.Match) -> str:
+    if found["web"] is None:
+        return "~" if _HOMES.fullmatch(found["folders"]) else found["last"]
+    host, slash, path = re.split(r"[?#]", found["rest"])[0].rpartition("@")[2].partition("/")
+    if found["web"] != "hf" and _IN_HOUSE.fullmatch(host.partition(":")[0]):
+        return path.rstrip("/").rpartition("/")[2]
+    return f"{found['web']}://{host}{slash}{path}"
 
 
 def public_account(account: Account) -> Account:

@@ -26,15 +26,20 @@ from ..private import public_account
 from .checkpoints import MANIFEST, SOURCE, sizes_of
 
 
-CARD, SAMPLES = "README.md", "samples.png"
+CARD, CURVE, SAMPLES = "README.md", "training.png", "samples.png"
 RESULTS = (
-    CARD, "training.png", "trainer_state.json", "all_results.json", "train_results.json", "eval_results.json",
+    CARD, CURVE, "trainer_state.json", "all_results.json", "train_results.json", "eval_results.json",
     "test_results.json",
 )  # fmt: skip
 """What tells of a model and lies beside it, where it was written."""
 
-_REPLACED = ("model*.safetensors", "model.safetensors.index.json", WEIGHTS, CONFIG, SAMPLES)
-"""What an earlier push may have left and this one has not: other weights would be loaded, and consent was withdrawn."""
+_REPLACED = (
+    "model*.safetensors", "*.safetensors.index.json", "pytorch_model*.bin*", WEIGHTS, "*config.json", "*_vlm.py",
+    "chat_template*", "tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.*", "merges.txt", *RESULTS,
+    SAMPLES,
+)  # fmt: skip
+"""What an earlier push may have left and this one has not: it would be loaded, or tell of another run, or consent was
+withdrawn. Other files, such as a licence, are a user's own."""
 
 Files = dict[str, str | bytes]
 """Name in the repository -> a file here, or its content."""
@@ -86,7 +91,7 @@ def push(files: Files, repository: str, message: str, under: str = "", **where: 
     Commit files to a model's repository.
 
     Args:
-        under: a folder in the repository; at its top, what an earlier model left goes.
+        under: a folder in the repository. What an earlier push left there, or of an earlier model at the top, goes.
         where: `token` and `revision`.
 
     Raises:
@@ -96,13 +101,26 @@ def push(files: Files, repository: str, message: str, under: str = "", **where: 
         CommitOperationAdd(f"{under}/{name}" if under else name, content) for name, content in files.items()
     ]
     try:
-        if not under:
-            there = _HUB.list_repo_files(repository, **where)
-            stale = [name for name in there if "/" not in name and any(fnmatch(name, kind) for kind in _REPLACED)]
-            operations += [CommitOperationDelete(name) for name in stale if name not in files]
+        there = _HUB.list_repo_files(repository, **where)
+        operations += [CommitOperationDelete(name) for name in _stale(there, files, under)]
         return _HUB.create_commit(repository, operations, commit_message=message, **where)
     except (HfHubHTTPError, httpx.HTTPError, OSError, ValueError, RuntimeError) as error:
         raise DuetError(f"the push to {repository} failed: {in_a_line(error, 400)}") from error
+
+
+def _stale(there: list[str], files: Files, under: str) -> list[str]:
+    """What of a repository's files a push takes the place of without bringing another of the name."""
+    folders = {under} if under else {BASE for name in files if name.startswith(f"{BASE}/")}
+    pushed = {f"{under}/{name}" if under else name for name in files}
+    return [
+        name
+        for name in there
+        if name not in pushed
+        if name.partition("/")[0] in folders
+        or not under
+        and "/" not in name
+        and any(fnmatch(name, kind) for kind in _REPLACED)
+    ]
 
 
 def push_in_background(*args: Any, **kwargs: Any) -> Future:
@@ -194,6 +212,9 @@ class PublishingTrainer(Trainer):
         if self.card is not None:
             try:
                 files[CARD] = self.card.text().encode()
+                files |= {
+                    name: (self.run_folder / name).read_bytes() for name in self.card.pictures()
+                }  # as they are now
             except Exception as error:  # the run is worth more than its card
                 print(f"the card of step {self.state.global_step} could not be made: {error}", flush=True)
         pushes = [(files, message, "")]
