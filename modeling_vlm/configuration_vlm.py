@@ -220,6 +220,7 @@ class VLMConfig(PreTrainedConfig):
     def to_dict(self) -> dict:
         settings = super().to_dict()
         settings.pop("_projector_file", None)
+        _forget_folders([value for value in settings.values() if isinstance(value, (dict, list))])
         return settings
 
     def save_pretrained(self, save_directory, **kwargs):
@@ -314,6 +315,15 @@ def _field(config, name):
             "cuts images into patches, such as ViT, CLIP, SigLIP or DINOv2."
         )
     return value
+
+
+def _forget_folders(settings):
+    """Leave out where parts of a model came from, as the library does of a whole one: it may be a folder here."""
+    if isinstance(settings, dict) and "_name_or_path" in settings:
+        settings["_name_or_path"] = ""
+    for value in settings.values() if isinstance(settings, dict) else settings:
+        if isinstance(value, (dict, list)):
+            _forget_folders(value)
 
 
 def _cut(config, layer):

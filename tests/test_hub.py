@@ -15,6 +15,7 @@ import torch
 from huggingface_hub import HfApi, ModelCard
 from PIL import Image
 from safetensors.torch import load_file
+from transformers import TrainingArguments
 
 import train_pretrain
 from evaluation_vlm.judgement import judge
@@ -29,6 +30,7 @@ from tests.fake_hub import faults_of_card, hub_environment, start_fake_hub
 from tests.isolated import WITHOUT_PACKAGE
 from tests.test_trainer import trainer_of
 from training_vlm.learning.checkpoints import fault
+from training_vlm.learning.publishing import was_pushed
 from training_vlm.model_card import RunCard
 from training_vlm.settings import parse_arguments
 from training_vlm.stages import SFT
@@ -235,7 +237,8 @@ def test_a_card_is_one_that_the_hub_takes_and_reads(pushed):
         assert not faults_of_card(content)
         card = ModelCard(content)
         assert ModelCard(str(card)).data.to_dict() == card.data.to_dict()
-        assert card.data.base_model == ["maker/vit", "maker/lm"] and card.data.license == "mit"
+        assert card.data.base_model == (["me/aligned"] if stage == 2 else ["maker/vit", "maker/lm"])
+        assert card.data.license == "mit" and all(f"/{name})" in content for name in ("maker/vit", "maker/lm"))
         said = card.data.to_dict()
         assert (said["pipeline_tag"], said["library_name"]) == ("image-text-to-text", "transformers")
         assert f"stage-{stage}" in card.data.tags and f"Stage {stage} of 2" in content
@@ -283,6 +286,49 @@ def test_a_finished_run_that_is_asked_to_push_later_pushes(folders, image, tmp_p
     assert 'from_pretrained("me/out"' in (tmp_path / "out" / "README.md").read_text()
     train_pretrain.main([*command, "--push_to_hub", "True"])
     assert len(pushed) == 1 and "nothing is left to do" in capsys.readouterr().out
+    train_pretrain.main([*command, "--push_to_hub", "True", "--hub_model_id", "second"])
+    assert len(pushed) == 2 and 'from_pretrained("me/second"' in (tmp_path / "out" / "README.md").read_text()
+    train_pretrain.main([*command, "--push_to_hub", "True", "--hub_model_id", "me/second"])
+    assert len(pushed) == 2 and (tmp_path / "out" / "model.safetensors").read_bytes() == before
+
+
+def test_a_run_counts_as_pushed_where_it_was_pushed_to(tmp_path):
+    def asked(**settings):
+        return TrainingArguments(output_dir=str(tmp_path / "out"), use_cpu=True, push_to_hub=True, **settings)
+
+    assert was_pushed({}, TrainingArguments(output_dir=str(tmp_path), use_cpu=True))
+    assert was_pushed({"pushed": "me/out"}, asked()) and was_pushed({"pushed": "me/b"}, asked(hub_model_id="me/b"))
+    assert was_pushed({"pushed": "me/out@try"}, asked(hub_revision="try"))
+    for known in ({}, {"pushed": None}, {"pushed": "me/other"}, {"pushed": "me/out@try"}):
+        assert not was_pushed(known, asked())
+    assert not was_pushed({"pushed": "me/out"}, asked(hub_revision="try"))
+    assert not was_pushed({"pushed": "me/b"}, asked(hub_model_id="you/b"))
+
+
+def test_a_push_takes_the_place_of_what_lay_there(tmp_path):
+    there = tmp_path / "models" / "me" / "out"
+    for name in (
+        "model-00001-of-00002.safetensors", "test_results.json", "training.png", "chat_template.jinja", "LICENSE",
+        "notes/model.safetensors", "last-checkpoint/optimizer.pt", "last-checkpoint/base/model.safetensors",
+        "last-checkpoint-of-mine/x", "base/model-00001-of-00002.safetensors", "own.py",
+    ):  # fmt: skip
+        (there / name).parent.mkdir(parents=True, exist_ok=True)
+        (there / name).write_text("of an earlier run")
+    push = (
+        "from training_vlm.learning.publishing import push\n"
+        "push({'optimizer.bin': b'1', 'base/config.json': b'{}'}, 'me/out', 'a checkpoint', 'last-checkpoint')\n"
+        "push({'model.safetensors': b'1', 'README.md': b'# It'}, 'me/out', 'a model')\n"
+        "push({'model.safetensors': b'1', 'README.md': b'# It', 'base/model.safetensors': b'1'}, 'me/out', 'both')\n"
+    )
+    with start_fake_hub(tmp_path) as url:
+        environment = hub_environment(url, tmp_path / "home") | {"PYTHONPATH": os.pathsep.join([str(ROOT), *sys.path])}
+        subprocess.run([sys.executable, "-c", push], env=environment, check=True, capture_output=True)
+    left = {path.relative_to(there).as_posix() for path in there.rglob("*") if path.is_file()}
+    assert left == {
+        "model.safetensors", "README.md", "LICENSE", "own.py", "notes/model.safetensors",
+        "last-checkpoint/optimizer.bin", "last-checkpoint/base/config.json", "last-checkpoint-of-mine/x",
+        "base/model.safetensors",
+    }  # fmt: skip
 
 
 def test_a_push_that_fails_at_the_end_is_one_line(folders, image, tmp_path, monkeypatch):
@@ -309,8 +355,9 @@ def card(folders, image, tmp_path):
     """`card(*argv, **found)` is the card of a run with these settings, as a text, and what it found."""
     trainer = trainer_of("vit-gpt2", folders, tiny.ragged_dialogues(image), tmp_path / "out")
 
-    def text(*argv, **found):
-        arguments = parse_arguments(SFT, ["--use_cpu", "--output_dir", str(tmp_path / "out"), *argv])
+    def text(*argv, folder="out", **found):
+        trainer.args.output_dir = str(tmp_path / folder)
+        arguments = parse_arguments(SFT, ["--use_cpu", "--output_dir", trainer.args.output_dir, *argv])
         made = RunCard(SFT, arguments, trainer)
         made.done = True
         for name, value in found.items():
@@ -323,6 +370,9 @@ def card(folders, image, tmp_path):
 def predictions(*right, subset="all", kind="all"):
     question = Question(Prompt([1], []), ("a",), kind, subset)
     return [Prediction(question, "a" if one else "b") for one in right]
+
+
+JUDGED = {"judgement": judge(predictions(True, False), [METRICS["exact_match"]]), "losses": {"eval_loss": 1.5}}
 
 
 def test_a_card_names_data_sets_of_the_hub_and_their_scores(card):
@@ -360,6 +410,58 @@ def test_what_data_say_is_text_and_nothing_else_in_a_card(card, tmp_path, monkey
     assert body.count("```") == 4 and "{{ 'in' ~ 'jected' }}" in html.unescape(body)
     samples = body[body.index("| asked |") :].splitlines()
     assert samples[2].count("|") == 4 and not samples[3]  # one row, of three cells
+
+
+ODD = [
+    "my rows (1).jsonl",
+    "a: b #c.jsonl",
+    "'x' \"y\".jsonl",
+    "数据.jsonl",
+    "---\n---.jsonl",
+    "[a]|{b}.jsonl",
+    "maker/rows.jsonl",
+]
+
+
+@pytest.mark.parametrize("name", ODD)
+def test_a_card_of_data_with_an_odd_name_is_one_that_the_hub_takes(name, card, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / name).parent.mkdir(exist_ok=True)
+    (tmp_path / name).write_text("{}")
+    for path in (name, str(tmp_path / name)):
+        content = card(f"--dataset={path}", "--test_split", "test", "--text_model", "gpt2", **JUDGED)
+        assert not faults_of_card(content)
+        data = ModelCard(content).data
+        assert data.datasets is None and data.base_model == ["gpt2"]
+        assert {result.dataset_name for result in data.eval_results} == {name.rpartition("/")[2]}
+
+
+def test_a_card_of_a_mixture_is_one_that_the_hub_takes(card, tmp_path):
+    mixed = [
+        {"path": str(tmp_path / "my rows.jsonl"), "weight": 0.75, "split": "train"},
+        {"path": "maker/talk", "name": "en", "weight": 0.2},
+        {"path": "talk", "weight": 0.05},
+    ]
+    (tmp_path / "my rows.jsonl").write_text("{}")
+    settings = {"datasets": mixed, "test_dataset": {"path": "maker/asked", "split": "test[:5]"}}
+    (tmp_path / "run.yaml").write_text(json.dumps(settings))
+    content = card("--config", str(tmp_path / "run.yaml"), "--text_model", "gpt2", **JUDGED)
+    assert not faults_of_card(content) and str(tmp_path) not in content
+    data = ModelCard(content).data
+    assert data.datasets == ["maker/talk", "talk"]
+    names = {result.metric_type: (result.dataset_type, result.dataset_name) for result in data.eval_results}
+    assert names["loss"] == ("my-rows.jsonl-and-maker-talk-and-talk", "my rows.jsonl, maker/talk, talk")
+    assert names["exact_match"] == ("maker/asked", "maker/asked")
+    told = html.unescape(content)
+    assert "my rows.jsonl (train, weight 0.75), maker/talk (en, weight 0.2), talk (weight 0.05)" in told
+
+
+@pytest.mark.parametrize("name", ["my out (v1)", "a: b", "名", "-", "out"])
+def test_a_card_of_a_model_with_an_odd_name_is_one_that_the_hub_takes(name, card):
+    content = card("--dataset", "shapes", "--test_split", "test", "--text_model", "gpt2", folder=name, **JUDGED)
+    assert not faults_of_card(content)
+    data = ModelCard(content).data
+    assert data.model_name == name and {result.dataset_type for result in data.eval_results} == {"shapes"}
 
 
 @pytest.mark.parametrize(

@@ -133,7 +133,7 @@ def finish(
     trainer.accelerator.end_training()
     attempts.exit_if_failed()
     if args.should_save:
-        note_run(Path(args.output_dir), finished=trainer.state.global_step, pushed=trainer.hub_model_id)
+        note_run(Path(args.output_dir), finished=trainer.state.global_step, pushed=trainer.pushed_to)
     if trainer.is_world_process_zero():
         _say_goodbye(stage, args.output_dir)
 

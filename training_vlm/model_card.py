@@ -206,7 +206,8 @@ class RunCard:
         lines = ["| part | parameters | learned | how | rate | decay |", "|---|---:|---:|---|---|---|"]
         for part in self.trainer.declared().components():
             rates = f"{part.learning_rate:g} | {part.weight_decay:g}" if part.trained else "- | -"
-            lines.append(f"| {part.name} | {part.parameters:,} | {part.trained:,} | {part.policy} | {rates} |")
+            policy = part.policy if part.trained else "frozen"
+            lines.append(f"| {part.name} | {part.parameters:,} | {part.trained:,} | {policy} | {rates} |")
         return "\n".join(lines)
 
     def _settings(self) -> dict[str, Any]:
@@ -216,7 +217,7 @@ class RunCard:
         warm_up = args.get_warmup_steps(max(1, self.trainer.state.max_steps))
         settings = {
             "data": ", ".join(_told_of(source) for source in self._sources()),
-            "epochs": f"{args.num_train_epochs:g}" if args.max_steps < 0 else f"{args.max_steps} steps",
+            **({"epochs": f"{args.num_train_epochs:g}"} if args.max_steps < 0 else {"steps": args.max_steps}),
             "batch": self.trainer.conversations_a_step(),
             "schedule": f"{schedule}, {number_of(warm_up, 'step')} of warm-up",
             "optimizer": f"{OptimizerNames(args.optim).value}, betas {args.adam_beta1:g} and {args.adam_beta2:g}",
@@ -239,8 +240,8 @@ class RunCard:
         total = self.account.total
         dropped = total["samples"] - total["learned from"]
         left_out = (
-            f" {number_of(dropped, 'more was', 'more were')} left out, as they could not be learned from."
-            * bool(dropped)
+            f" {number_of(dropped, 'more was', 'more were')} left out, as nothing could be learned from "
+            f"{'it' if dropped == 1 else 'them'}." * bool(dropped)
         )
         return (
             f"Learned from {number_of(total['learned from'], 'conversation')} with "
@@ -321,7 +322,7 @@ def _result(sources: list[SourceSettings], split: str, kind: str, value: float, 
         task_type=TASK,
         task_name="Image-Text-to-Text",
         # An identifier of the Hub where the data have one, else something that is spelled like one.
-        dataset_type=names[0] if one and _is_on_hub(one) else re.sub(r"[^\w.-]+", "-", "-and-".join(names)),
+        dataset_type=names[0] if one and _is_on_hub(one) else _identifier("-and-".join(names)),
         dataset_name=", ".join(names),
         dataset_config=one.name if one else None,
         dataset_split=split or None,
@@ -330,6 +331,10 @@ def _result(sources: list[SourceSettings], split: str, kind: str, value: float, 
         metric_value=value,
         metric_name=name,
     )
+
+
+def _identifier(name: str) -> str:
+    return re.sub(r"[^A-Za-z0-9_.-]+", "-", name).strip("-.") or "data"
 
 
 def _shown(base: Base) -> dict[str, str]:

@@ -32,6 +32,7 @@ from .learning.disk import DiskFull
 from .learning.lineage import note_run, read_run
 from .learning.originals import hold_frozen
 from .learning.probe import why_not_packed
+from .learning.publishing import was_pushed
 from .learning.record import record_of
 from .learning.sampling import order_of
 from .learning.savings import Probe, choose_savings, plan_batches
@@ -105,7 +106,7 @@ def _check_start(training_args, folder):
         return
     known = read_run(folder)
     if auto and known is not None and known.get("finished"):
-        if training_args.push_to_hub and known.get("pushed") is None:
+        if not was_pushed(known, training_args):
             raise DuetError(
                 f"push_to_hub: the run in {folder} has come to its end and kept no checkpoint to go on from; push its "
                 "model and its processor with their own push_to_hub, in Python."

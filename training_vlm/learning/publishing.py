@@ -14,7 +14,7 @@ from typing import Any, cast
 from huggingface_hub import CommitInfo, CommitOperationAdd, CommitOperationDelete, HfApi
 from huggingface_hub.errors import HfHubHTTPError
 from huggingface_hub.utils import httpx
-from transformers import Trainer
+from transformers import Trainer, TrainingArguments
 from transformers.trainer_utils import HubStrategy
 from transformers.utils import PushInProgress
 
@@ -128,6 +128,13 @@ def push_in_background(*args: Any, **kwargs: Any) -> Future:
     return _HUB.run_as_future(push, *args, **kwargs)
 
 
+def was_pushed(known: dict[str, Any], args: TrainingArguments) -> bool:
+    """Whether the end of a run is where its settings have it pushed, by what is known of it."""
+    name = args.hub_model_id or Path(args.output_dir or "").absolute().name
+    asked, pushed = f"{name}@{args.hub_revision}" if args.hub_revision else name, known.get("pushed")
+    return not args.push_to_hub or pushed is not None and (pushed == asked or pushed.partition("/")[2] == asked)
+
+
 class PublishingTrainer(Trainer):
     """`Trainer`, whose pushes hold what belongs to the model, loads by name, and tells of nothing else."""
 
@@ -150,6 +157,12 @@ class PublishingTrainer(Trainer):
     def repository(self) -> str:
         """The name on the Hub that is pushed to, once the repository is there."""
         return cast(str, self.hub_model_id)
+
+    @property
+    def pushed_to(self) -> str | None:
+        """Where pushes go, with the branch where it is not the first; `None` where nothing is pushed."""
+        revision = self.args.hub_revision
+        return f"{self.hub_model_id}@{revision}" if self.hub_model_id and revision else self.hub_model_id
 
     def create_model_card(self, *args, **kwargs) -> None:
         """Write the model card: the run's own where there is one, for `push_to_hub` too."""
@@ -246,4 +259,4 @@ class PublishingTrainer(Trainer):
             print(f"checkpoints: {error}", flush=True)
 
 
-__all__ = ["CARD", "RESULTS", "SAMPLES", "PublishingTrainer", "files_of_checkpoint"]
+__all__ = ["CARD", "CURVE", "RESULTS", "SAMPLES", "PublishingTrainer", "files_of_checkpoint", "was_pushed"]

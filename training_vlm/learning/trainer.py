@@ -47,6 +47,7 @@ from .checkpoints import (
 from .guard import Guard
 from .lineage import leave_behind, note_run, read_run
 from .meter import EVALUATION, Meter, spent_on
+from .publishing import was_pushed
 from .record import check_record
 from .sampling import EpochOfData, GroupedOrder, LengthGroupedOrder, change_of_order, order_seed
 from .saving import SavingTrainer
@@ -271,8 +272,7 @@ class VLMTrainer(SavingTrainer):
         """See `Trainer.set_initial_training_values`; a run that is at its end has no epoch left to go through."""
         epochs, *others, max_steps = super().set_initial_training_values(*args, **kwargs)
         known = gather_object([read_run(self.run_folder) or {}])[0]
-        is_pushed = not self.args.push_to_hub or known.get("pushed") is not None
-        self.is_finished = known.get("finished") == max_steps and is_pushed
+        self.is_finished = known.get("finished") == max_steps and was_pushed(known, self.args)
         if self.is_finished:
             raise _Finished
         if self._resumed_at >= max_steps > 0:
