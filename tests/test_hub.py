@@ -29,6 +29,7 @@ from tests import tiny
 from tests.fake_hub import faults_of_card, hub_environment, start_fake_hub
 from tests.isolated import WITHOUT_PACKAGE
 from tests.test_trainer import trainer_of
+from training_vlm import model_card
 from training_vlm.learning.checkpoints import fault
 from training_vlm.learning.publishing import was_pushed
 from training_vlm.model_card import RunCard
@@ -227,6 +228,7 @@ def test_adapters_are_pushed_with_their_base_or_name_its_repository(pushed):
         data = ModelCard(content).data
         assert not faults_of_card(content) and data.base_model == base and "lora" in data.tags
         assert f'PeftModel.from_pretrained(base, "me/{name}")' in content
+        assert (', revision="' in content) == (name == "hub-base")
         assert data.get("base_model_relation") == ("adapter" if name == "hub-base" else None)
 
 
@@ -331,6 +333,28 @@ def test_a_push_takes_the_place_of_what_lay_there(tmp_path):
     }  # fmt: skip
 
 
+def test_a_picture_that_a_card_shows_is_pushed_with_it_in_between_too(folders, image, tmp_path, monkeypatch):
+    pushed = []
+    monkeypatch.setattr(HfApi, "create_repo", lambda self, name, **kwargs: type("Repo", (), {"repo_id": name}))
+    monkeypatch.setattr(HfApi, "list_repo_files", lambda self, repo_id, **kwargs: [])
+    monkeypatch.setattr(HfApi, "create_commit", lambda self, repo_id, operations, **kwargs: pushed.append(operations))
+    out, settings = tmp_path / "out", {"push_to_hub": True, "hub_model_id": "me/out", "hub_always_push": True}
+    settings |= {"max_steps": 2, "save_strategy": "steps", "save_steps": 1}
+    arguments = parse_arguments(SFT, ["--use_cpu", "--output_dir", str(out), "--dataset", "shapes"])
+    trainer = trainer_of("vit-gpt2", folders, tiny.ragged_dialogues(image), out, **settings)
+    trainer.card = RunCard(SFT, arguments, trainer)
+    out.mkdir(exist_ok=True)
+    for name in ("training.png", "samples.png"):
+        image().save(out / name)
+    trainer.train()
+    assert len(pushed) == 2
+    for operations in pushed:
+        files = {operation.path_in_repo: operation.path_or_fileobj for operation in operations}
+        text = files["README.md"].decode()
+        assert "this is no finished model" in text and "](training.png)" in text and "](samples.png)" not in text
+        assert files["training.png"] == (out / "training.png").read_bytes() and "samples.png" not in files
+
+
 def test_a_push_that_fails_at_the_end_is_one_line(folders, image, tmp_path, monkeypatch):
     def create_commit(self, repo_id, operations, **kwargs):
         raise OSError("the line\nis cut")
@@ -355,8 +379,9 @@ def card(folders, image, tmp_path):
     """`card(*argv, **found)` is the card of a run with these settings, as a text, and what it found."""
     trainer = trainer_of("vit-gpt2", folders, tiny.ragged_dialogues(image), tmp_path / "out")
 
-    def text(*argv, folder="out", **found):
+    def text(*argv, folder="out", hub_revision=None, hub_model_id=None, **found):
         trainer.args.output_dir = str(tmp_path / folder)
+        trainer.args.hub_revision, trainer.args.hub_model_id = hub_revision, hub_model_id
         arguments = parse_arguments(SFT, ["--use_cpu", "--output_dir", trainer.args.output_dir, *argv])
         made = RunCard(SFT, arguments, trainer)
         made.done = True
@@ -393,6 +418,15 @@ def test_a_card_names_data_sets_of_the_hub_and_their_scores(card):
     assert one.dataset_revision == "v2" and one.task_type == "image-text-to-text"
     assert "33.3% of its answers" in content and "No licence is claimed" in content
     assert "maker/talk &#40;en, v2&#41;" in content
+
+
+def test_a_card_tells_scores_of_test_questions_as_theirs_alone(card):
+    found = {**JUDGED, "losses": {"eval_loss": 1.5, "eval_exact_match": 0.5}}
+    held_out = ModelCard(card("--dataset", "maker/talk", **{**found, "judgement": None})).data.eval_results
+    asked = ModelCard(card("--dataset", "maker/talk", "--test_dataset", "maker/asked", **found)).data.eval_results
+    of_what = [[(one.metric_type, one.dataset_type) for one in results] for results in (held_out, asked)]
+    assert of_what[0] == [("loss", "maker/talk"), ("exact_match", "maker/talk")]
+    assert of_what[1] == [("loss", "maker/talk"), ("exact_match", "maker/asked")]
 
 
 def test_what_data_say_is_text_and_nothing_else_in_a_card(card, tmp_path, monkeypatch):
@@ -475,6 +509,21 @@ def test_a_card_of_a_model_with_an_odd_name_is_one_that_the_hub_takes(name, card
 )  # fmt: skip
 def test_the_hub_of_these_tests_refuses_what_the_hub_refuses(metadata):
     assert faults_of_card(f"---\n{metadata}\n---\n# It\n")
+
+
+@pytest.mark.parametrize(
+    "on, loads",
+    [
+        (("maker/vlm", "abc"), '"maker/vlm", trust_remote_code=True, revision="abc"'),
+        (("base", None), '"me/out", subfolder="base", trust_remote_code=True, revision="try"'),
+    ],
+)  # fmt: skip
+def test_a_card_of_adapters_loads_both_at_their_revisions(on, loads, card, monkeypatch):
+    monkeypatch.setattr(model_card, "is_adapted", lambda model: True)
+    monkeypatch.setattr(RunCard, "_base_of_adapters", lambda self: on)
+    content = card("--dataset", "shapes", hub_revision="try", hub_model_id="me/out")
+    assert f"base = AutoModelForImageTextToText.from_pretrained({loads})" in content
+    assert 'PeftModel.from_pretrained(base, "me/out", revision="try")' in content
 
 
 def test_an_unfinished_run_says_so_in_its_card(card):

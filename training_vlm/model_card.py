@@ -164,7 +164,7 @@ class RunCard:
         sources, split = self._sources(), ""
         if len(sources) == 1:
             split = sources[0].eval_split or f"held out of {sources[0].split or 'train'}"
-        for key, value in self.losses.items():
+        for key, value in self._final().items():
             metric = key.removeprefix("eval_")
             if metric != key and math.isfinite(value):
                 name = "Loss a token" if metric == "loss" else metric
@@ -184,6 +184,12 @@ class RunCard:
                 if math.isfinite(number)
             ]
         return found
+
+    def _final(self) -> dict[str, float]:
+        """What the end says of the data that were learned from; where there are test data, these were asked about."""
+        if self.arguments.data.test_source() is None:
+            return self.losses
+        return {key: value for key, value in self.losses.items() if key.endswith("loss")}
 
     def _use(self) -> str:
         name = json.dumps(self.name, ensure_ascii=False).replace("`", "'")
@@ -250,7 +256,7 @@ class RunCard:
         )
 
     def _results(self) -> str:
-        lines = [f"- {key.replace('_', ' ')}: {value:.4g}" for key, value in self.losses.items()]
+        lines = [f"- {key.replace('_', ' ')}: {value:.4g}" for key, value in self._final().items()]
         if self.judgement is not None:
             report = self.judgement.report().replace("`", "'")  # which would end the block
             asked = number_of(len(self.judgement.predictions), "test question")

@@ -112,15 +112,12 @@ def _stale(there: list[str], files: Files, under: str) -> list[str]:
     """What of a repository's files a push takes the place of without bringing another of the name."""
     folders = {under} if under else {BASE for name in files if name.startswith(f"{BASE}/")}
     pushed = {f"{under}/{name}" if under else name for name in files}
-    return [
-        name
-        for name in there
-        if name not in pushed
-        if name.partition("/")[0] in folders
-        or not under
-        and "/" not in name
-        and any(fnmatch(name, kind) for kind in _REPLACED)
-    ]
+
+    def is_replaced(name):
+        folder, inside, _ = name.partition("/")
+        return folder in folders if inside else not under and any(fnmatch(name, kind) for kind in _REPLACED)
+
+    return [name for name in there if name not in pushed and is_replaced(name)]
 
 
 def push_in_background(*args: Any, **kwargs: Any) -> Future:
@@ -225,9 +222,8 @@ class PublishingTrainer(Trainer):
         if self.card is not None:
             try:
                 files[CARD] = self.card.text().encode()
-                files |= {
-                    name: (self.run_folder / name).read_bytes() for name in self.card.pictures()
-                }  # as they are now
+                # As they are now: the next evaluation may draw them anew before the push is through.
+                files |= {name: (self.run_folder / name).read_bytes() for name in self.card.pictures()}
             except Exception as error:  # the run is worth more than its card
                 print(f"the card of step {self.state.global_step} could not be made: {error}", flush=True)
         pushes = [(files, message, "")]
