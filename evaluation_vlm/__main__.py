@@ -10,6 +10,7 @@ some (samples.html). See docs/evaluation.md.
 """
 
 import argparse
+import importlib.metadata
 import json
 import os
 import sys
@@ -35,11 +36,11 @@ from processing.reading.sources import open_source
 
 from .asking import answer_questions, questions_of
 from .compare import CONFIDENCE, RESAMPLES, SEED, Draws, difference_of, interval_of, row_of, sentence
-from .files import replace_text
-from .judgement import Judgement, judge
+from .files import make_folder, replace_text
+from .judgement import Judgement, judge, judge_together
 from .metrics import METRICS, choose_metrics, named_metrics
 from .showing import Wording
-from .writing import write_gallery, write_predictions
+from .writing import last_part, write_gallery, write_predictions
 
 
 RESULTS = "results.json"
@@ -91,6 +92,8 @@ def evaluate(args: argparse.Namespace) -> dict[str, Any]:
     """
     if args.metrics is not None:
         named_metrics(args.metrics)  # before a model is loaded
+    if PartialState().is_main_process:
+        make_folder(args.output_dir)
     source = SourceSettings(args.dataset, columns=parse_columns(args.columns), max_samples=args.max_samples)
     found = open_source(
         source.path,
@@ -123,9 +126,10 @@ def evaluate(args: argparse.Namespace) -> dict[str, Any]:
             continue
         folder = args.output_dir / FOLDERS[number] if len(args.models) > 1 else args.output_dir
         write_predictions(judgement, wording, folder)
-        write_gallery(judgement, wording, folder, f"What {Path(name).name} answers", found.name)
+        write_gallery(judgement, wording, folder, f"What {last_part(name)} answers", last_part(found.name))
         seconds, draws = round(time.perf_counter() - started, 1), Draws(judgement.predictions)
-        about = {"model": name, "questions": len(judgement.predictions), "rows": len(draws.rows), "seconds": seconds}
+        about = {"model": name, "questions": len(judgement.predictions), "groups": len(draws.groups)}
+        about["seconds"] = seconds
         models.append({**about, "metrics": _values(judgement, draws), "by_name": judgement.by_name()})
         print(f"\n{name}: {len(judgement.predictions):,} questions of {found.name}, {seconds:,} s")
         print(_report(judgement, models[-1]["metrics"]), flush=True)
@@ -133,8 +137,9 @@ def evaluate(args: argparse.Namespace) -> dict[str, Any]:
         return {}
     results: dict[str, Any] = {
         "dataset": found.name,
-        "asked": {name: getattr(args, name) for name in ("stage", "max_samples", "max_new_tokens", "choice_answer")},
-        "interval": {"confidence": CONFIDENCE, "resamples": RESAMPLES, "seed": SEED, "drawn": "rows"},
+        "asked": {name: value for name, value in vars(args).items() if name not in ("models", "dataset", "output_dir")},
+        "interval": {"confidence": CONFIDENCE, "resamples": RESAMPLES, "seed": SEED, "drawn": "images and rows"},
+        "versions": {name: importlib.metadata.version(name) for name in ("torch", "transformers")},
         "models": models,
     }
     if len(judged) > 1:
@@ -163,7 +168,7 @@ def _judged(name: str, dataset: ConversationDataset, args: argparse.Namespace) -
     predictions = answer_questions(model, processor, questions, args.batch_size, config, weighs=weighs)
     if not predictions:
         raise DuetError(f"{args.dataset}: no question could be asked, because no image could be read.")
-    return judge(predictions, metrics), Wording(processor)
+    return judge_together(predictions, metrics), Wording(processor)
 
 
 def _values(judgement: Judgement, draws: Draws) -> dict[str, dict[str, Any]]:
@@ -239,6 +244,8 @@ def main(argv: list[str] | None = None) -> int:
         for name in ("batch_size", "max_new_tokens", "max_samples", "max_length"):
             if (value := getattr(args, name)) is not None and value < 1:
                 raise DuetError(f"{name}={value}: expected 1 or more.")
+        if args.sample_seed < 0:
+            raise DuetError(f"sample_seed={args.sample_seed}: expected 0 or more.")
         PartialState(cpu=not torch.accelerator.is_available())
         evaluate(args)
         PartialState().destroy_process_group()

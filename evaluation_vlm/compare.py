@@ -1,14 +1,16 @@
 """How sure a value is, and whether two models differ: by drawing the questions anew, many times.
 
-What is special: the questions of a row stand or fall together, so rows are drawn, with all of their questions (a
-bootstrap over clusters, https://doi.org/10.1201/9780429246593). Two models are compared on the same draws, because
-what is hard for one is hard for the other.
+What is special: questions about an image stand or fall together, as do those of a row, so groups of questions that
+share either are drawn (a bootstrap over clusters, https://doi.org/10.1201/9780429246593). Two models are compared on
+the same draws, because what is hard for one is hard for the other.
 """
 
 from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
+
+from inference_vlm.encoded_images import name_of
 
 from .predictions import Prediction, Scores
 
@@ -37,7 +39,7 @@ class Difference(NamedTuple):
 
 class Draws:
     """
-    Predictions drawn anew, row by row, the same for whatever is asked of them.
+    Predictions drawn anew, group by group, the same for whatever is asked of them.
 
     Args:
         predictions: those of one model; of another, to be compared, in the same order.
@@ -46,10 +48,7 @@ class Draws:
     """
 
     def __init__(self, predictions: Sequence[Prediction], seed: int = SEED, resamples: int = RESAMPLES):
-        rows: dict[object, list[int]] = {}
-        for number, (question, *_) in enumerate(predictions):
-            rows.setdefault(("alone", number) if question.row is None else row_of(question), []).append(number)
-        self.rows = [np.array(numbers) for numbers in rows.values()]
+        self.groups = [np.array(numbers) for numbers in groups_of(predictions)]
         self.seed, self.resamples = seed, resamples
 
     def values(self, scores: Scores) -> np.ndarray | None:
@@ -57,20 +56,47 @@ class Draws:
         if scores.each is None:
             return None
         rng = np.random.default_rng(self.seed)
-        drawn = (rng.integers(len(self.rows), size=len(self.rows)) for _ in range(self.resamples))
-        if scores.of is None:  # a mean: what each row adds to it is enough
+        drawn = (rng.integers(len(self.groups), size=len(self.groups)) for _ in range(self.resamples))
+        if scores.of is None:  # a mean: what each group adds to it is enough
             judged = np.array([score is not None for score in scores.each])
             each = np.array([score or 0.0 for score in scores.each])
-            sums, counts = (np.array([part[row].sum() for row in self.rows]) for part in (each, judged))
-            totals = [(sums[rows].sum(), counts[rows].sum()) for rows in drawn]
+            sums, counts = (np.array([part[group].sum() for group in self.groups]) for part in (each, judged))
+            totals = [(sums[groups].sum(), counts[groups].sum()) for groups in drawn]
             return np.array([total / count for total, count in totals if count])
-        found = (scores.among(np.concatenate([self.rows[row] for row in rows]).tolist()) for rows in drawn)
+        found = (scores.among(np.concatenate([self.groups[n] for n in groups]).tolist()) for groups in drawn)
         return np.array([value for value in found if value is not None])
 
 
 def row_of(question) -> object:
     """What tells a question's row from others."""
     return question.source, question.row
+
+
+def groups_of(predictions: Sequence[Prediction]) -> list[list[int]]:
+    """
+    Numbers of predictions whose questions share a row or an image, directly or by others between them.
+
+    Images are the same that have one name, or one content where they are stored in rows; see `name_of`.
+    """
+    leads: list[int] = list(range(len(predictions)))  # to an earlier one of the same group
+
+    def first_of(number: int) -> int:
+        while leads[number] != number:
+            leads[number] = number = leads[leads[number]]
+        return number
+
+    seen: dict[object, int] = {}
+    for number, (question, *_) in enumerate(predictions):
+        shared = [("image", name_of(reference)) for reference in question.prompt.images]
+        if question.row is not None:
+            shared.append(("row", row_of(question)))
+        for name in shared:
+            one, other = sorted((first_of(number), first_of(seen.setdefault(name, number))))
+            leads[other] = one
+    groups: dict[int, list[int]] = {}
+    for number in range(len(predictions)):
+        groups.setdefault(first_of(number), []).append(number)
+    return list(groups.values())
 
 
 def interval_of(scores: Scores, draws: Draws) -> Interval | None:
@@ -109,4 +135,4 @@ def _signed(shown: str) -> str:
     return f"+{shown}"
 
 
-__all__ = ["Difference", "Draws", "Interval", "difference_of", "interval_of", "row_of", "sentence"]
+__all__ = ["Difference", "Draws", "Interval", "difference_of", "groups_of", "interval_of", "row_of", "sentence"]

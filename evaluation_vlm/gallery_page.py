@@ -119,7 +119,9 @@ function choose() {
   count.textContent = shown === cards.length ? `$${cards.length} shown` : `$${shown} of $${cards.length} shown`;
 }
 function sort() {
-  main.append(...(order.value === "1" ? cards : [...cards].reverse()));
+  const scored = cards.filter(card => card.querySelector(".score"));
+  const others = cards.filter(card => !card.querySelector(".score"));
+  main.append(...(order.value === "1" ? scored : scored.reverse()), ...others);
 }
 form.addEventListener("input", choose);
 order.addEventListener("change", sort);

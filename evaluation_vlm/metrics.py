@@ -188,7 +188,7 @@ def _own_metric(named: str) -> Metric:
     module = importlib.util.module_from_spec(spec)
     try:
         spec.loader.exec_module(module)
-    except Exception as error:  # whatever a file of the user's own raises
+    except (Exception, SystemExit) as error:  # whatever a file of the user's own raises
         raise DuetError(
             f"metrics={named!r}: {file} cannot be read: {type(error).__name__}: {in_a_line(error)}"
         ) from error
@@ -202,7 +202,7 @@ def _own_metric(named: str) -> Metric:
     def score(predictions: Sequence[Prediction]) -> Scores:
         try:
             found = function(list(predictions))
-        except Exception as error:
+        except (Exception, SystemExit) as error:
             reason = f"{type(error).__name__}: {in_a_line(error)}"
             raise DuetError(f"metrics={named!r} failed on {len(predictions):,} predictions: {reason}") from error
         return _own_scores(named, found, len(predictions))
@@ -215,7 +215,9 @@ def _own_scores(named: str, found: Any, count: int) -> Scores:
     is_number = hasattr(found, "ndim") and found.ndim == 0  # in a tensor or an array
     try:
         if isinstance(found, Scores):
-            return found
+            each = [score for score in found.each or () if score is not None]
+            if all(map(math.isfinite, [found.value, *each])) and len(found.each or range(count)) == count:
+                return found
         if not isinstance(found, (str, dict)) and hasattr(found, "__len__") and not is_number:
             each = [float(score) for score in found]
             if len(each) == count and all(map(math.isfinite, each)):

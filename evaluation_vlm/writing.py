@@ -30,11 +30,11 @@ def _lines(judgement: Judgement, wording: Wording, step: int | None) -> Iterator
         line: dict[str, Any] = {
             "step": step,
             "id": question.id,
-            "source": _last_part(question.source),
+            "source": last_part(question.source),
             "row": question.row,
             "subset": question.subset,
             "kind": question.kind,
-            "images": [_last_part(image_name(reference)) for reference in question.prompt.images],
+            "images": [last_part(image_name(reference)) for reference in question.prompt.images],
             "question": wording(question),
             "expected": question.references,
             "generated": said,
@@ -47,9 +47,10 @@ def _lines(judgement: Judgement, wording: Wording, step: int | None) -> Iterator
         yield json.dumps({name: value for name, value in line.items() if value is not None}, ensure_ascii=False) + "\n"
 
 
-def _last_part(name: str) -> str:
+def last_part(name: str) -> str:
     """What a file or folder is called, without where it lies, as what is written here may be passed on."""
-    return Path(name).name if os.path.isabs(name) or os.path.exists(name) or "://" in name else name
+    is_place = os.path.isabs(name) or os.path.exists(os.path.expanduser(name)) or "://" in name
+    return Path(os.path.abspath(name)).name if is_place else name
 
 
 def write_gallery(judgement: Judgement, wording: Wording, folder: Path, title: str, about: str) -> list[Shown]:
@@ -75,4 +76,4 @@ def write_gallery(judgement: Judgement, wording: Wording, folder: Path, title: s
     return shown
 
 
-__all__ = ["PAGE", "PREDICTIONS", "write_gallery", "write_predictions"]
+__all__ = ["PAGE", "PREDICTIONS", "last_part", "write_gallery", "write_predictions"]

@@ -79,12 +79,48 @@ trainer.accelerator.wait_for_everyone()
 trainer.accelerator.end_training()
 """
 
+JUDGE = """
+import os, sys
+from pathlib import Path
+from accelerate import PartialState
+from accelerate.utils import gather_object
+from evaluation_vlm.judgement import judge_together
+from evaluation_vlm.metrics import named_metrics
+from evaluation_vlm.predictions import Prediction
+from evaluation_vlm.questions import Question
+from inference_vlm.answering import Prompt
+from processing.data_error_vlm import DuetError
 
-@pytest.mark.slow
-def test_two_processes_answer_every_question_once_and_as_one_would(tmp_path):
-    tiny.save_siglip(tmp_path / "vision")
-    tiny.save_llama(tmp_path / "text")
-    (tmp_path / "run.py").write_text(RUN)
+root, state = Path(sys.argv[1]), PartialState(cpu=True)
+assert state.num_processes == 2
+question = Question(Prompt([1], []), ("a",), "all", "all")
+metrics = named_metrics(f"exact_match,{root}/own.py:noted")
+found = judge_together([Prediction(question, "a"), Prediction(question, "b")], metrics)
+assert (root / "noted").read_text() == "called "
+assert gather_object([(found.values, found.scores["noted"].each)]) == [
+    ({"exact_match": 0.5, "noted": 1.5}, [1.0, 2.0])
+] * 2
+try:
+    judge_together([Prediction(question, "a")], metrics)
+except DuetError as error:
+    assert "failed on 1 predictions: ZeroDivisionError" in str(error), error
+    (root / f"done-{state.process_index}").touch()
+"""
+
+OWN = """
+from pathlib import Path
+
+def noted(predictions):
+    with Path(__file__).with_name("noted").open("a") as file:
+        file.write("called ")
+    if len(predictions) < 2:
+        return 1 / 0
+    return [1.0, 2.0]
+"""
+
+
+def run_by_two(tmp_path, text):
+    (tmp_path / "run.py").write_text(text)
     environment = {**os.environ, "HF_HOME": str(tmp_path / "home"), "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "run.py"]
     done = subprocess.run(
@@ -92,3 +128,15 @@ def test_two_processes_answer_every_question_once_and_as_one_would(tmp_path):
     )
     assert done.returncode == 0, done.stderr[-3000:]
     assert (tmp_path / "done-0").exists() and (tmp_path / "done-1").exists()
+
+
+def test_values_are_computed_by_one_process_and_what_fails_there_ends_all(tmp_path):
+    (tmp_path / "own.py").write_text(OWN)
+    run_by_two(tmp_path, JUDGE)
+
+
+@pytest.mark.slow
+def test_two_processes_answer_every_question_once_and_as_one_would(tmp_path):
+    tiny.save_siglip(tmp_path / "vision")
+    tiny.save_llama(tmp_path / "text")
+    run_by_two(tmp_path, RUN)

@@ -5,15 +5,17 @@ import json
 import os
 import subprocess
 import sys
+import types
 from pathlib import Path
 
 import numpy as np
 import pytest
+from transformers import AutoModelForImageTextToText, AutoProcessor
 
 import train_pretrain
 import train_sft
 from evaluation_vlm.__main__ import main
-from evaluation_vlm.compare import Draws, difference_of, interval_of, sentence
+from evaluation_vlm.compare import Draws, difference_of, groups_of, interval_of, sentence
 from evaluation_vlm.predictions import Prediction, Scores, mean_scores
 from evaluation_vlm.questions import Question
 from evaluation_vlm.scores import words
@@ -41,6 +43,35 @@ def test_questions_of_one_row_are_drawn_together():
     apart = interval_of(mean_scores(doubled), Draws(predictions(range(400))))
     assert together == pytest.approx(alone)  # asking the same thing four times tells nothing new
     assert apart.high - apart.low < 0.6 * (together.high - together.low)
+
+
+def about(images, row=None) -> Prediction:
+    return Prediction(Question(Prompt([1], images), ("a",), "all", "all", source="s", row=row), "a")
+
+
+def test_questions_that_share_an_image_by_name_or_content_are_drawn_together():
+    stored = [{"bytes": b"one", "path": "x"}, {"bytes": b"two", "path": "x"}, {"bytes": b"one", "path": None}]
+    asked = [
+        about(["a.png"], 0), about([stored[0]], 1), about([], 2), about(["b.png", "c.png"], 3), about([stored[1]], 4),
+        about(["a.png"], 5), about([stored[2]], 6), about([], 7), about(["c.png"], 8), about([], 8), about([]),
+    ]  # fmt: skip
+    assert groups_of(asked) == [[0, 5], [1, 6], [2], [3, 8, 9], [4], [7], [10]]
+    chained = [about(["a", "b"], 0), about(["c", "d"], 1), about(["e"], 2), about(["d", "b"], 3)]
+    assert groups_of(chained) == [[0, 1, 3], [2]]
+
+
+def test_an_interval_and_a_difference_are_wider_where_questions_share_images():
+    once = np.random.default_rng(1).random(50)
+    each = mean_scores([score for score in once.tolist() for _ in range(5)])
+    none = mean_scores([0.0] * 250)
+    shared = Draws([about([f"{number // 5}.png"], number) for number in range(250)])
+    apart = Draws([about([f"{number}.png"], number) for number in range(250)])
+    assert interval_of(each, shared) == pytest.approx(
+        interval_of(mean_scores(once.tolist()), Draws(predictions(range(50))))
+    )
+    for found in (interval_of, lambda scores, draws: difference_of(scores, none, draws).interval):
+        wide, narrow = found(each, shared), found(each, apart)
+        assert narrow.high - narrow.low < 0.6 * (wide.high - wide.low)
 
 
 def test_a_value_that_is_no_mean_is_drawn_by_its_own_rule():
@@ -116,6 +147,7 @@ def test_a_finished_model_is_judged_by_what_each_row_calls_for(saved, rows, caps
     }  # fmt: skip
     assert all(0 <= of["interval"][0] <= of["value"] <= of["interval"][1] <= 1 for of in one["metrics"].values())
     assert (results["interval"]["seed"], results["interval"]["confidence"]) == (0, 0.95)
+    assert results["interval"]["drawn"] == "images and rows" and one["groups"] == 4  # of five questions two share 0.png
     lines = [json.loads(line) for line in (out / "predictions.jsonl").read_text().splitlines()]
     assert [line["row"] for line in lines] == [0, 1, 2, 3, 4] and lines[0]["id"] == "q0"
     assert lines[3]["choices"].keys() == {"A", "B"} and lines[4]["expected"] == ["yes"] * 7 + ["no"] * 3
@@ -140,7 +172,7 @@ def test_every_answer_of_a_dialogue_is_a_question_and_its_row_one_draw(saved, ro
     out = rows / "out"
     assert run(saved, "--dataset", rows / "dialogue.jsonl", "--output_dir", out) == 0
     (one,) = json.loads((out / "results.json").read_text())["models"]
-    assert (one["questions"], one["rows"]) == (2, 1)
+    assert (one["questions"], one["groups"]) == (2, 1)
 
 
 @pytest.mark.parametrize(
@@ -149,6 +181,9 @@ def test_every_answer_of_a_dialogue_is_a_question_and_its_row_one_draw(saved, ro
         (["--metrics", "cidre"], "metrics has 'cidre'; expected exact_match"),
         (["--metrics", "vqa_accuracy"], "metrics=vqa_accuracy: expected questions with four people's answers or more"),
         (["--max_samples", "0"], "max_samples=0: expected 1 or more"),
+        (["--sample_seed", "-1", "--max_samples", "2"], "sample_seed=-1: expected 0 or more"),
+        (["--metrics", "WRONG:score"], "cannot be read: SyntaxError"),
+        (["--metrics", "EXITS:score"], "cannot be read: SystemExit"),
         (["--split", "nowhere"], "nowhere"),
         (["--columns", "question=frage"], "expected the column 'frage' that was given"),
         (["--image_dir", "EMPTY"], "no question was found in 3 rows"),
@@ -156,7 +191,10 @@ def test_every_answer_of_a_dialogue_is_a_question_and_its_row_one_draw(saved, ro
 )
 def test_a_mistake_is_one_line(saved, rows, capsys, more, line):
     (rows / "empty").mkdir()
-    more = [str(rows / "empty") if word == "EMPTY" else word for word in more]
+    files = {"EMPTY": rows / "empty", "WRONG:score": f"{rows}/wrong.py:score", "EXITS:score": f"{rows}/exits.py:score"}
+    (rows / "wrong.py").write_text("def score(:")
+    (rows / "exits.py").write_text("raise SystemExit(3)")
+    more = [str(files.get(word, word)) for word in more]
     assert run(saved, "--dataset", rows / "plain.jsonl", "--output_dir", rows / "out", *more) == 1
     said = capsys.readouterr().err
     assert said.splitlines()[-1].startswith("error: ") and line in said.splitlines()[-1]
@@ -168,6 +206,41 @@ def test_a_folder_that_is_no_model_and_a_third_model_are_one_line(rows, capsys):
     assert run("a", "b", "c", "--dataset", rows / "plain.jsonl") == 1
     first, second = capsys.readouterr().err.splitlines()
     assert "could not be loaded" in first and "3 models: expected one, or two to be compared" in second
+
+
+def test_a_model_that_is_not_of_duet_is_one_line(tmp_path, rows, capsys, monkeypatch, saved):
+    other = types.SimpleNamespace(config=types.SimpleNamespace(model_type="llava"))
+    for kind in (AutoModelForImageTextToText, AutoProcessor):
+        monkeypatch.setattr(kind, "from_pretrained", lambda *args, **kwargs: other)
+    assert run(saved, "--dataset", rows / "plain.jsonl", "--output_dir", rows / "out") == 1
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "is of type llava, which Duet did not compose" in line
+
+
+@pytest.mark.parametrize("where", ["plain.jsonl", "plain.jsonl/below", "/proc/nothing/here"])
+def test_a_folder_that_cannot_be_written_is_told_before_anything_is_asked(rows, capsys, monkeypatch, where):
+    def never(*args):
+        raise AssertionError("a model was loaded")
+
+    monkeypatch.setattr("evaluation_vlm.__main__.load", never)
+    assert run("model", "--dataset", rows / "plain.jsonl", "--output_dir", rows / where) == 1
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("error: ") and where in line and "cannot be written" in line
+
+
+def test_results_hold_what_it_takes_to_repeat_them_and_the_page_no_path(saved, rows):
+    out = rows / "out"
+    more = ["--max_samples", "2", "--sample_seed", "7", "--prompt", "which?", "--split", "train", "--metrics", "anls"]
+    assert run(saved, "--dataset", rows / "plain.jsonl", "--image_dir", rows, "--output_dir", out, *more) == 0
+    asked = json.loads((out / "results.json").read_text())["asked"]
+    assert asked | {
+        "max_samples": 2, "sample_seed": 7, "prompt": "which?", "split": "train", "metrics": "anls", "stage": "sft",
+        "dataset_revision": None, "dataset_name": None, "image_dir": str(rows), "max_new_tokens": 4, "columns": None,
+        "split_turns": "none", "max_length": None,
+    } == asked  # fmt: skip
+    for file in ("samples.html", "predictions.jsonl"):
+        assert str(rows) not in (out / file).read_text() and "model" not in asked
+    assert "<h1>What model answers</h1>" in (out / "samples.html").read_text()
 
 
 def test_captions_are_asked_for_as_in_stage_1_and_all_of_an_image_count(saved, rows):

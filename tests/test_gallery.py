@@ -1,5 +1,8 @@
 """Pictures of answers can be read whatever the script, and no text of the data is more than text."""
 
+import re
+import shutil
+import subprocess
 from collections import Counter
 from html.parser import HTMLParser
 
@@ -69,6 +72,19 @@ def test_a_page_filters_by_kind_where_there_are_several():
     one, other = shown_of("a")._replace(kind="colour"), shown_of("b")._replace(kind="count")
     assert 'id="kind"' in write_page("t", "s", {}, [one, other])
     assert '<select id="kind"' not in write_page("t", "s", {}, [one, one])
+
+
+@pytest.mark.skipif(shutil.which("chromium") is None, reason="chromium is not here")
+@pytest.mark.parametrize("first, order", [("1", "low high none nothing"), ("-1", "high low none nothing")])
+def test_what_has_no_score_is_last_in_either_order(tmp_path, first, order):
+    none = {"score": None, "written": ""}
+    low, high = (shown_of(word)._replace(asked=word) for word in ("low", "high"))
+    page = write_page("t", "s", {}, [low, high, *(shown_of(w)._replace(asked=w, **none) for w in ("none", "nothing"))])
+    (tmp_path / "page.html").write_text(page.replace(f'<option value="{first}">', f'<option value="{first}" selected>'))
+    command = ["chromium", "--headless", "--no-sandbox", "--disable-gpu", f"--user-data-dir={tmp_path / 'home'}"]
+    command += ["--dump-dom", str(tmp_path / "page.html")]
+    drawn = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True).stdout
+    assert re.findall(r'class="asked">(\w+)<', drawn) == order.split()
 
 
 @pytest.mark.parametrize("text", ["Где", "猫", "é", "ł"])

@@ -15,7 +15,7 @@ from evaluation_vlm.predictions import Prediction, Scores
 from evaluation_vlm.questions import Question, find_questions
 from evaluation_vlm.scores import words
 from evaluation_vlm.scores.answers import normalised
-from evaluation_vlm.scores.captions import bleu, bleu4
+from evaluation_vlm.scores.captions import NO_WORDS, bleu, bleu4
 from evaluation_vlm.scores.words import OWN_WORDS, own_words, split_words
 from inference_vlm.answering import Prompt
 from processing.batching.encoding import Encoder, encode_caption, encode_item
@@ -95,6 +95,30 @@ def test_answers_are_made_alike_as_vqav2s_evaluation_makes_them(answer):
 def test_vqa_accuracy_compares_answers_that_were_made_alike():
     question = asked("2", "two", "Two.", "2 dogs", *["three"] * 6)
     assert scored("vqa_accuracy", ["the two"], [question]).value == pytest.approx(0.9)
+
+
+# What VQAEval of GT-Vision-Lab/VQA (commit a013f00, the last) gave: answer, what ten people said, accuracy.
+OFFICIAL = [
+    ("yes", ["yes"] * 10, 1.0),
+    ("Yes", ["yes"] * 10, 0.0),  # all say the same, so nothing is made alike
+    ("yes.", ["yes"] * 10, 0.0),
+    ("The Dog", ["The Dog"] * 10, 1.0),
+    ("a\nb", ["a b "] * 10, 1.0),
+    ("Yes.", ["yes"] * 9 + ["no"], 1.0),
+    ("the dog", ["dog"] * 2 + ["a dog", "Dog!"] + ["cat"] * 6, 1.0),
+    ("none", ["none"] * 3 + ["0"] * 2 + ["zero"] + ["1"] * 4, 1.0),
+    ("one on left", ["1 on the left", "one on left"] + ["2"] * 8, 0.6),
+    ("dont walk", ["don't walk", "dont walk", "stop"] + ["walk"] * 7, 0.6),
+    ("3,000", ["3000", "3,000", "3 000"] + ["300"] * 7, 0.6),
+    ("black/white", ["black and white", "black white"] * 5, 1.0),
+    ("", ["the"] + ["a"] + ["b"] * 8, 0.6),
+    ("." * 40 + "x", ["x"] * 3 + ["y"] * 7, 0.0),  # of so many periods not all are taken out
+]
+
+
+@pytest.mark.parametrize("answer, people, accuracy", OFFICIAL)
+def test_vqa_accuracy_is_that_of_vqav2s_script(answer, people, accuracy):
+    assert scored("vqa_accuracy", [answer], [asked(*people)]).value == pytest.approx(accuracy)
 
 
 # --- ANLS
@@ -187,6 +211,16 @@ def test_words_are_those_of_ptbs_tokenizer_whatever_a_text_holds():
 
 @needs_coco
 @needs_java
+@pytest.mark.skipif(importlib.util.find_spec("pycocoevalcap") is None, reason="pycocoevalcap is not here")
+@pytest.mark.parametrize("said, right", [(["", ""], ["!", "?"]), (["a cat", "a dog"], ["", "..."]), ([""], [""])])
+def test_answers_without_a_word_are_judged_and_told(said, right):
+    found = scored("cider", said, [asked(text, captions=1) for text in right])
+    assert (found.value, found.each) == (0.0, [0.0] * len(said)) and NO_WORDS in found.note
+    for name in ("bleu4", "rouge_l"):
+        assert math.isfinite(scored(name, said, [asked(text, captions=1) for text in right]).value)
+    assert not scored("cider", ["", "!"], [asked("a cat"), asked("a dog")]).note  # answers alone
+
+
 def test_our_words_are_ptbs_on_plain_english():
     texts = (*SAID, *itertools.chain(*REFERENCES), "There are 3.5 men, at 10:30; they've gone!", 'I cannot say "no"')
     assert [own_words(text) for text in texts] == split_words(texts)[0]
@@ -313,6 +347,21 @@ def infinite(predictions):
 
 def broken(predictions):
     return 1 / 0
+
+def leaves(predictions):
+    raise SystemExit(3)
+
+def no_number(predictions):
+    from evaluation_vlm.predictions import Scores
+    return Scores(float("nan"))
+
+def no_numbers(predictions):
+    from evaluation_vlm.predictions import Scores
+    return Scores(1.0, [1.0, float("inf")])
+
+def too_few(predictions):
+    from evaluation_vlm.predictions import Scores
+    return Scores(1.0, [1.0])
 """
 
 
@@ -331,9 +380,13 @@ def test_a_function_of_ones_own_is_a_metric(tmp_path):
         ("text", "returned a str of 4; expected a finite number, or a list with one for each of the 2 predictions"),
         ("short", "returned a list of 1; expected a finite number"),
         ("infinite", "returned a list of 2; expected a finite number"),
+        ("leaves", "failed on 2 predictions: SystemExit: 3"),
+        ("no_number", "returned a Scores"),
+        ("no_numbers", "returned a Scores"),
+        ("too_few", "returned a Scores"),
         ("broken", "failed on 2 predictions: ZeroDivisionError: division by zero"),
         ("loss", "the log has another eval_loss; give the function another name"),
-        ("missing", "has no function missing; it has length, one, text, short, infinite, broken"),
+        ("missing", "has no function missing; it has length, one, text, short, infinite, broken, leaves, no_number"),
     ],
 )
 def test_what_is_wrong_with_a_function_of_ones_own_is_one_line(tmp_path, name, line):
@@ -363,6 +416,10 @@ def test_a_file_of_ones_own_that_cannot_be_read_is_one_line(tmp_path):
     (tmp_path / "bad.py").write_text("import no_such_package_anywhere\n")
     with pytest.raises(DuetError, match="cannot be read: ModuleNotFoundError"):
         named_metrics(f"{tmp_path}/bad.py:score")
+    for number, text in enumerate(("def score(:", "raise SystemExit", "\0")):
+        (tmp_path / f"{number}.py").write_text(text)
+        with pytest.raises(DuetError, match="cannot be read: (Syntax|System|Value)E"):
+            named_metrics(f"{tmp_path}/{number}.py:score")
 
 
 # --- what of a row reaches a metric

@@ -40,6 +40,7 @@ VALUES = {
     "--max_samples": ("many", "invalid int value: 'many'"),
     "--max_eval_samples": ("0", "expected 1 or more"),
     "--max_test_samples": ("-1", "expected 1 or more"),
+    "--sample_seed": ("-1", "expected 0 or more"),
     "--caption_choice": ("best", "expected one of all, first, random"),
     "--per_device_train_batch_size": ("0", "expected 1 or more"),
     "--per_device_eval_batch_size": ("0", "expected 1 or more"),

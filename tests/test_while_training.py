@@ -25,6 +25,7 @@ from modeling_vlm import VLMModel
 from processing.batching.encoding import Encoder, encode_dialogue
 from tests import tiny
 from tests.test_trainer import trainer_of, weights
+from training_vlm import finish
 from training_vlm.learning.trainer import VLMTrainer
 
 
@@ -107,6 +108,17 @@ def test_answers_are_judged_at_every_evaluation_and_decide_which_model_is_kept(r
     said = capsys.readouterr().out
     assert "12 questions are answered, and judged by exact_match, growing" in said
     assert "Test answers (12 questions, greedy decoding)" in said
+
+
+@pytest.mark.parametrize("more", [[], ["--temperature", "0.7"]])
+def test_the_picture_after_training_has_the_scores_of_the_runs_own_metric(run, tmp_path, monkeypatch, more):
+    """A metric that tells how many answers it was given: of few samples, all of them."""
+    (tmp_path / "own.py").write_text("def count(predictions):\n    return [len(predictions)] * len(predictions)\n")
+    drawn, draw_gallery = [], finish.draw_gallery
+    monkeypatch.setattr(finish, "draw_gallery", lambda shown, file: drawn.append(shown) or draw_gallery(shown, file))
+    alone = ["--max_steps", "1", "--eval_strategy", "no", "--save_strategy", "no"]
+    run("--metrics", f"{tmp_path / 'own.py'}:count,exact_match", *alone, *more)
+    assert [one.written for one in drawn[0]] == ["count 12"] * finish.SAMPLES_SHOWN
 
 
 def test_what_no_evaluation_would_log_is_refused_before_training(refused, tmp_path):

@@ -313,6 +313,8 @@ class DataArguments:
         for name in ("max_samples", "max_eval_samples", "max_test_samples"):
             if (limit := getattr(self, name)) is not None and limit < 1:
                 raise DuetError(f"{name}={limit}: expected 1 or more.")
+        if self.sample_seed < 0:
+            raise DuetError(f"sample_seed={self.sample_seed}: expected 0 or more.")
 
     @property
     def held_out_share(self) -> float:

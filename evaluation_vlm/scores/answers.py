@@ -20,13 +20,17 @@ def vqa_accuracy(predictions: Sequence[Prediction]) -> Scores:
     VQA accuracy (https://arxiv.org/abs/1505.00468): an answer that three people or more gave is right.
 
     Of fewer than three it is a third each; and each person's answer is left out once, so that people are judged by the
-    others just as a model is. Answers are made alike before, as VQAv2's evaluation does it: see `normalised`.
+    others just as a model is. As in VQAv2's script (`vqaEval.py` of https://github.com/GT-Vision-Lab/VQA, commit
+    a013f00), answers are made alike before, those of people too (see `normalised`); but where all people say the same,
+    which may be a text in the image, an answer has to be just that, letter for letter.
     """
     return mean_scores([_vqa_accuracy(answer, question.references) for question, answer, _ in predictions])
 
 
 def _vqa_accuracy(answer: str, given: Sequence[str]) -> float:
-    said, people = normalised(answer), [normalised(text) for text in given]
+    said, *people = (_in_one_line(text) for text in (answer, *given))
+    if len(set(people)) > 1:
+        said, *people = map(normalised, (said, *people))
     agree = people.count(said)
     # Of those who agree each is left out once, of the others too, which takes none away.
     return (agree * min(1, (agree - 1) / 3) + (len(people) - agree) * min(1, agree / 3)) / len(people)
@@ -40,6 +44,7 @@ _ARTICLES = {"a", "an", "the"}
 _PUNCTUATION = ';/[]"{}()=+\\_-><@`,?!'
 _COMMA_OF_A_NUMBER = re.compile(r"\d,\d")
 _PERIOD_OF_NO_NUMBER = re.compile(r"\.(?!\d)")
+_MOST_PERIODS = 32  # the script gives `re.UNICODE` where a number of them is meant
 
 # Written without one of their apostrophes they are taken for these words.
 _CONTRACTIONS = (
@@ -64,13 +69,17 @@ def normalised(answer: str) -> str:
     to ten as digits, and contractions with their apostrophes. A sign is left out where it stands beside a blank or a
     number has a comma, and is a blank elsewhere.
     """
-    text = answer.replace("\n", " ").replace("\t", " ").strip()
+    text = _in_one_line(answer)
     in_number, cleaned = _COMMA_OF_A_NUMBER.search(text) is not None, text
     for sign in _PUNCTUATION:
         beside_blank = f"{sign} " in text or f" {sign}" in text
         cleaned = cleaned.replace(sign, "" if beside_blank or in_number else " ")
-    words = [_NUMBERS.get(word, word) for word in _PERIOD_OF_NO_NUMBER.sub("", cleaned).lower().split()]
+    words = [_NUMBERS.get(word, word) for word in _PERIOD_OF_NO_NUMBER.sub("", cleaned, _MOST_PERIODS).lower().split()]
     return " ".join(_WITH_APOSTROPHE.get(word, word) for word in words if word not in _ARTICLES)
+
+
+def _in_one_line(text: str) -> str:
+    return text.replace("\n", " ").replace("\t", " ").strip()
 
 
 def anls(predictions: Sequence[Prediction]) -> Scores:

@@ -11,8 +11,11 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from ..predictions import Prediction, Scores
+from ..predictions import Prediction, Scores, mean_scores
 from .words import split_words
+
+
+NO_WORDS = "no right answer has a word"
 
 
 def bleu4(predictions: Sequence[Prediction]) -> Scores:
@@ -39,10 +42,12 @@ def bleu4(predictions: Sequence[Prediction]) -> Scores:
 
 
 def cider(predictions: Sequence[Prediction]) -> Scores:
-    """CIDEr-D of COCO (https://arxiv.org/abs/1411.5726), from 0 to 10; 0 of one image, as all say its words."""
+    """CIDEr-D of COCO (https://arxiv.org/abs/1411.5726), from 0 to 10; 0 of one image, and without words."""
     from pycocoevalcap.cider.cider_scorer import CiderScorer
 
     said, right, note = _as_words(predictions)
+    if not any(text for of_one in right for text in of_one):  # which the scorer cannot weigh words by
+        return mean_scores([0.0] * len(said), f"{note}; {NO_WORDS}" if note else NO_WORDS)
     scorer = CiderScorer(n=4, sigma=6.0)
     for hypothesis, references in zip(said, right):
         scorer += (hypothesis, references)
