@@ -1,0 +1,143 @@
+"""Serve a model to people and programs, by the API that OpenAI's clients speak.
+
+    python -m inference_vlm.serve outputs/shapes/sft
+    curl http://127.0.0.1:8000/v1/models
+
+This machine alone can reach it, unless `--host` says otherwise. It ends with Ctrl-C and exit code 0; with 1 where the
+model cannot be loaded or the port cannot be had, and with 2 where an option is wrong.
+"""
+
+import argparse
+import contextlib
+import errno
+import ipaddress
+import json
+import os
+import socket
+import sys
+from pathlib import Path
+from typing import Any
+
+from transformers.utils import logging
+
+from processing.data_error_vlm import DuetError, in_a_line
+
+from .answering import Answerer
+from .loading import DTYPES
+from .serving.settings import ServingSettings, add_settings, settings_of
+
+
+KEY = "DUET_API_KEY"
+"""Where a key is looked for that is not given as an option, which other users of a machine can read."""
+
+EXAMPLES = 6
+_PREDICTIONS = "predictions.jsonl"
+
+
+def serve(model: str, host: str, port: int, settings: ServingSettings, **loading: Any) -> None:
+    """
+    Serve a model until the process is told to end.
+
+    Args:
+        model: folder or Hub name; its own code is run.
+        host: name or address that is listened at.
+        port: 0 for any that is free.
+        settings: what is allowed.
+        **loading: arguments of `Answerer.load`.
+
+    Raises:
+        DuetError: the model cannot be loaded, the port cannot be had, or a package is missing.
+    """
+    try:
+        from .serving.app import create_app
+        from .serving.running import server_of
+    except ImportError as error:
+        raise DuetError(f'serving needs more packages: pip install "duet-vlm[serve]" ({in_a_line(error)}).') from error
+    with bound(host, port) as place:  # before the model is loaded, which can take minutes
+        app = create_app(Answerer.load(model, **loading), settings, examples_of(Path(model)))
+        print(f"{settings.name} answers at {_url(place)}/v1; Ctrl-C ends it.", flush=True)
+        if not ipaddress.ip_address(place.getsockname()[0].partition("%")[0]).is_loopback:
+            who = "with the key" if settings.api_key else f"at all: there is no --api_key or {KEY}"
+            print(f"Other machines reach it too, anyone {who}.", flush=True)
+        with contextlib.suppress(KeyboardInterrupt):  # which uvicorn raises again when it has ended well
+            server_of(app).run(sockets=[place])
+
+
+def bound(host: str, port: int) -> socket.socket:
+    """
+    A socket that has the port, and does not listen yet.
+
+    Raises:
+        DuetError: it cannot be had.
+    """
+    try:
+        family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+        place = socket.socket(family, kind, protocol)
+        place.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, os.name == "posix")
+        place.bind(address)
+    except OSError as error:
+        if error.errno == errno.EADDRINUSE:
+            raise DuetError(f"port {port} of {host} is in use; end what uses it, or give another --port.") from error
+        raise DuetError(f"port {port} of {host} cannot be had: {in_a_line(error)}.") from error
+    return place
+
+
+def _url(place: socket.socket) -> str:
+    host, port = place.getsockname()[:2]
+    return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
+
+
+def examples_of(folder: Path) -> list[dict[str, str]]:
+    """Questions that a run was tested on, each once, with its right answer; none where the folder has none."""
+    found: dict[str, dict[str, str]] = {}
+    with contextlib.suppress(OSError, ValueError, KeyError, TypeError, IndexError):
+        with open(folder / _PREDICTIONS, encoding="utf-8") as lines:
+            for line, _ in zip(lines, range(1000)):
+                row = json.loads(line)
+                if row["question"]:
+                    found.setdefault(row["question"], {"question": row["question"], "expected": row["expected"][0]})
+                if len(found) == EXAMPLES:
+                    break
+    return list(found.values())
+
+
+def add_loading(parser: argparse.ArgumentParser) -> None:
+    """Add the options of `Answerer.load`."""
+    parser.add_argument("--device", help="where the model lies (default: the accelerator that there is, else the CPU)")
+    parser.add_argument("--device_map", help="how it is spread over devices, such as auto")
+    parser.add_argument("--dtype", choices=DTYPES, help="of its weights")
+    parser.add_argument("--attn_implementation", help="of its backbones, such as sdpa")
+    parser.add_argument("--load_in_4bit", action="store_true", help="hold the language model in 4 bits")
+    parser.add_argument("--load_in_8bit", action="store_true", help="hold the language model in 8 bits")
+
+
+def loading_of(options: argparse.Namespace) -> dict[str, Any]:
+    """The arguments of `Answerer.load` that a command line gives."""
+    names = ("device", "device_map", "dtype", "attn_implementation", "load_in_4bit", "load_in_8bit")
+    return {name: getattr(options, name) for name in names}
+
+
+def main(argv: list[str] | None = None) -> int:
+    """The command line; 1 where the model cannot be served."""
+    parser = argparse.ArgumentParser(prog="python -m inference_vlm.serve", description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("model", help="a folder that Duet saved, or the name of one on the Hub; its own code is run")
+    parser.add_argument("--host", default="127.0.0.1", help="address that is listened at (default: this machine alone)")
+    parser.add_argument("--port", type=int, default=8000, help="0 takes any that is free (default: 8000)")
+    add_settings(parser)
+    add_loading(parser)
+    args = parser.parse_args(argv)
+    key = args.api_key if args.api_key is not None else os.environ.get(KEY)
+    if key is not None and not (key.isascii() and key.strip()):
+        parser.error(f"the key (--api_key, or {KEY}) has to be of ASCII characters, and not empty")
+    name = args.name or (Path(args.model).resolve().name if Path(args.model).exists() else args.model)
+    logging.disable_progress_bar()
+    try:
+        serve(args.model, args.host, args.port, settings_of(args, name=name, api_key=key), **loading_of(args))
+    except DuetError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

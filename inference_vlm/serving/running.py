@@ -1,0 +1,40 @@
+"""The HTTP server under the app: uvicorn, with an end to connections that never say what they want."""
+
+import asyncio
+
+import uvicorn
+from fastapi import FastAPI
+from uvicorn.protocols.http.h11_impl import H11Protocol
+
+
+HEAD_SECONDS = 20
+"""How long the head of a request may take."""
+
+
+class _Protocol(H11Protocol):
+    """Closes connections on which no request has begun in time: the first, or another after an answer."""
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+        super().connection_made(transport)
+        self._expect_request()
+
+    def on_response_complete(self) -> None:
+        super().on_response_complete()
+        self._expect_request()
+
+    def _expect_request(self) -> None:
+        self.loop.call_later(HEAD_SECONDS, self._close_unless_begun, self.cycle)
+
+    def _close_unless_begun(self, last) -> None:
+        if self.cycle is last:
+            self.transport.close()
+
+
+def server_of(app: FastAPI) -> uvicorn.Server:
+    """A server that runs the app on sockets that it is given."""
+    config = uvicorn.Config(app, http=_Protocol, ws="none", log_level="warning", server_header=False)
+    config.timeout_graceful_shutdown = 5
+    return uvicorn.Server(config)
+
+
+__all__ = ["server_of"]
