@@ -22,7 +22,7 @@ from processing.image_files_vlm import BadImage, ImagePolicy, image_content, loa
 from processing.messages_vlm import all_parts, with_parts
 from processing.processing_vlm import VLMProcessor
 
-from .asked import Prepared, Prompt, caption_ids, image_of, reference_of, too_long
+from .asked import Prepared, Prompt, PromptTooLong, caption_ids, image_of, reference_of, too_long
 from .conversation import CACHE, Conversation, marks_of
 from .encoded_images import EncodedImages, name_of
 from .loading import load, place
@@ -141,7 +141,7 @@ class Answerer:
         counts = [self.processor.image_tokens(image.height, image.width) for image in images]
         (row,) = self.processor.expand_images(prompt.ids, counts=counts)
         if self.max_positions is not None and len(row) >= self.max_positions:
-            raise DuetError(too_long(len(row), counts, self.max_positions, turns))
+            raise PromptTooLong(too_long(len(row), counts, self.max_positions, turns))
         return Prepared(row, images, [image_content(image) for image in images], counts)
 
     def settings(

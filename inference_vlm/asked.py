@@ -14,6 +14,10 @@ from processing.image_files_vlm import ImagePolicy, image_name, is_url, resolve_
 from processing.processing_vlm import VLMProcessor
 
 
+class PromptTooLong(DuetError):
+    """A prompt of more positions than the language model has."""
+
+
 class Prompt(NamedTuple):
     """Ids that a model is to go on with, one id an image, and references to the images in their order."""
 
@@ -95,4 +99,4 @@ def caption_ids(processor: VLMProcessor, images: int) -> list[int]:
     return [id for id, weight in zip(ids, weights) if not weight]
 
 
-__all__ = ["Prepared", "Prompt", "caption_ids", "image_of", "reference_of", "too_long"]
+__all__ = ["Prepared", "Prompt", "PromptTooLong", "caption_ids", "image_of", "reference_of", "too_long"]

@@ -32,6 +32,12 @@ class Conversation:
         """Positions that are kept."""
         return len(self._marks)
 
+    @property
+    def nbytes(self) -> int:
+        """What they take in memory."""
+        layers: list[Any] = [] if self._cache is None else self._cache.layers
+        return sum(layer.keys.nbytes + layer.values.nbytes for layer in layers)
+
     def known(self, marks: Sequence[Hashable]) -> int:
         """How many of the first positions of a prompt, see `marks_of`, are kept; its last always has to be run."""
         most = min(len(self._marks), len(marks) - 1)

@@ -9,6 +9,7 @@ model cannot be loaded or the port cannot be had, and with 2 where an option is 
 
 import argparse
 import contextlib
+import dataclasses
 import errno
 import ipaddress
 import json
@@ -53,14 +54,15 @@ def serve(model: str, host: str, port: int, settings: ServingSettings, **loading
         from .serving.running import server_of
     except ImportError as error:
         raise DuetError(f'serving needs more packages: pip install "duet-vlm[serve]" ({in_a_line(error)}).') from error
-    with bound(host, port) as place:  # before the model is loaded, which can take minutes
+    settings = dataclasses.replace(settings, allow_hosts=(*settings.allow_hosts, host))
+    # Ctrl-C is an end like any other; the port is taken before the model is loaded, which can take minutes.
+    with contextlib.suppress(KeyboardInterrupt), bound(host, port) as place:
         app = create_app(Answerer.load(model, **loading), settings, examples_of(Path(model)))
         print(f"{settings.name} answers at {_url(place)}/v1; Ctrl-C ends it.", flush=True)
         if not ipaddress.ip_address(place.getsockname()[0].partition("%")[0]).is_loopback:
             who = "with the key" if settings.api_key else f"at all: there is no --api_key or {KEY}"
             print(f"Other machines reach it too, anyone {who}.", flush=True)
-        with contextlib.suppress(KeyboardInterrupt):  # which uvicorn raises again when it has ended well
-            server_of(app).run(sockets=[place])
+        server_of(app).run(sockets=[place])
 
 
 def bound(host: str, port: int) -> socket.socket:
@@ -75,8 +77,8 @@ def bound(host: str, port: int) -> socket.socket:
         place = socket.socket(family, kind, protocol)
         place.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, os.name == "posix")
         place.bind(address)
-    except OSError as error:
-        if error.errno == errno.EADDRINUSE:
+    except (OSError, OverflowError) as error:  # the latter of a port that none can have
+        if getattr(error, "errno", None) == errno.EADDRINUSE:
             raise DuetError(f"port {port} of {host} is in use; end what uses it, or give another --port.") from error
         raise DuetError(f"port {port} of {host} cannot be had: {in_a_line(error)}.") from error
     return place

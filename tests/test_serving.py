@@ -227,6 +227,15 @@ def test_a_prompt_beyond_the_context_is_counted(server, answerer, image):
     assert "has 256" in message and "leave out" in message
 
 
+def test_what_the_chat_template_refuses_is_said(folders):
+    model, processor = tiny.compose(*folders("siglip-llama"), "patch")
+    processor.chat_template = tiny.GEMMA
+    with serving(Answerer(model, processor)) as server:
+        body = {"model": "tiny", "messages": [said("be kind", role="system"), said("hi")], "max_tokens": 2}
+        status, answer = ask(f"{server.url}/v1/chat/completions", body)
+    assert status == 400 and "System role not supported" in answer["error"]["message"]
+
+
 @pytest.mark.parametrize("body", [b"", b"{", b"[]", b"\xff", b"null", b'{"a": NaN}', b"[" * 100_000, b"1" * 5000])
 def test_what_is_no_json_object_gets_an_error_object(server, body):
     status, answer = ask(f"{server.url}/v1/chat/completions", body)
@@ -436,7 +445,9 @@ def test_a_port_in_use_is_one_line(server, saved, capsys):
     assert err.startswith(f"error: port {server.port} of 127.0.0.1 is in use") and err.count("\n") == 1
 
 
-@pytest.mark.parametrize("options", [["nowhere"], ["."], ["--host", "no.such.host.invalid", "x"]])
+@pytest.mark.parametrize(
+    "options", [["nowhere"], ["."], ["--host", "no.such.host.invalid", "x"], ["--port", "70000", "x"]]
+)
 def test_what_cannot_be_served_is_one_line(tmp_path, monkeypatch, capsys, options):
     monkeypatch.chdir(tmp_path)
     assert main(["--port", "0", "--device", "cpu", *options]) == 1
@@ -444,7 +455,9 @@ def test_what_cannot_be_served_is_one_line(tmp_path, monkeypatch, capsys, option
     assert err.startswith("error: ") and err.count("\n") == 1
 
 
-@pytest.mark.parametrize("options", ["--max_images -1", "--body_seconds nan", "--api_key ", "--api_key ü", "--port x"])
+@pytest.mark.parametrize(
+    "options", ["--max_images -1", "--body_seconds nan", "--api_key ", "--api_key ü", "--port x", "--max_new_tokens 0"]
+)
 def test_options_that_cannot_be_meant_are_refused(options):
     with pytest.raises(SystemExit) as error:
         main(["x", *options.split(" ")])

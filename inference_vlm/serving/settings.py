@@ -7,8 +7,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 
-def _said(default: Any, help: str) -> Any:
-    return field(default=default, metadata={"help": help})
+def _said(default: Any, help: str, least: int = 0) -> Any:
+    return field(default=default, metadata={"help": help, "least": least})
 
 
 @dataclass(frozen=True)
@@ -20,7 +20,7 @@ class ServingSettings:
     allow_urls: bool = _said(False, "fetch images at http and https URLs, from the internet at large alone")
     allow_hosts: tuple[str, ...] = _said((), "names by which the server is reached, besides localhost and addresses")
     allow_origins: tuple[str, ...] = _said((), "web pages of others that may use it, such as https://example.org")
-    max_new_tokens: int = _said(1024, "the longest answer, and the length of one whose request does not say")
+    max_new_tokens: int = _said(1024, "the longest answer, and the length of one whose request does not say", least=1)
     max_waiting: int = _said(64, "requests that wait for their turn; others are refused with 503")
     max_body_mb: float = _said(32, "the largest request, in millions of bytes, its images included")
     max_images: int = _said(16, "images in a request")
@@ -42,7 +42,12 @@ def add_settings(parser: argparse.ArgumentParser) -> None:
             parser.add_argument(option, nargs="+", default=default, help=about)
         elif isinstance(default, (int, float)):
             kind = int if setting.type is int else float
-            parser.add_argument(option, type=_amount(kind), default=default, help=f"{about} (default: {default})")
+            parser.add_argument(
+                option,
+                type=_amount(kind, setting.metadata["least"]),
+                default=default,
+                help=f"{about} (default: {default})",
+            )
         else:
             parser.add_argument(option, default=default, help=about)
 
@@ -53,14 +58,14 @@ def settings_of(options: argparse.Namespace, **others: Any) -> ServingSettings:
     return ServingSettings(**{name: getattr(options, name) for name in names} | others)
 
 
-def _amount(kind: type) -> Any:
+def _amount(kind: type, least: int) -> Any:
     def read(text: str):
         value = kind(text)
-        if not 0 <= value < math.inf:
+        if not least <= value < math.inf:
             raise ValueError
         return value
 
-    read.__name__ = "number of 0 or more"  # as argparse names it
+    read.__name__ = f"number of {least} or more"  # as argparse names it
     return read
 
 

@@ -89,7 +89,7 @@ class Worker:
         """Take a request back, wherever it is."""
         job.give_up()
         with self._changed:
-            jobs = self._line.get(job.client, ())
+            jobs = self._line.get(job.client, deque())
             if job in jobs:
                 jobs.remove(job)
                 if not jobs:
