@@ -11,6 +11,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from accelerate import PartialState
 from transformers.utils import logging
 
 from processing.data_error_vlm import DuetError, NotFound, in_a_line
@@ -119,7 +120,7 @@ def choose_metrics(questions: Sequence[Question], asked: str | None = None) -> l
                 f"or choose among {', '.join(METRICS)}."
             )
         if fit < len(questions):
-            logger.warning(f"{metric.name} judges {fit:,} of {len(questions):,} questions: those with {metric.needs}")
+            _warn(f"{metric.name} judges {fit:,} of {len(questions):,} questions: those with {metric.needs}")
     return metrics
 
 
@@ -130,7 +131,7 @@ def _following(questions):
     missing = [metric for metric in chosen if not metric.is_there]
     if not missing:
         return chosen
-    logger.warning(
+    _warn(
         f"{', '.join(metric.name for metric in missing)} would follow from these data, and {missing[0].package} is not "
         "installed: exact_match judges them instead; pip install 'duet-vlm[evaluation]' for what captions want."
     )
@@ -141,6 +142,12 @@ def _following(questions):
         return exact.follows(question) or not any(metric.fits(question) for metric in others)
 
     return [exact._replace(fits=is_left), *others]
+
+
+def _warn(line: str) -> None:
+    """Once, where every process would."""
+    if PartialState().is_main_process:
+        logger.warning(line)
 
 
 def named_metrics(asked: str) -> list[Metric]:

@@ -85,7 +85,7 @@ from pathlib import Path
 from accelerate import PartialState
 from accelerate.utils import gather_object
 from evaluation_vlm.judgement import judge_together
-from evaluation_vlm.metrics import named_metrics
+from evaluation_vlm.metrics import choose_metrics, named_metrics
 from evaluation_vlm.predictions import Prediction
 from evaluation_vlm.questions import Question
 from inference_vlm.answering import Prompt
@@ -100,6 +100,7 @@ assert (root / "noted").read_text() == "called "
 assert gather_object([(found.values, found.scores["noted"].each)]) == [
     ({"exact_match": 0.5, "noted": 1.5}, [1.0, 2.0])
 ] * 2
+choose_metrics([question, question._replace(given=("a",) * 10)], "vqa_accuracy")
 try:
     judge_together([Prediction(question, "a")], metrics)
 except DuetError as error:
@@ -128,11 +129,13 @@ def run_by_two(tmp_path, text):
     )
     assert done.returncode == 0, done.stderr[-3000:]
     assert (tmp_path / "done-0").exists() and (tmp_path / "done-1").exists()
+    return done.stderr
 
 
 def test_values_are_computed_by_one_process_and_what_fails_there_ends_all(tmp_path):
     (tmp_path / "own.py").write_text(OWN)
-    run_by_two(tmp_path, JUDGE)
+    said = run_by_two(tmp_path, JUDGE)
+    assert said.count("vqa_accuracy judges 1 of 2 questions") == 1
 
 
 @pytest.mark.slow
