@@ -115,16 +115,42 @@ class Scene:
         Args:
             object_scale: how large the objects are drawn; below 1 they need an encoder that sees detail.
         """
-        rng = Random(f"drawing {self.seed}")
-        side = image_size * _OVERSAMPLING
-        image = _ground(self.ground, side, rng)
+        image, strokes = self._drawing(image_size * _OVERSAMPLING, object_scale)
         pen = ImageDraw.Draw(image)
+        for thing, (x, y, radius, colour) in zip(self.objects, strokes):
+            _DRAW[thing.shape](pen, x, y, radius, colour)
+        return image.reduce(_OVERSAMPLING)
+
+    def boxes(self, image_size: int, object_scale: float = 1.0) -> list[tuple[float, float, float, float]]:
+        """Where `draw` puts each object: left, top, right and bottom in pixels, in the order of the objects."""
+        _, strokes = self._drawing(image_size, object_scale)
+        return [(x - radius, y - radius, x + radius, y + radius) for x, y, radius, _ in strokes]
+
+    def _drawing(self, side, object_scale):
+        """The ground, and of each object its centre, radius and colour."""
+        rng = Random(f"drawing {self.seed}")
+        image, strokes = _ground(self.ground, side, rng), []
         for thing in self.objects:
             x, y = (side * (centre + rng.uniform(-0.02, 0.02)) for centre in PLACES[thing.place])
             radius = side * SIZES[thing.size] * object_scale * rng.uniform(0.95, 1.05)
             colour = tuple(max(0, min(255, channel + rng.randint(-10, 10))) for channel in COLOURS[thing.colour])
-            _DRAW[thing.shape](pen, x, y, radius, colour)
-        return image.reduce(_OVERSAMPLING)
+            strokes.append((x, y, radius, colour))
+        return image, strokes
+
+    def asked_for(self, turn: Turn) -> list[int]:
+        """Numbers of the objects that the right answer is about; none where that is all of them, or nothing."""
+        if turn.kind == "count" or turn.answer in ("nothing", "no"):
+            return []
+        question, things = turn.question, list(enumerate(self.objects))
+        if turn.kind == "place":
+            return [number for number, thing in things if f"the {thing.place}?" in question]
+        if turn.kind == "colour":
+            return [number for number, thing in things if f" the {thing.shape}" in question]
+        if turn.kind == "exists":
+            return [number for number, thing in things if f" a {' '.join(thing.pair)}" in question]
+        (mark,) = [thing for thing in self.objects if f"of the {' '.join(thing.pair)}" in question]
+        x, sign = PLACES[mark.place][0], -1 if "left of" in question else 1
+        return [number for number, thing in things if (PLACES[thing.place][0] - x) * sign > 0]
 
     def captions(self) -> list[str]:
         """Five captions that each name all objects: three place by place, one by shape, one by colour."""

@@ -1,0 +1,343 @@
+"""See why a model said what it said: which parts of the pictures each token of its answer hangs on.
+
+    python -m inference_vlm.explain outputs/shapes/sft picture.png "Which colour is the circle?"
+
+Each patch of each picture is hidden once under the picture's mean colour, and the model is asked how likely it finds
+its own answer now: what the log-probability of a token falls by is how much the token hangs on the patch. Without a
+question the images are captioned. What is special: the map is put to the proof. The patches are hidden one after the
+other, those that the map calls strongest first, and in random orders; an answer that hangs on what the map shows falls
+sooner in the first, and the area between is a measure of it.
+"""
+
+import argparse
+import json
+import random
+import statistics
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from PIL import Image
+from tqdm import tqdm
+from transformers.utils import logging
+
+from processing.data_error_vlm import DuetError, in_a_line
+from processing.image_files_vlm import load_image
+from processing.processing_vlm import VLMProcessor
+
+from .answering import greedy, load, text_of
+from .explained_page import write_page
+from .occlusion import Occlusion, Patch, patches_of
+from .pieces import Piece, pieces_of
+
+
+MAX_NEW_TOKENS = 64
+STEPS = 16
+"""Points of a deletion curve, beside that of pictures that are whole."""
+
+
+class Deletion(NamedTuple):
+    """
+    The log-probability of the answer while more and more patches are hidden.
+
+    `hidden` are numbers of patches, from none to all; `strongest` is the curve of those that the map calls strongest
+    first, `chance` one for each random order.
+    """
+
+    hidden: list[int]
+    strongest: list[float]
+    chance: list[list[float]]
+
+    @property
+    def areas(self) -> list[float]:
+        """For each random order how much higher it lies than the curve of the strongest, in nats, over all shares."""
+        return [self._mean([above - below for above, below in zip(curve, self.strongest)]) for curve in self.chance]
+
+    def _mean(self, heights):
+        steps = zip(self.hidden, self.hidden[1:], heights, heights[1:])
+        return sum((end - begin) * (low + high) / 2 for begin, end, low, high in steps) / max(1, self.hidden[-1])
+
+    @property
+    def area(self) -> float:
+        """The mean of `areas`: 0 for a map that says no more than chance."""
+        return statistics.fmean(self.areas)
+
+    @property
+    def spread(self) -> float:
+        """The standard deviation of `areas`."""
+        return statistics.pstdev(self.areas)
+
+
+class Explanation(NamedTuple):
+    """
+    An answer, and what it hangs on.
+
+    `falls` is `(patches, tokens)`: what the log-probability of each token loses, in nats, where the patch is hidden;
+    less than 0 where the model then finds it likelier. `log_probs` are those of the pictures as they are; `rounding`
+    is by how much they differ with what is read together, and `shares` whether the prompt before a picture was read
+    once for all patches.
+    """
+
+    question: str | None
+    answer: str
+    pieces: list[Piece]
+    log_probs: list[float]
+    pictures: list[Image.Image]
+    colours: list[tuple[int, ...]]
+    patches: list[Patch]
+    falls: torch.Tensor
+    deletion: Deletion
+    around: int
+    rounding: float
+    shares: bool
+
+    @property
+    def strengths(self) -> torch.Tensor:
+        """What the whole answer loses for each patch: the sum over its tokens, its end among them."""
+        return self.falls.sum(1)
+
+    @property
+    def strongest(self) -> Patch:
+        """The patch that the answer hangs on most."""
+        return self.patches[int(self.strengths.argmax())]
+
+
+def prompt_of(processor: VLMProcessor, pictures: Sequence[Image.Image], question: str | None) -> dict[str, Any]:
+    """Tensors of a question about pictures, which stand before it, or of pictures that are to be captioned."""
+    if question is None:
+        return processor(images=list(pictures), text=processor.image_token * len(pictures), return_tensors="pt")
+    content = [{"type": "image", "image": picture} for picture in pictures] + [{"type": "text", "text": question}]
+    return processor.apply_chat_template(
+        [{"role": "user", "content": content}],
+        add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt",
+    )  # fmt: skip
+
+
+def explain(
+    model: Any,
+    processor: VLMProcessor,
+    pictures: Sequence[Image.Image],
+    question: str | None = None,
+    *,
+    max_new_tokens: int = MAX_NEW_TOKENS,
+    grid: tuple[int, int] | None = None,
+    around: int = 0,
+    batch_size: int = 8,
+    seeds: int = 5,
+    progress: bool = False,
+) -> Explanation:
+    """
+    The likeliest answer to a question, and what it hangs on.
+
+    Args:
+        model: a composed model in evaluation mode, or one with adapters around it.
+        pictures: RGB, one at least.
+        question: what is asked about them; if not given they are captioned.
+        grid: rows and columns of the patches of each picture; those of the encoder if not given.
+        around: how many patches on every side of each are hidden with it, for an answer that hangs on more than one.
+        batch_size: hidden pictures that are read at a time.
+        seeds: random orders that the map is compared with, one at least.
+        progress: show a bar on stderr.
+
+    Raises:
+        DuetError: there is no position left for an answer, or the model's code is of an earlier Duet.
+    """
+    composed = model.get_base_model() if hasattr(model, "get_base_model") else model
+    inputs = prompt_of(processor, pictures, question)
+    prompt = inputs["input_ids"][0].tolist()
+    settings = greedy(composed, processor, _room(composed, processor, prompt, max_new_tokens))
+    answer = _generated(model, composed, inputs, settings)
+    suppressed = settings.suppress_tokens or ()
+    occlusion = Occlusion(model, processor, pictures, prompt, answer, suppressed, batch_size)
+    patches = [
+        patch
+        for number, picture in enumerate(pictures)
+        for patch in patches_of(processor, composed.config, picture, number, grid)
+    ]
+
+    def read(hidings: list[Sequence[Patch]], what: str) -> torch.Tensor:
+        found = tqdm(occlusion.log_probs(hidings), what, len(hidings), disable=not progress, file=sys.stderr)
+        return torch.stack(list(found))
+
+    whole, *hidden = read([[], *(_near(patches, patch, around) for patch in patches)], "patches")
+    falls = whole - torch.stack(hidden)
+    order = sorted(range(len(patches)), key=lambda number: -falls[number].sum().item())
+    orders = [[patches[number] for number in order]]
+    orders += [random.Random(seed).sample(patches, len(patches)) for seed in range(seeds)]
+    counts = sorted({round(len(patches) * step / STEPS) for step in range(STEPS + 1)})
+    between = counts[1:-1]  # of none and of all there is nothing to choose
+    *inner, last = (
+        read([*(order[:count] for order in orders for count in between), patches], "deletion").sum(1).tolist()
+    )
+    curves = [
+        [whole.sum().item(), *inner[place * len(between) : (place + 1) * len(between)], last]
+        for place in range(len(orders))
+    ]
+    return Explanation(
+        question=question,
+        answer=text_of(processor, answer),
+        pieces=pieces_of(processor.tokenizer, answer, _ends(settings)),
+        log_probs=whole.tolist(),
+        pictures=list(pictures),
+        colours=occlusion.colours,
+        patches=patches,
+        falls=falls,
+        deletion=Deletion(counts, curves[0], curves[1:]),
+        around=around,
+        rounding=occlusion.rounding,
+        shares=occlusion.shares,
+    )
+
+
+def _near(patches, patch, around):
+    """A patch, and those of its picture that lie around it."""
+    left, right = patch.column - around, patch.column + around
+    return [
+        other
+        for other in patches
+        if other.picture == patch.picture and abs(other.row - patch.row) <= around and left <= other.column <= right
+    ]
+
+
+def _room(composed, processor, prompt, max_new_tokens):
+    """How long the answer may get."""
+    limit = composed.model.max_positions
+    room = max_new_tokens if limit is None else min(max_new_tokens, limit - len(prompt))
+    if room < 1:
+        images = prompt.count(processor.image_token_id)
+        raise DuetError(
+            f"the prompt takes {len(prompt):,} positions, {images:,} of them for images, and the language model has "
+            f"{limit:,}: no room is left for an answer; ask in fewer words, or about fewer images."
+        )
+    return room
+
+
+@torch.no_grad()
+def _generated(model, composed, inputs, settings) -> list[int]:
+    own, length = composed.generation_config, inputs["input_ids"].shape[1]
+    composed.generation_config = settings  # which `generate` would take what is not said from
+    try:
+        return model.generate(**inputs.to(model.device, model.dtype))[0, length:].tolist()
+    finally:
+        composed.generation_config = own
+
+
+def _ends(settings):
+    ends = settings.eos_token_id
+    return ends if isinstance(ends, list) else [ends]
+
+
+def as_json(explanation: Explanation, name: str, images: Sequence[str]) -> dict[str, Any]:
+    """An explanation as plain lists and numbers, log-probabilities in nats."""
+    pictures = []
+    for number, (image, picture, colour) in enumerate(zip(images, explanation.pictures, explanation.colours)):
+        patches = [
+            {"row": patch.row, "column": patch.column, "box": list(patch.box), "falls": falls}
+            for patch, falls in zip(explanation.patches, explanation.falls.tolist())
+            if patch.picture == number
+        ]
+        size = {"width": picture.width, "height": picture.height}
+        pictures.append({"image": image, **size, "hidden_under": list(colour), "patches": patches})
+    deletion = explanation.deletion
+    return {
+        "model": name,
+        "question": explanation.question,
+        "answer": explanation.answer,
+        "tokens": [
+            {"id": piece.id, "text": piece.text, "shown": piece.label, "part": piece.part, "log_prob": log_prob}
+            for piece, log_prob in zip(explanation.pieces, explanation.log_probs)
+        ],
+        "images": pictures,
+        "around": explanation.around,
+        "deletion": {**deletion._asdict(), "area": deletion.area, "spread": deletion.spread},
+        "rounding": explanation.rounding,
+    }
+
+
+def _grid(text):
+    """Rows and columns, of `8` or `6x8`."""
+    rows, _, columns = text.lower().partition("x")
+    try:
+        grid = (int(rows), int(columns or rows))
+    except ValueError:
+        grid = (0, 0)
+    if min(grid) < 1:
+        raise DuetError(f"grid={text!r}: expected rows and columns of patches, such as 6x8, or one number for both.")
+    return grid
+
+
+def _writable(path: Path | None) -> None:
+    """Refuse a file that could not be written, before anything is computed."""
+    if path is not None and (path.is_dir() or not path.parent.is_dir()):
+        found = "is a folder" if path.is_dir() else f"lies in {path.parent}, which is no folder"
+        raise DuetError(f"{path} {found}; expected the name of a file that can be written.")
+
+
+def _write(path, text):
+    try:
+        path.write_text(text, encoding="utf-8")
+    except OSError as error:
+        raise DuetError(f"{path} could not be written: {in_a_line(error)}.") from error
+
+
+def _run(args: argparse.Namespace) -> str:
+    """Explain as the command line asks; gives what is printed."""
+    for option, least in (("max_new_tokens", 1), ("batch_size", 1), ("seeds", 1), ("around", 0)):
+        if getattr(args, option) < least:
+            raise DuetError(f"{option}={getattr(args, option)}: expected {least} or more.")
+    grid = None if args.grid is None else _grid(args.grid)
+    for path in (args.out, args.json):
+        _writable(path)
+    images = [args.image, *args.another_image]
+    pictures = [load_image(image) for image in images]
+    logging.disable_progress_bar()
+    model, processor = load(args.model)
+    found = explain(
+        model, processor, pictures, args.question, max_new_tokens=args.max_new_tokens, grid=grid,
+        around=args.around, batch_size=args.batch_size, seeds=args.seeds, progress=True,
+    )  # fmt: skip
+    if not found.shares:
+        print("the model's cache cannot be gone on from: the whole prompt was read for every patch", file=sys.stderr)
+    _write(args.out, write_page(found, args.model, images))
+    if args.json is not None:
+        _write(args.json, json.dumps(as_json(found, args.model, images), ensure_ascii=False, indent=1) + "\n")
+    said = (
+        f"{found.answer}\n{args.out}: what each of {len(found.pieces)} tokens hangs on, of {len(found.patches)} patches"
+    )
+    area = f"the strongest first cost {found.deletion.area:+.2f} nats more than in random orders"
+    return f"{said}; {area} (± {found.deletion.spread:.2f})."
+
+
+def main(argv: list[str] | None = None) -> int:
+    """The command line; 1 where the model or an image cannot be read."""
+    parser = argparse.ArgumentParser(
+        prog="python -m inference_vlm.explain", description=(__doc__ or "").splitlines()[0]
+    )
+    parser.add_argument("model", help="folder or Hub name of a model trained with Duet; its own code is run")
+    parser.add_argument("image", help="an image file")
+    parser.add_argument("question", nargs="?", help="what to ask; without it the image is captioned")
+    parser.add_argument(
+        "--another_image", action="append", default=[], metavar="FILE", help="one more image, behind the first"
+    )
+    parser.add_argument("--out", type=Path, default=Path("explained.html"), help="the page (default: %(default)s)")
+    parser.add_argument("--json", type=Path, help="a file for all that the page shows, as numbers")
+    parser.add_argument("--grid", help="rows and columns of patches, 8 or 6x8; the encoder's own if not given")
+    parser.add_argument("--around", type=int, default=0, help="patches hidden with each, on every side (%(default)s)")
+    parser.add_argument("--max_new_tokens", type=int, default=MAX_NEW_TOKENS, help="longest answer (%(default)s)")
+    parser.add_argument("--batch_size", type=int, default=8, help="hidden pictures read at a time (%(default)s)")
+    parser.add_argument("--seeds", type=int, default=5, help="random orders to compare with (%(default)s)")
+    args = parser.parse_args(argv)
+    try:
+        print(_run(args))
+    except Exception as error:
+        if not getattr(error, "is_duet_error", False):
+            raise  # what is our own mistake keeps its stack trace
+        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
