@@ -25,9 +25,8 @@ from transformers.utils import logging
 
 from processing.data_error_vlm import DuetError, in_a_line
 from processing.image_files_vlm import load_image
-from processing.processing_vlm import VLMProcessor
 
-from .answering import greedy, load, text_of
+from .answering import Answerer, Prepared, text_of
 from .explained_page import write_page
 from .occlusion import Occlusion, Patch, patches_of
 from .pieces import Piece, pieces_of
@@ -104,21 +103,9 @@ class Explanation(NamedTuple):
         return self.patches[int(self.strengths.argmax())]
 
 
-def prompt_of(processor: VLMProcessor, pictures: Sequence[Image.Image], question: str | None) -> dict[str, Any]:
-    """Tensors of a question about pictures, which stand before it, or of pictures that are to be captioned."""
-    if question is None:
-        return processor(images=list(pictures), text=processor.image_token * len(pictures), return_tensors="pt")
-    content = [{"type": "image", "image": picture} for picture in pictures] + [{"type": "text", "text": question}]
-    return processor.apply_chat_template(
-        [{"role": "user", "content": content}],
-        add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt",
-    )  # fmt: skip
-
-
 def explain(
-    model: Any,
-    processor: VLMProcessor,
-    pictures: Sequence[Image.Image],
+    answerer: Answerer,
+    prepared: Prepared,
     question: str | None = None,
     *,
     max_new_tokens: int = MAX_NEW_TOKENS,
@@ -129,12 +116,12 @@ def explain(
     progress: bool = False,
 ) -> Explanation:
     """
-    The likeliest answer to a question, and what it hangs on.
+    The likeliest answer to a prompt, and what of its pictures it hangs on.
 
     Args:
-        model: a composed model in evaluation mode, or one with adapters around it.
-        pictures: RGB, one at least.
-        question: what is asked about them; if not given they are captioned.
+        answerer: the model.
+        prepared: of its `read` or `read_caption`, with one image at least.
+        question: what was asked, as it is shown.
         grid: rows and columns of the patches of each picture; those of the encoder if not given.
         around: how many patches on every side of each are hidden with it, for an answer that hangs on more than one.
         batch_size: hidden pictures that are read at a time.
@@ -142,19 +129,19 @@ def explain(
         progress: show a bar on stderr.
 
     Raises:
-        DuetError: there is no position left for an answer, or the model's code is of an earlier Duet.
+        DuetError: the model's code is of an earlier Duet, or there is nothing to hide.
     """
-    composed = model.get_base_model() if hasattr(model, "get_base_model") else model
-    inputs = prompt_of(processor, pictures, question)
-    prompt = inputs["input_ids"][0].tolist()
-    settings = greedy(composed, processor, _room(composed, processor, prompt, max_new_tokens))
-    answer = _generated(model, composed, inputs, settings)
-    suppressed = settings.suppress_tokens or ()
-    occlusion = Occlusion(model, processor, pictures, prompt, answer, suppressed, batch_size)
+    processor, pictures = answerer.processor, prepared.images
+    if not pictures:
+        raise DuetError("the prompt has no picture, of which parts could be hidden; expected one at least.")
+    config = answerer.settings(temperature=0, max_new_tokens=max_new_tokens).config
+    answer = _generated(answerer, prepared, config)
+    suppressed = config.suppress_tokens or ()
+    occlusion = Occlusion(answerer.model, processor, pictures, prepared.row, answer, suppressed, batch_size)
     patches = [
         patch
         for number, picture in enumerate(pictures)
-        for patch in patches_of(processor, composed.config, picture, number, grid)
+        for patch in patches_of(processor, occlusion.model.config, picture, number, grid)
     ]
 
     def read(hidings: list[Sequence[Patch]], what: str) -> torch.Tensor:
@@ -178,7 +165,7 @@ def explain(
     return Explanation(
         question=question,
         answer=text_of(processor, answer),
-        pieces=pieces_of(processor.tokenizer, answer, _ends(settings)),
+        pieces=pieces_of(processor.tokenizer, answer, _ends(config)),
         log_probs=whole.tolist(),
         pictures=list(pictures),
         colours=occlusion.colours,
@@ -201,31 +188,25 @@ def _near(patches, patch, around):
     ]
 
 
-def _room(composed, processor, prompt, max_new_tokens):
-    """How long the answer may get."""
-    limit = composed.model.max_positions
-    room = max_new_tokens if limit is None else min(max_new_tokens, limit - len(prompt))
-    if room < 1:
-        images = prompt.count(processor.image_token_id)
-        raise DuetError(
-            f"the prompt takes {len(prompt):,} positions, {images:,} of them for images, and the language model has "
-            f"{limit:,}: no room is left for an answer; ask in fewer words, or about fewer images."
-        )
-    return room
-
-
 @torch.no_grad()
-def _generated(model, composed, inputs, settings) -> list[int]:
-    own, length = composed.generation_config, inputs["input_ids"].shape[1]
-    composed.generation_config = settings  # which `generate` would take what is not said from
+def _generated(answerer, prepared, config) -> list[int]:
+    """The ids of the likeliest answer, which is no longer than there is room for."""
+    model, length = answerer.model, len(prepared.row)
+    composed = model.get_base_model() if hasattr(model, "get_base_model") else model
+    if answerer.max_positions is not None:
+        config.max_new_tokens = min(config.max_new_tokens, answerer.max_positions - length)
+    inputs = answerer.processor.process_images(prepared.images)
+    inputs["input_ids"] = torch.tensor([prepared.row])
+    inputs["attention_mask"] = torch.ones(1, length, dtype=torch.long)
+    own, composed.generation_config = composed.generation_config, config  # it says what is not said here
     try:
         return model.generate(**inputs.to(model.device, model.dtype))[0, length:].tolist()
     finally:
         composed.generation_config = own
 
 
-def _ends(settings):
-    ends = settings.eos_token_id
+def _ends(config):
+    ends = config.eos_token_id
     return ends if isinstance(ends, list) else [ends]
 
 
@@ -293,9 +274,17 @@ def _run(args: argparse.Namespace) -> str:
     images = [args.image, *args.another_image]
     pictures = [load_image(image) for image in images]
     logging.disable_progress_bar()
-    model, processor = load(args.model)
+    answerer = Answerer.load(args.model)
+    if args.question is None:
+        prepared = answerer.read_caption(pictures)
+    else:
+        parts = [
+            *({"type": "image", "image": picture} for picture in pictures),
+            {"type": "text", "text": args.question},
+        ]
+        prepared = answerer.read([{"role": "user", "content": parts}])
     found = explain(
-        model, processor, pictures, args.question, max_new_tokens=args.max_new_tokens, grid=grid,
+        answerer, prepared, args.question, max_new_tokens=args.max_new_tokens, grid=grid,
         around=args.around, batch_size=args.batch_size, seeds=args.seeds, progress=True,
     )  # fmt: skip
     if not found.shares:

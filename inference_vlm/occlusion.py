@@ -21,11 +21,11 @@ from processing.data_error_vlm import DuetError
 from processing.images_vlm import MOST_STRETCHED
 from processing.processing_vlm import VLMProcessor
 
+from .conversation import CACHE
+
 
 Box = tuple[int, int, int, int]
 """Left, top, right and bottom in pixels of the picture as it is stored."""
-
-_CACHES = ("cache", "past_key_values")  # the name before transformers 5.24
 
 
 class Patch(NamedTuple):
@@ -60,11 +60,7 @@ def patches_of(
         height, width = 1 / rows, 1 / columns
     across = _edges(left, (right - left) * width, columns, picture.width)
     down = _edges(top, (bottom - top) * height, rows, picture.height)
-    return [
-        Patch(number, row, column, (x, y, to_x, to_y))
-        for row, y, to_y in down
-        for column, x, to_x in across
-    ]
+    return [Patch(number, row, column, (x, y, to_x, to_y)) for row, y, to_y in down for column, x, to_x in across]
 
 
 def _edges(start, step, count, most):
@@ -153,7 +149,7 @@ class Occlusion:
         self.ids = torch.tensor([*prompt, *answer[:-1]])
         self.colours = [mean_colour(picture) for picture in self.pictures]
         self._views: list[_Views] = []
-        self._kept: tuple[int, tuple[str, Any]] | None = None
+        self._kept: tuple[int, Any] | None = None
         with torch.no_grad():
             for picture in self.pictures:
                 pixels, grid = self._pixels(picture)
@@ -233,10 +229,9 @@ class Occlusion:
         begins = 0 if first is None else self._starts[first]
         inputs: dict[str, Any] = {"use_cache": False}
         if begins:
-            name, cache = copy.deepcopy(self._prefix(first))  # a copy, which reading extends
-            if len(features) > 1:
-                cache.batch_repeat_interleave(len(features))
-            inputs = {"use_cache": True, name: cache}
+            cache = copy.deepcopy(self._prefix(first))  # which reading extends
+            cache.batch_repeat_interleave(len(features))
+            inputs = {"use_cache": True, CACHE: cache}
         ids = self.ids[begins:].to(self.model.device).expand(len(features), -1)
         shown = [picture for row in features for picture in row[first or 0 :]]
         logits = self.model(
@@ -250,15 +245,14 @@ class Occlusion:
         return logits.log_softmax(-1).gather(-1, self.answer.to(logits.device)[:, None])[:, 0].cpu()
 
     def _prefix(self, first):
-        """The name and the content of the cache of all that stands before a picture; that of the last is kept."""
+        """The keys and values of all that stands before a picture; those for the last are kept."""
         if self._kept is not None and self._kept[0] == first:
             return self._kept[1]
         ids = self.ids[: self._starts[first]].to(self.model.device)[None]
         shown = _given(self._features[:first])
         outputs = self.model(input_ids=ids, logits_to_keep=1, use_cache=True, return_dict=True, **shown)
-        made = next((name, outputs[name]) for name in _CACHES if outputs.get(name) is not None)
-        self._kept = first, made
-        return made
+        self._kept = first, outputs[CACHE]
+        return outputs[CACHE]
 
     @torch.no_grad()
     def _goes_on_from(self, first):

@@ -9,8 +9,8 @@ from PIL import Image, ImageStat
 from transformers import FalconH1Config, LlamaConfig, MixtralConfig, SiglipVisionConfig, ViTConfig
 
 from inference_vlm import explain as command
-from inference_vlm.answering import greedy
-from inference_vlm.explain import Deletion, explain, prompt_of
+from inference_vlm.answering import Answerer, greedy
+from inference_vlm.explain import Deletion, Explanation
 from inference_vlm.explained_page import verdict, write_page
 from inference_vlm.occlusion import Occlusion, Patch, patches_of
 from inference_vlm.pieces import pieces_of
@@ -56,9 +56,23 @@ def seeing(composed):
     return lively(model), processor
 
 
+def asked(model, processor, pictures, question=None):
+    """Who answers, and the prompt."""
+    answerer = Answerer(model, processor)
+    if question is None:
+        return answerer, answerer.read_caption(pictures)
+    parts = [*({"type": "image", "image": picture} for picture in pictures), {"type": "text", "text": question}]
+    return answerer, answerer.read([{"role": "user", "content": parts}])
+
+
+def explain(model, processor, pictures, question=None, **options) -> Explanation:
+    answerer, prepared = asked(model, processor, pictures, question)
+    return command.explain(answerer, prepared, question, **options)
+
+
 def plainly(model, processor, pictures, shown, question, answer):
     """The log-probabilities of an answer about pictures, by the library alone, from their pixels; `shown` is seen."""
-    prompt = prompt_of(processor, pictures, question)["input_ids"][0].tolist()
+    prompt = asked(model, processor, pictures, question)[1].row
     ids = torch.tensor([[*prompt, *answer]])
     pixels = dict(processor.process_images(shown))
     with torch.no_grad():
@@ -84,7 +98,7 @@ def assert_as_plainly(model, processor, pictures, question, found):
 
 def test_every_fall_is_that_of_a_plain_reading_of_the_hidden_picture(seeing, image):
     model, processor = seeing
-    found = explain(model, processor, [image(1)], "what is it?", max_new_tokens=4, batch_size=3)
+    found = explain(model, processor, [image(1)], "what is it?", max_new_tokens=4, batch_size=3, seeds=1)
     assert found.shares and len(found.patches) == 16 and found.falls.shape == (16, len(found.pieces))
     assert_as_plainly(model, processor, [image(1)], "what is it?", found)
 
@@ -100,16 +114,16 @@ def test_mixtures_windows_and_recurrent_models_are_explained_exactly(text, image
 
 def test_a_cache_that_cannot_be_gone_on_from_is_not_used(image, monkeypatch):
     model, processor = composed_of(ViTConfig(**EYES), TEXTS["llama"])
-    expected = explain(model, processor, [image(1)], "what?", max_new_tokens=3)
+    expected = explain(model, processor, [image(1)], "what?", max_new_tokens=3, grid=(2, 2), seeds=1)
     read = Occlusion._prefix
 
     def broken(self, first):
-        name, cache = read(self, first)
+        cache = read(self, first)
         cache.layers[0].values.zero_()
-        return name, cache
+        return cache
 
     monkeypatch.setattr(Occlusion, "_prefix", broken)
-    found = explain(model, processor, [image(1)], "what?", max_new_tokens=3)
+    found = explain(model, processor, [image(1)], "what?", max_new_tokens=3, grid=(2, 2), seeds=1)
     assert expected.shares and not found.shares
     assert torch.allclose(found.falls, expected.falls, atol=1e-5)
 
@@ -120,7 +134,7 @@ def test_a_patch_is_hidden_in_the_picture_and_then_tiled(mode, image):
     processor.image_mode = mode
     picture = image(3, (90, 40))
     assert processor.tile_grid(40, 90) != (1, 1)
-    found = explain(model, processor, [picture], "what is it?", max_new_tokens=3, batch_size=5)
+    found = explain(model, processor, [picture], "what is it?", max_new_tokens=2, grid=(2, 4), batch_size=5, seeds=1)
     assert_as_plainly(model, processor, [picture], "what is it?", found)
 
 
@@ -128,16 +142,20 @@ def test_pairs_of_encoders_and_captions_of_several_images_are_explained(image):
     eyes = (ViTConfig(**EYES), SiglipVisionConfig(**{**SIZES, "image_size": 16, "patch_size": 4}))
     model, processor = composed_of(eyes, TEXTS["llama"])
     pictures = [image(1), image(2)]
-    found = explain(model, processor, pictures, max_new_tokens=3, batch_size=7)
+    found = explain(model, processor, pictures, max_new_tokens=3, batch_size=7, seeds=1)
     assert found.question is None and len(found.patches) == 32
     assert_as_plainly(model, processor, pictures, None, found)
 
 
 def test_the_log_probabilities_are_those_of_the_scores_of_generate(seeing, image):
     model, processor = seeing
-    found = explain(model, processor, [image(4)], "how many?", max_new_tokens=5)
-    inputs, settings = prompt_of(processor, [image(4)], "how many?"), greedy(model, processor, 5)
-    model.generation_config = settings
+    found = explain(model, processor, [image(4)], "how many?", max_new_tokens=5, grid=(1, 2), seeds=1)
+    content = [{"type": "image", "image": image(4)}, {"type": "text", "text": "how many?"}]
+    inputs = processor.apply_chat_template(
+        [{"role": "user", "content": content}],
+        add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt",
+    )  # fmt: skip
+    model.generation_config = greedy(model, processor, 5)
     written = model.generate(**inputs, return_dict_in_generate=True, output_scores=True)
     scores = torch.stack(written.scores, 1)[0].log_softmax(-1)
     ids = written.sequences[0, inputs["input_ids"].shape[1] :]
@@ -149,7 +167,8 @@ def test_the_batch_size_changes_no_value(seeing, image):
     model, processor = seeing
     pictures = [image(1), image(2)]
     one, many = (
-        explain(model, processor, pictures, "what?", max_new_tokens=3, grid=(3, 3), batch_size=size) for size in (1, 16)
+        explain(model, processor, pictures, "what?", max_new_tokens=3, grid=(2, 3), batch_size=size, seeds=1)
+        for size in (1, 16)
     )
     assert torch.allclose(one.falls, many.falls, atol=1e-5) and one.falls.abs().max() > 1e-2
     for name in ("strongest", "chance"):
@@ -162,7 +181,7 @@ def test_hiding_nothing_changes_nothing(seeing, image):
     flat = Image.new("RGB", (40, 30), (90, 120, 30))
     found = explain(model, processor, [flat], "what is it?", max_new_tokens=3, batch_size=4)
     assert found.falls.abs().max() < 1e-6
-    prompt = prompt_of(processor, [image(1)], "what?")["input_ids"][0].tolist()
+    prompt = asked(model, processor, [image(1)], "what?")[1].row
     occlusion = Occlusion(model, processor, [image(1)], prompt, [5, 6], batch_size=4)
     seen = []
     model.model.vision_tower.register_forward_pre_hook(lambda module, given: seen.append(len(given[0])))
@@ -173,7 +192,7 @@ def test_hiding_nothing_changes_nothing(seeing, image):
 def test_a_hidden_patch_costs_a_run_of_the_views_that_it_changes_alone(image):
     model, processor = composed_of(ViTConfig(**EYES), TEXTS["llama"], max_tiles=4)
     picture = image(3, (64, 64))
-    prompt = prompt_of(processor, [picture], "what?")["input_ids"][0].tolist()
+    prompt = asked(model, processor, [picture], "what?")[1].row
     occlusion = Occlusion(model, processor, [picture], prompt, [5, 6], batch_size=4)
     seen = []
     model.model.vision_tower.register_forward_pre_hook(lambda module, given: seen.append(len(given[0])))
@@ -205,7 +224,7 @@ def test_an_answer_that_hangs_on_one_patch_has_its_peak_there(image):
     model.model.multi_modal_projector = OnePatch(model.config, 32, 32).eval()
     torch.nn.init.normal_(model.model.multi_modal_projector.linear.weight, std=2.0)
     tops = 0
-    for seed in range(6):
+    for seed in range(3):
         found = explain(model, processor, [image(seed, (32, 32))], "what is it?", max_new_tokens=3, seeds=3)
         others = torch.cat([found.strengths[: OnePatch.place], found.strengths[OnePatch.place + 1 :]])
         assert others.abs().max() < 1e-5 < found.strengths[OnePatch.place].abs()
@@ -239,9 +258,8 @@ def test_the_area_is_that_between_the_curves_over_all_shares():
 
 def test_what_is_around_a_patch_is_hidden_with_it(seeing, image):
     model, processor = seeing
-    asked = {"max_new_tokens": 3, "grid": (4, 4), "seeds": 1}
-    near = explain(model, processor, [image(1)], "what?", around=1, **asked)
-    prompt = prompt_of(processor, [image(1)], "what?")["input_ids"][0].tolist()
+    near = explain(model, processor, [image(1)], "what?", around=1, max_new_tokens=3, grid=(4, 4), seeds=1)
+    prompt = asked(model, processor, [image(1)], "what?")[1].row
     answer = [piece.id for piece in near.pieces]
     occlusion = Occlusion(model, processor, [image(1)], prompt, answer, [processor.image_token_id])
     corner = [patch for patch in near.patches if patch.row < 2 and patch.column < 2]
@@ -379,10 +397,22 @@ def test_a_mistake_is_one_line_before_anything_is_loaded(arguments, said, image,
     assert said in error and error.startswith("error: ") and error.count("\n") == 1 and "no-model" not in error
 
 
-def test_a_prompt_that_leaves_no_room_for_an_answer_is_counted(folders, image):
+def test_an_answer_is_as_long_as_there_is_room_for(folders, image):
     model, processor = tiny.compose(*folders("vit-gpt2"), "patch")
-    with pytest.raises(DuetError, match=r"the prompt takes \d+ positions, 16 of them .* has 128"):
-        explain(model.eval(), processor, [image(1)], "what is it? " * 60)
+    question = "what is it? " * 20
+    answerer, prepared = asked(lively(model), processor, [image(1)], question)
+    room = 128 - len(prepared.row)
+    assert 0 < room < 8
+    found = command.explain(answerer, prepared, question, grid=(1, 2), seeds=1)
+    assert 0 < len(found.pieces) <= room
+    with pytest.raises(DuetError, match="the prompt takes .* the language model has 128"):
+        asked(model, processor, [image(1)], question * 2)
+
+
+def test_a_prompt_without_a_picture_is_refused(composed):
+    answerer, prepared = asked(*composed, [], "what?")
+    with pytest.raises(DuetError, match="no picture, of which parts could be hidden"):
+        command.explain(answerer, prepared)
 
 
 def test_the_objects_that_a_drawn_answer_is_about_are_where_they_are_drawn():
