@@ -5,6 +5,7 @@ import re
 
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 from PIL import Image, ImageStat
 from transformers import FalconH1Config, LlamaConfig, MixtralConfig, SiglipVisionConfig, ViTConfig
 
@@ -145,6 +146,20 @@ def test_pairs_of_encoders_and_captions_of_several_images_are_explained(image):
     found = explain(model, processor, pictures, max_new_tokens=3, batch_size=7, seeds=1)
     assert found.question is None and len(found.patches) == 32
     assert_as_plainly(model, processor, pictures, None, found)
+
+
+def test_adapters_are_explained_as_they_answer(seeing, image):
+    model, processor = seeing
+    targets = [
+        name for name, module in model.model.language_model.named_modules() if name.endswith(("q_proj", "c_attn"))
+    ]
+    torch.manual_seed(7)
+    adapted = get_peft_model(model, LoraConfig(target_modules=targets, init_lora_weights=False, r=4, lora_alpha=32))
+    found = explain(adapted.eval(), processor, [image(1)], "what is it?", max_new_tokens=3, grid=(2, 2), seeds=1)
+    assert_as_plainly(adapted, processor, [image(1)], "what is it?", found)
+    with adapted.disable_adapter():
+        other = plainly(adapted, processor, [image(1)], [image(1)], "what is it?", [piece.id for piece in found.pieces])
+    assert (torch.tensor(found.log_probs) - other).abs().max() > 1e-2
 
 
 def test_the_log_probabilities_are_those_of_the_scores_of_generate(seeing, image):
