@@ -316,9 +316,9 @@ class Slow:
         return self.answerer.write(prepared, settings, cancelled=cancelled, tell=tell, **options)
 
 
-def stream(server, text, **options):
-    """A connection that has got the beginning of a stream."""
-    connection = http.client.HTTPConnection("127.0.0.1", server.port, timeout=20)
+def stream(server, text, source=None, **options):
+    """A connection that has asked for a stream."""
+    connection = http.client.HTTPConnection("127.0.0.1", server.port, timeout=20, source_address=source)
     body = {"model": "tiny", "messages": [said(text)], "stream": True, "max_tokens": 5, **options}
     connection.request("POST", "/v1/chat/completions", json.dumps(body))
     return connection
@@ -357,6 +357,28 @@ def test_who_comes_when_the_line_is_full_is_told_when_to_come_again(answerer):
         slow.go.set()
         assert waiting[1].getresponse().status == 200
         for one in (*waiting, connection):
+            one.close()
+
+
+def test_who_fills_the_line_keeps_nobody_out(answerer):
+    """A client is an address; of this machine there are many."""
+    slow = Slow(answerer)
+    with serving(slow, max_waiting=3) as server:
+        first = stream(server, "first")
+        assert first.getresponse().readline()
+        flood = []
+        for number in range(3):
+            flood.append(stream(server, f"flood {number}"))
+            assert until(lambda: sum(map(len, server.service.worker._line.values())) == len(flood))
+        other = stream(server, "other", source=("127.0.0.9", 0))
+        responses = [flood[2].getresponse()]
+        assert responses[0].status == 503  # its last
+        another = stream(server, "flood again")
+        assert another.getresponse().status == 503
+        slow.go.set()
+        responses = [one.getresponse() for one in (other, flood[0], flood[1])]
+        assert [response.status for response in responses] == [200] * 3
+        for one in (first, *flood, other, another):
             one.close()
 
 

@@ -160,7 +160,7 @@ class Service:
                 body = await self.bodies.read(request, hold)
             except ClientDisconnect:
                 return Response(status_code=_GONE)
-            stack.enter_context(self._place())
+            stack.enter_context(self._place(_client(request)))
             loop = asyncio.get_running_loop()
             asked = await loop.run_in_executor(self.readers, read_request, body, self.settings)
             hold.add(asked.size - len(body))
@@ -181,15 +181,16 @@ class Service:
         self.completing.run(asked, job.client, job.tell, job)
 
     @contextmanager
-    def _place(self) -> Iterator[None]:
-        """A place among those who are answered or wait for it."""
-        if self.inside > self.settings.max_waiting:
-            raise ApiError(
-                f"{self.settings.max_waiting} requests are waiting already; please try again later.",
-                503,
-                code="server_overloaded",
-                retry_after=5,
-            )
+    def _place(self, client: str) -> Iterator[None]:
+        """A place among those who are answered or wait for it; where there is none, that of who has most of them."""
+        refusal = ApiError(
+            f"{self.settings.max_waiting} requests are waiting already; please try again later.",
+            503,
+            code="server_overloaded",
+            retry_after=5,
+        )
+        if self.inside > self.settings.max_waiting and not self.worker.make_room(client, refusal):
+            raise refusal
         self.inside += 1
         try:
             yield

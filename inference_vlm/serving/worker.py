@@ -85,6 +85,17 @@ class Worker:
             self._line.setdefault(job.client, deque()).append(job)
             self._changed.notify()
 
+    def make_room(self, client: str, refusal: ApiError) -> bool:
+        """Whether a client has fewer requests in the line than another, whose last is refused for it."""
+        with self._changed:
+            longest = max(self._line.values(), key=len, default=deque())
+            if len(longest) < 2 + len(self._line.get(client, ())):
+                return False
+            job = longest.pop()
+            job.give_up()
+            job.tell(refusal)
+            return True
+
     def drop(self, job: Job) -> None:
         """Take a request back, wherever it is."""
         job.give_up()
