@@ -4,6 +4,7 @@ import asyncio
 import http.client
 import json
 import os
+import signal
 import subprocess
 import sys
 import threading
@@ -503,8 +504,8 @@ def test_the_command_serves_a_folder_until_it_is_told_to_end(saved, image):
         status, answer = ask(f"{url}/v1/chat/completions", body)
         assert status == 200 and answer["usage"]["completion_tokens"] <= 6
     finally:
-        process.terminate()
-        assert process.wait(20) == -15  # as it was told
+        process.send_signal(signal.SIGINT)
+        assert process.wait(20) == 0
         process.stdout.close()
 
 
