@@ -11,6 +11,7 @@ has its name once all of it is written.
 
 import argparse
 import contextlib
+import json
 import os
 import shutil
 import sys
@@ -19,6 +20,7 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor
+from transformers.utils import find_adapter_config_file
 
 from processing.data_error_vlm import DuetError, in_a_line
 
@@ -45,38 +47,52 @@ def merge(name: str, out: str | Path, dtype: str | None = None, revision: str | 
         DuetError: there is no such adapter, its base is not there, or the folder cannot be written.
     """
     out = Path(out)
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+    if out.exists() and not out.is_dir():
+        raise DuetError(f"{out} is a file; name a folder.")
+    if out.exists() and any(out.iterdir()):
         raise DuetError(f"{out} holds something already; name another folder.")
-    if Path(name).is_dir() and not Path(name, ADAPTER).is_file():
-        raise DuetError(f"{name} holds no {ADAPTER}: it is no adapter, and there is nothing to merge.")
     asked = {} if dtype is None else {"dtype": getattr(torch, dtype)}
     try:
+        _check_adapter(name, revision)
         config = AutoConfig.from_pretrained(name, revision=revision, trust_remote_code=True)
         quantised = getattr(config, "quantization_config", None) is not None
         processor = AutoProcessor.from_pretrained(name, revision=revision, trust_remote_code=True)
         model = AutoModelForImageTextToText.from_pretrained(
             name, revision=revision, trust_remote_code=True, merge_adapter=True, **asked
         )
-    except (OSError, ValueError, ImportError, SafetensorError) as error:
+    except (OSError, ValueError, KeyError, ImportError, SafetensorError) as error:
         if getattr(error, "is_duet_error", False):
             raise DuetError(in_a_line(error)) from error
         raise DuetError(
             f"the adapter {name!r} could not be loaded: expected a folder of a run with adapters, or a Hub name; "
             f"{in_a_line(error)}"
         ) from error
-    beside = out.with_name(_BESIDE.format(out.name))
+    place = out.resolve()  # which has a name
+    beside = place.with_name(_BESIDE.format(place.name))
     try:
         shutil.rmtree(beside, ignore_errors=True)  # of a run that was killed
         model.save_pretrained(beside)
         processor.save_pretrained(beside)
         with contextlib.suppress(FileNotFoundError):
-            out.rmdir()
-        os.replace(beside, out)
+            place.rmdir()
+        os.replace(beside, place)
     except OSError as error:
         raise DuetError(f"{out} could not be written: {in_a_line(error)}.") from error
     count = sum(parameter.numel() for parameter in model.parameters())
     said = f"{out} is a plain model: {count:,} parameters, {str(model.dtype).removeprefix('torch.')}"
     return f"{said}; its base, which was held in few bits, is dequantised." if quantised else f"{said}."
+
+
+def _check_adapter(name: str, revision: str | None) -> None:
+    file = Path(name, ADAPTER) if Path(name).is_dir() else find_adapter_config_file(name, revision=revision)
+    if file is None or not Path(file).is_file():
+        raise DuetError(f"{name} holds no {ADAPTER}: it is no adapter, and there is nothing to merge.")
+    try:
+        settings = json.loads(Path(file).read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise DuetError(f"{file} is no JSON, as if it were cut short; fetch it again.") from error
+    if not isinstance(settings, dict):
+        raise DuetError(f"{file} holds no settings by name; fetch it again.")
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -12,15 +12,17 @@ import json
 import shutil
 import warnings
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any, NamedTuple
 
 import torch
-from huggingface_hub import save_torch_state_dict
+from huggingface_hub import HfApi, save_torch_state_dict
 from torch import nn
 from transformers import GenerationConfig, PreTrainedModel
 from transformers.dynamic_module_utils import custom_object_save
 from transformers.pytorch_utils import Conv1D
 from transformers.utils import find_adapter_config_file, logging
+from transformers.utils.hub import create_and_tag_model_card
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from .files_vlm import check_file
@@ -210,6 +212,8 @@ def put_on(model: PreTrainedModel, adapter: Adapter, merge: bool) -> PreTrainedM
     """
     peft = _peft()
     hub = {key: value for key, value in adapter.hub.items() if key != "local_files_only"}
+    read_config(adapter)
+    _check_weights(adapter.name)
     try:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", "fan_in_fan_out")  # peft sets it right for each layer, and says so
@@ -222,7 +226,11 @@ def put_on(model: PreTrainedModel, adapter: Adapter, merge: bool) -> PreTrainedM
     weights = peft.load_peft_weights(adapter.name, device="cpu", **hub)
     beside = {name.removeprefix(PREFIX) for name in weights if f".{_OF_ADAPTERS}" not in name}
     if merge:
-        model = adapted.merge_and_unload()
+        try:
+            model = adapted.merge_and_unload()
+        except (AttributeError, NotImplementedError, TypeError, ValueError) as error:
+            reason = in_a_line(error, 300)
+            raise DuetError(f"the adapter in {adapter.name} cannot be merged into its base: {reason}") from error
         model.__dict__.pop("peft_config", None)
     else:
         model._hf_peft_config_loaded = True  # as the library's own loader of adapters has it
@@ -232,6 +240,34 @@ def put_on(model: PreTrainedModel, adapter: Adapter, merge: bool) -> PreTrainedM
     with contextlib.suppress(OSError):  # there may be none with it
         model.generation_config = GenerationConfig.from_pretrained(adapter.name, **adapter.hub)
     return model.eval()
+
+
+def read_config(adapter: Adapter) -> Any:
+    """
+    Peft's config of an adapter.
+
+    Raises:
+        `DuetError`: peft is not installed, or cannot read it.
+    """
+    try:
+        return _peft().PeftConfig.from_pretrained(adapter.name, **adapter.hub)
+    except (KeyError, TypeError, ValueError) as error:
+        if getattr(error, "is_duet_error", False):
+            raise
+        raise DuetError(
+            f"the adapter in {adapter.name} cannot be read: peft makes nothing of its {CONFIG}, "
+            f"{type(error).__name__}: {in_a_line(error, 200)}; update peft, or name another adapter."
+        ) from error
+
+
+def _check_weights(name: str) -> None:
+    folder = Path(name)
+    if not folder.is_dir():
+        return
+    found = [folder / file for file in (WEIGHTS, "adapter_model.bin") if (folder / file).is_file()]
+    if not found:
+        raise DuetError(f"the adapter in {name} has no weights: expected an {WEIGHTS} in it; fetch them.")
+    check_file("adapter", name, found[0])
 
 
 def keep_bits(model: nn.Module) -> None:
@@ -257,12 +293,21 @@ def learned_beside(model: PreTrainedModel) -> set[str]:
     return getattr(model, "_learned_beside", set()) | {name for name in names if f".{_OF_ADAPTERS}" not in name}
 
 
-def save_adapter(model: PreTrainedModel, folder: str | Path, state_dict: dict[str, torch.Tensor] | None = None) -> None:
+def save_adapter(
+    model: PreTrainedModel,
+    folder: str | Path,
+    state_dict: dict[str, torch.Tensor] | None = None,
+    repository: str | None = None,
+) -> None:
     """
-    Save what a model with adapters has learned, with all that loading it needs but its base.
+    Save what a model with adapters has learned, with all that loading it needs; its base too where it was loaded.
 
     Args:
         state_dict: of the model, where it is not whole in this process.
+        repository: where the folder is to be pushed, base and all.
+
+    Raises:
+        `DuetError`: it is to be pushed, and its base is elsewhere.
     """
     peft, (name, config) = _peft(), next(iter(model.peft_config.items()))
     state = model.state_dict() if state_dict is None else state_dict
@@ -281,6 +326,14 @@ def save_adapter(model: PreTrainedModel, folder: str | Path, state_dict: dict[st
         if base.resolve() != (there := (Path(folder) / BASE).resolve()):
             shutil.copytree(base, there, dirs_exist_ok=True)
         config.base_model_name_or_path = BASE
+    if repository is not None and config.base_model_name_or_path == BASE:
+        if not (Path(folder) / BASE / "config.json").is_file():
+            raise DuetError(
+                "the base of this adapter lies with its run; load the checkpoint with from_pretrained and push that, "
+                "or have the run push (--push_to_hub)."
+            )
+        (Path(folder) / BASE / SOURCE).unlink(missing_ok=True)
+        config.base_model_name_or_path, config.revision = repository, None
     config.inference_mode = True
     config.save_pretrained(str(folder))
     model.config.architectures = [type(model).__name__]
@@ -289,6 +342,44 @@ def save_adapter(model: PreTrainedModel, folder: str | Path, state_dict: dict[st
         custom_object_save(model, folder, config=model.config)
     model.config.save_pretrained(folder)
     model.generation_config.save_pretrained(folder)
+
+
+def push_adapter(
+    model: PreTrainedModel,
+    repo_id: str,
+    state_dict: dict[str, torch.Tensor] | None = None,
+    *,
+    commit_message: str | None = None,
+    commit_description: str | None = None,
+    private: bool | None = None,
+    token: bool | str | None = None,
+    revision: str | None = None,
+    create_pr: bool = False,
+    tags: list[str] | None = None,
+    **kwargs,
+) -> Any:
+    """
+    Push what a model with adapters has learned, and its base, to one repository, so that it loads by name.
+
+    Args:
+        state_dict: see `save_adapter`.
+        others: see `PreTrainedModel.push_to_hub`.
+    """
+    api = HfApi(token=token)
+    repository = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
+    with TemporaryDirectory() as folder:
+        save_adapter(model, folder, state_dict, repository)
+        create_and_tag_model_card(repository, tags, token=token).save(Path(folder, "README.md"))
+        if revision is not None and not revision.startswith("refs/pr"):
+            api.create_branch(repository, branch=revision, exist_ok=True)
+        return api.upload_folder(
+            repo_id=repository,
+            folder_path=folder,
+            commit_message=commit_message or "Upload adapter",
+            commit_description=commit_description,
+            revision=revision,
+            create_pr=create_pr,
+        )
 
 
 def _peft():
@@ -300,6 +391,6 @@ def _peft():
 
 
 __all__ = [
-    "Adapter", "base_of", "find_adapter", "from_adapter", "is_adapted", "keep_bits", "learned_beside", "put_on",
-    "save_adapter",
+    "Adapter", "base_of", "find_adapter", "from_adapter", "is_adapted", "keep_bits", "learned_beside", "push_adapter",
+    "put_on", "read_config", "save_adapter",
 ]  # fmt: skip

@@ -5,6 +5,7 @@ that are cut over processes are saved as what they are.
 """
 
 import os
+from pathlib import Path
 
 import torch
 from torch import nn
@@ -12,7 +13,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from transformers import initialization as init
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from .adapters_vlm import find_adapter, from_adapter, is_adapted, save_adapter
+from .adapters_vlm import find_adapter, from_adapter, is_adapted, push_adapter, save_adapter
 from .backbones_vlm import CACHE, leave_out_image_parts
 from .configuration_vlm import VLMConfig
 from .loading_vlm import take_saved_weights
@@ -69,7 +70,15 @@ class VLMPreTrainedModel(PreTrainedModel):
                 pretrained_model_name_or_path, *args, quantization_config=quantization_config, **kwargs
             )
 
-    def save_pretrained(self, save_directory: str | os.PathLike, *args, **kwargs):
+    def save_pretrained(
+        self,
+        save_directory: str | os.PathLike,
+        is_main_process: bool = True,
+        state_dict: dict[str, torch.Tensor] | None = None,
+        push_to_hub: bool = False,
+        *args,
+        **kwargs,
+    ):
         """
         See `PreTrainedModel.save_pretrained`; of a model with adapters what it has learned, without its base.
 
@@ -77,16 +86,26 @@ class VLMPreTrainedModel(PreTrainedModel):
         """
         made, own = type(self), next(kind for kind in type(self).__mro__ if not kind.__module__.startswith("torch."))
         self.__class__ = own  # `fully_shard` makes a class of its own, whose code would be saved in place of this
-        if self.config.tie_word_embeddings and (state := kwargs.get("state_dict")) is not None:
+        if self.config.tie_word_embeddings and state_dict is not None:
             # Weights that were gathered one by one no longer show that they are one.
-            kwargs["state_dict"] = {name: state[name] for name in state if name not in (self._tied_weights_keys or ())}
+            tied = self._tied_weights_keys or ()
+            state_dict = {name: tensor for name, tensor in state_dict.items() if name not in tied}
         try:
-            if is_adapted(self):
-                save_adapter(self, save_directory, kwargs.get("state_dict"))
-            else:
-                super().save_pretrained(save_directory, *args, **kwargs)
+            if not is_adapted(self):
+                super().save_pretrained(save_directory, is_main_process, state_dict, push_to_hub, *args, **kwargs)
+            elif is_main_process:
+                save_adapter(self, save_directory, state_dict)
+                if push_to_hub:
+                    repository = kwargs.pop("repo_id", Path(save_directory).name)
+                    push_adapter(self, repository, state_dict, **kwargs)
         finally:
             self.__class__ = made
+
+    def push_to_hub(self, repo_id: str, *args, **kwargs):
+        """See `PreTrainedModel.push_to_hub`; a model with adapters goes with its base, so that it loads by name."""
+        if is_adapted(self):
+            return push_adapter(self, repo_id, *args, **kwargs)
+        return super().push_to_hub(repo_id, *args, **kwargs)
 
     def initialize_weights(self):
         # The backbones by the library's own rule: in code that is not its own it passes over modules without tensors,

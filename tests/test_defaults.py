@@ -9,7 +9,8 @@ from transformers import CLIPVisionConfig, CLIPVisionModel, ViTConfig
 import train_pretrain
 import train_sft
 from modeling_vlm import VLMForConditionalGeneration
-from training_vlm.defaults import default_layer, rate_of_language_model
+from training_vlm import defaults
+from training_vlm.defaults import FULL, decided, default_layer, rate_of_language_model
 from training_vlm.load import choose_what_learns
 from training_vlm.settings import parse_arguments
 from training_vlm.stages import PRETRAIN, SFT
@@ -46,6 +47,31 @@ def test_each_stage_and_policy_has_its_published_rates(composed, case):
     assert (training.lr_scheduler_type, training.warmup_steps) == ("cosine", 0.03)
     for name in ("tune_vision", "tune_text", "learning_rate", "lr_scheduler_type"):
         assert tuning.sources[name] == "command line" if f"--{name}" in said else "default (" in tuning.sources[name]
+
+
+def test_no_rate_is_announced_that_no_part_has(composed):
+    said = ["--tune_text", "frozen", "--projector_learning_rate", "4e-3"]
+    arguments = parse_arguments(SFT, [*GOES_ON, *said, *REST])
+    choose_what_learns(SFT, composed[0], arguments)
+    assert "learning_rate" not in " ".join(
+        line for line in decided(arguments, composed[0].config) if not line.startswith("command line")
+    )
+    arguments = parse_arguments(SFT, [*GOES_ON, *said, "--tune_vision", "full", *REST])
+    choose_what_learns(SFT, composed[0], arguments)
+    assert (arguments.training.learning_rate, arguments.tuning.projector_learning_rate) == (5e-5, 4e-3)
+
+
+def test_weights_in_few_bits_count_as_the_numbers_that_they_stand_for(composed, monkeypatch):
+    class State:
+        shape = torch.Size((40000, 2000))
+
+    block = next(m for m in composed[0].model.language_model.modules() if type(m).__name__ in ("Linear", "Conv1D"))
+    monkeypatch.setattr(block.weight, "quant_state", State(), raising=False)
+    seen = []
+    monkeypatch.setattr(defaults, "rate_of_language_model", lambda *args: seen.append(args) or FULL[0][1])
+    choose_what_learns(SFT, composed[0], parse_arguments(SFT, [*GOES_ON, *REST]))
+    others = sum(p.numel() for p in composed[0].model.language_model.parameters()) - block.weight.numel()
+    assert [weights for _, weights, _ in seen] == [others + 80_000_000]
 
 
 def test_rates_follow_the_size_of_the_language_model():

@@ -3,6 +3,7 @@
 import html
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -50,6 +51,7 @@ torch.set_num_threads(1)
 import train_pretrain, train_sft
 from modeling_vlm import VLMForConditionalGeneration
 from processing import VLMProcessor
+from training_vlm.estimate import main as estimate
 
 home = Path.home()
 common = [
@@ -73,12 +75,27 @@ for name, begun in (("own-base", ["--vision_model", "maker/vit", "--text_model",
                     ("hub-base", ["--model", "me/aligned", "--trust_remote_code"])):
     train_sft.main([
         *common, *begun, "--dataset", str(home / "dialogues.jsonl"), "--output_dir", str(home / name), "--max_steps",
-        "2", "--hub_strategy", "checkpoint", "--tune_text", "lora", "--learning_rate", "0.01",
+        "2", "--hub_strategy", "checkpoint", "--tune_text", "lora", "--learning_rate", "0.01", "--lora_r", "4",
     ])
+train_sft.main([
+    *common, "--model", "me/own-base", "--trust_remote_code", "--dataset", str(home / "dialogues.jsonl"),
+    "--output_dir", str(home / "merged-base"), "--max_steps", "1", "--tune_text", "lora", "--merge_first",
+])
+print("ESTIMATED")
+estimate([
+    "--use_cpu", "--model", "me/own-base", "--dataset", str(home / "dialogues.jsonl"), "--image_dir",
+    str(home / "my pictures"), "--output_dir", "none", "--bf16", "False",
+])
+adapted = VLMForConditionalGeneration.from_pretrained(home / "own-base")
+adapted.push_to_hub("by-hand-base")
+adapted.save_pretrained(home / "saved" / "saved-base", push_to_hub=True, commit_message="Mine", revision="main")
+for name in ("by-hand-base", "saved-base"):
+    VLMProcessor.from_pretrained(home / "own-base").push_to_hub(name)
 VLMForConditionalGeneration.from_pretrained(home / "assistant").push_to_hub("by-hand")
 VLMProcessor.from_pretrained(home / "assistant").push_to_hub("by-hand")
 """
 
+ADAPTED = ("own", "hub", "merged", "by-hand", "saved")
 LOAD = """
 import json
 import torch
@@ -98,13 +115,15 @@ for name, revision in [*pushed, [folder + "/checkpoint-1", None]]:
     assert said.shape[1] > inputs["input_ids"].shape[1]
     with torch.no_grad():
         found[name.replace(folder + "/", "")] = model(**inputs).logits
-for base, kwargs in (("me/own-base", {"subfolder": "base"}), ("me/aligned", {})):
+for name in ("own", "hub", "merged", "by-hand", "saved"):
     from peft import PeftModel
 
-    name = "me/hub-base" if base == "me/aligned" else base
+    name = f"me/{name}-base"
+    base, kwargs = ("me/aligned", {}) if name == "me/hub-base" else (name, {"subfolder": "base"})
     model = AutoModelForImageTextToText.from_pretrained(base, trust_remote_code=True, **kwargs)
     with torch.no_grad():
         plain = model(**inputs).logits
+        found[name + " plain"] = plain
         found[name + " by peft"] = PeftModel.from_pretrained(model, name).eval()(**inputs).logits
     assert not torch.equal(plain, found[name + " by peft"])
 torch.save(found, work + "/found.pt")
@@ -140,7 +159,7 @@ def pushed(folders, tmp_path_factory):
         ran = subprocess.run([sys.executable, "-c", RUN], cwd=home, env=environment, capture_output=True, text=True)
         assert ran.returncode == 0, ran.stderr[-3000:]
         (work / "load.py").write_text(WITHOUT_PACKAGE + LOAD)
-        names = ["me/aligned", "me/chat", "me/by-hand", "me/own-base", "me/hub-base"]
+        names = ["me/aligned", "me/chat", "me/by-hand", *(f"me/{name}-base" for name in ADAPTED)]
         names = json.dumps([[name, "try" if name == "me/chat" else None] for name in names])
         environment = hub_environment(url, work / "fresh") | {"OMP_NUM_THREADS": "1"}
         command = [sys.executable, "-I", str(work / "load.py"), str(work), names]
@@ -194,12 +213,16 @@ def test_only_what_belongs_to_a_model_is_pushed(pushed):
 def test_what_was_pushed_loads_by_name_without_the_package(pushed):
     hub, home, _ = pushed
     found = torch.load(hub.parents[2] / "found.pt")
-    adapted = {f"me/{name}-base" for name in ("own", "hub")}
+    adapted = {f"me/{name}-base" for name in ADAPTED}
+    plain = {name: found.pop(f"{name} plain") for name in sorted(adapted)}
     assert set(found) == {"me/aligned", "me/chat", "me/by-hand", "checkpoint-1", *adapted, *(
         f"{name} by peft" for name in adapted
     )}  # fmt: skip
     for name in adapted:
         torch.testing.assert_close(found[name], found[f"{name} by peft"], rtol=0, atol=1e-6)
+    same = {name: found[f"me/{name}-base"] for name in ADAPTED}
+    assert torch.equal(same["own"], same["by-hand"]) and torch.equal(same["own"], same["saved"])
+    torch.testing.assert_close(plain["me/merged-base"], same["own"], rtol=1e-5, atol=1e-5)  # merged before it began
     for name, folder in (("aligned", "aligned"), ("chat@try", "assistant"), ("by-hand", "assistant")):
         here, there = (load_file(place / "model.safetensors") for place in (home / folder, hub / name))
         assert here.keys() == there.keys() and all(torch.equal(here[key], there[key]) for key in here)
@@ -230,6 +253,14 @@ def test_adapters_are_pushed_with_their_base_or_name_its_repository(pushed):
         assert f'PeftModel.from_pretrained(base, "me/{name}")' in content
         assert (', revision="' in content) == (name == "hub-base")
         assert data.get("base_model_relation") == ("adapter" if name == "hub-base" else None)
+
+
+def test_the_estimate_of_an_adapter_on_the_hub_has_its_settings(pushed):
+    hub, _, said = pushed
+    said = said.partition("ESTIMATED")[2]
+    weights = load_file(hub / "own-base" / "adapter_model.safetensors")
+    learn = sum(tensor.numel() for name, tensor in weights.items() if ".lora_" in name)
+    assert re.search(rf"^language model +[\d,]+ +{learn:,} +lora$", said, re.MULTILINE)
 
 
 def test_a_card_is_one_that_the_hub_takes_and_reads(pushed):

@@ -93,6 +93,19 @@ def test_a_name_means_the_declared_backbone_alone(folders):
         find_targets(tiny.compose(*folders("siglip-llama"))[0], ["vision", "text"], ["q_proj", "c_attn"])
 
 
+def test_a_pattern_and_all_linear_are_taken_as_peft_does(folders):
+    model, _ = tiny.compose(*folders("siglip-llama"))
+    found = find_targets(model, ["text"], [r"model\.language_model\.layers\.[02]\..*_proj"])
+    assert len(found.modules) == 14 and not any("layers.1." in name for name in found.modules)
+    everything = {n for n, module in model.named_modules() if isinstance(module, nn.Linear) and ".language_model." in n}
+    assert set(find_targets(model, ["text"], ["all-linear"]).modules) == everything
+    assert not find_targets(model_of("Mixtral"), ["text"], ["all-linear"]).parameters
+    assert not find_targets(tiny.compose(*folders("vit-gpt2"), "cls")[0], ["vision"], [".*"]).parameters  # no experts
+    for wrong in ("q_pro", "(", "layers.0"):
+        with pytest.raises(DuetError, match="nothing is called"):
+            find_targets(model, ["text"], [wrong])
+
+
 def test_both_encoders_of_a_pair_are_adapted(folders):
     vision, text = folders("siglip-llama")
     model = VLMForConditionalGeneration.from_backbones((str(vision), str(folders("vit-gpt2")[0])), str(text))

@@ -5,6 +5,7 @@ hold what learns alone; a repository that is named as the model is its own base.
 it began with, and is refused on another.
 """
 
+import contextlib
 import gc
 from dataclasses import replace
 from importlib.util import find_spec
@@ -24,7 +25,17 @@ from processing.data_error_vlm import DuetError, in_a_line
 from .arguments import ModelArguments
 from .bases import base_begun_with, discard_new_base, made_of, source_of, write_base
 from .learning.adapters import composed
-from .learning.lora import AdaptedVLM, adapt, load_adapters, sides_in, wrap
+from .learning.lora import (
+    AdaptedVLM,
+    Targets,
+    adapt,
+    check_targets,
+    config_of,
+    find_targets,
+    load_adapters,
+    sides_in,
+    wrap,
+)
 from .learning.originals import autocast_dtype
 from .policy import TuningArguments
 from .settings import Arguments
@@ -60,10 +71,11 @@ def settle_adapter(arguments: Arguments) -> Adapter | None:
     """
     adapter, tuning = adapter_named(arguments.model), arguments.tuning
     if tuning.merge_first and adapter is None:
-        raise DuetError(f"merge_first: {arguments.model.model} is no adapter; leave it out.")
+        found = "no --model is named" if arguments.model.model is None else f"{arguments.model.model} is no adapter"
+        raise DuetError(f"merge_first merges the adapter that --model is, and {found}; leave it out.")
     if adapter is None or tuning.merge_first:
         return None
-    config, has = PeftConfig.from_pretrained(adapter.name, **adapter.hub), sides_in(adapter)
+    config, has = config_of(adapter), sides_in(adapter)
     mend = "add --merge_first to go on without it"
     for side, what in SIDES.items():
         word = getattr(tuning, f"tune_{side}")
@@ -72,8 +84,8 @@ def settle_adapter(arguments: Arguments) -> Adapter | None:
         if word not in ("lora", "frozen") and side in has:
             raise DuetError(f"tune_{side}={word}: the adapter in {adapter.name} is in the {what}; {mend}.")
     for name in tuning.told_of_lora():
-        found = getattr(config, {"lora_r": "r", "lora_target_modules": "target_modules"}.get(name, name))
-        if found != getattr(tuning, name):
+        found = getattr(config, {"lora_r": "r"}.get(name, name), None)
+        if name != "lora_target_modules" and found != getattr(tuning, name):  # these are compared in the model
             raise DuetError(f"{name}: the adapter in {adapter.name} was made with {found}; leave it out, or {mend}.")
     return adapter
 
@@ -161,7 +173,7 @@ def with_adapters(
     if tuning.load_in_4bit or tuning.load_in_8bit:
         model = _quantised(model, arguments, place, revision)
     if adapter is not None:
-        adapted = load_adapters(model, adapter.name, name, revision, **adapter.hub)
+        adapted = load_adapters(model, adapter, name, revision, _asked_of(adapter, model, tuning))
     else:
         adapted = adapt(model, tuning, sides_of(tuning), name, revision)
     if identity is not None:  # told to all who load what is saved
@@ -181,13 +193,16 @@ def sketched(model: VLMForConditionalGeneration, arguments: Arguments) -> Any:
     Raises:
         DuetError: see `with_adapters`.
     """
-    there = arguments.model.model is not None and Path(arguments.model.model).exists()
-    adapter, tuning = settle_adapter(arguments) if there else None, arguments.tuning
+    adapter, tuning = None, arguments.tuning
+    with contextlib.suppress(OSError):  # a model that stage 1 is still to make
+        adapter = settle_adapter(arguments)
     check_adapters(arguments, here=False)
     if adapter is None and not sides_of(tuning):
         return model
     if adapter is not None:
-        adapted = wrap(model, PeftConfig.from_pretrained(adapter.name, **adapter.hub))
+        targets = _asked_of(adapter, model, tuning)
+        adapted = wrap(model, config_of(adapter))
+        check_targets(adapted, targets, adapter.name)
     else:
         adapted = adapt(model, tuning, sides_of(tuning), BASE, None)
     if tuning.load_in_4bit or tuning.load_in_8bit:
@@ -200,6 +215,12 @@ def sketched(model: VLMForConditionalGeneration, arguments: Arguments) -> Any:
             parameter.requires_grad_(True)
         hold_in_few_bits(model.model.language_model, 4 if tuning.load_in_4bit else 8)
     return adapted
+
+
+def _asked_of(adapter: Adapter, model: VLMForConditionalGeneration, tuning: TuningArguments) -> Targets | None:
+    """The modules that a run says an adapter is in."""
+    asked = tuning.lora_target_modules
+    return None if asked is None else find_targets(model, sorted(sides_in(adapter)), asked)
 
 
 def _repository(model_args: ModelArguments, adapter: Adapter | None) -> tuple[str | None, str | None]:

@@ -19,7 +19,6 @@ from modeling_vlm.backbones_vlm import BackboneKwargs, vision_config_of
 from modeling_vlm.configuration_vlm import own_image_size
 from modeling_vlm.vision_vlm import blank_image, build_vision_tower, forward_names, run_tower, unused_parameters
 
-from .learning.adapters import composed
 from .learning.lora import sides_in
 from .learning.tuning import EMBEDDINGS, HEAD, PROJECTOR, TEXT, VISION, make_plan
 from .stages import PRETRAIN, Stage
@@ -115,8 +114,9 @@ def settle_rates(stage: Stage, model: nn.Module, arguments: "Arguments") -> None
         sources["vision_feature_layer"] = "default (what LLaVA reads, where it could)"
     if "learning_rate" in sources:
         return
-    parts = {part.name: part for part in make_plan(model, tuning, training).parts}
-    weights = sum(p.numel() for p in composed(model).model.language_model.parameters())
+    plan = make_plan(model, tuning, training)
+    parts = {part.name: part for part in plan.parts}
+    weights = sum(part.parameters for part in plan.components() if part.name in (TEXT, EMBEDDINGS))
     anew = {side: isinstance(getattr(arguments.model, f"{side}_model"), dict) for side in ("vision", "text")}
     found: dict[str, Default] = {}
     if any(parts[name].learning for name in (TEXT, EMBEDDINGS, HEAD)):
@@ -132,12 +132,13 @@ def settle_rates(stage: Stage, model: nn.Module, arguments: "Arguments") -> None
         found["vision_learning_rate"] = NEW_VISION if anew["vision"] else pretrained
         if anew["vision"] and anew["text"]:
             found["vision_learning_rate"] = found["learning_rate"]
-    if not found:
+    found = {name: rate for name, rate in found.items() if name not in sources}
+    if not found:  # all that learns has its own
         return
     first = found.pop("learning_rate", None) or found[next(iter(found))]
     training.learning_rate, sources["learning_rate"] = first.value, f"default ({first.source})"
     for name, rate in found.items():
-        if rate.value != first.value and name not in sources:
+        if rate.value != first.value:
             setattr(tuning, name, rate.value)
             sources[name] = f"default ({rate.source})"
 

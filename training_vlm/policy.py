@@ -54,7 +54,8 @@ class TuningArguments:
     lora_target_modules: list[str] | None = field(
         default=None,
         metadata={
-            "help": "Modules that get an adapter, by peft's rules; every linear layer of the blocks if not given."
+            "help": "Modules that get an adapter, by peft's rules: names or their ends, one pattern of whole names, or "
+            "all-linear; every linear layer of the blocks, and experts, if not given."
         },
     )
     use_dora: bool = field(default=False, metadata={"help": "Adapters that learn magnitudes apart: DoRA."})
@@ -87,18 +88,38 @@ class TuningArguments:
         ):
             if not fits:
                 raise DuetError(f"{name}={getattr(self, name)}: expected {wanted}.")
-        if not self.has_adapters and (told := self.told_of_lora()):
-            raise DuetError(f"{told[0]} is about adapters, and no part's policy is lora; leave it out.")
+        self._check_adapters()
 
     @property
     def has_adapters(self) -> bool:
         """Whether a part learns through adapters."""
         return "lora" in (self.tune_vision, self.tune_text)
 
+    def check_told(self) -> None:
+        """
+        Refuse settings that were given and that nothing would read; to be asked once it is settled what learns.
+
+        Raises:
+            DuetError: which.
+        """
+        self._check_adapters()
+        if self.freeze_embeddings and self.tune_text != "full":
+            raise DuetError(
+                f"freeze_embeddings: with tune_text={self.tune_text} the token embeddings stay as they are; leave it "
+                "out, or let the language model learn whole (tune_text=full)."
+            )
+
+    def _check_adapters(self):
+        if not self.has_adapters and (told := self.told_of_lora()):
+            raise DuetError(f"{told[0]} is about adapters, and no part's policy is lora; leave it out.")
+
     def told_of_lora(self) -> list[str]:
-        """The settings of adapters that are not as they are by default."""
+        """The settings of adapters that were given, whatever their value, or are not as they are by default."""
         names = ("lora_r", "lora_alpha", "lora_dropout", "lora_target_modules", "use_dora", "use_rslora")
-        return [f.name for f in fields(self) if f.name in names and getattr(self, f.name) != f.default]
+        given = self.sources or {}
+        return [
+            f.name for f in fields(self) if f.name in names and (f.name in given or getattr(self, f.name) != f.default)
+        ]
 
 
 __all__ = ["TuningArguments"]

@@ -90,6 +90,7 @@ def parse_arguments(
     fill_in(stage, settings, sources)
     parsed = Arguments(*parser.parse_dict(settings, allow_extra_keys=True))
     parsed.tuning.sources = sources
+    parsed.tuning.check_told()
     parsed.efficiency.settle(parsed.data, parsed.training)
     parsed.evaluation.settle(parsed.data, parsed.training)
     return parsed

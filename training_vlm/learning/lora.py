@@ -6,10 +6,11 @@ https://arxiv.org/abs/2106.09685, on quantised weights https://arxiv.org/abs/230
 https://arxiv.org/abs/2402.09353 (DoRA).
 """
 
+import re
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from huggingface_hub import hf_hub_download
@@ -18,18 +19,20 @@ from safetensors import safe_open
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from modeling_vlm.adapters_vlm import PREFIX, WEIGHTS, Adapter, is_adapted
+from modeling_vlm.adapters_vlm import PREFIX, WEIGHTS, Adapter, is_adapted, read_config
 from processing.data_error_vlm import DuetError, in_a_line
 
 from ..policy import TuningArguments
 from .adapters import composed
-from .tuning import find_blocks
+from .tuning import find_blocks, has_blocks
 
 
 DROPOUT = 0.05
 """As in LLaVA's and QLoRA's recipes; experts that lie in one tensor have none, as peft cannot drop out before them."""
 
 LINEAR = (nn.Linear, Conv1D)
+ALL_LINEAR = "all-linear"
+"""Peft's word for every linear layer but the head, outside of blocks too."""
 _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 
 
@@ -42,14 +45,19 @@ class AdaptedVLM(PeftModel):
         *args,
         is_main_process: bool = True,
         state_dict: dict[str, torch.Tensor] | None = None,
+        push_to_hub: bool = False,
         **kwargs,
     ) -> None:
         """Save adapters, what learned beside them, config and code; the base is where the adapter's config says."""
-        if not is_main_process:
-            return
         if state_dict is not None:
             state_dict = {name.removeprefix(PREFIX): tensor for name, tensor in state_dict.items()}
-        composed(self).save_pretrained(save_directory, state_dict=state_dict)
+        composed(self).save_pretrained(
+            save_directory, is_main_process=is_main_process, state_dict=state_dict, push_to_hub=push_to_hub, **kwargs
+        )
+
+    def push_to_hub(self, *args, **kwargs) -> Any:
+        """See `PreTrainedModel.push_to_hub`."""
+        return composed(self).push_to_hub(*args, **kwargs)
 
 
 class Targets(NamedTuple):
@@ -66,8 +74,8 @@ def find_targets(model: nn.Module, sides: list[str], asked: list[str] | None = N
     Args:
         model: a composed model.
         sides: the backbones of it that learn through adapters, "vision" and "text".
-        asked: names as peft takes them, whole or their ends; every linear layer of the blocks, and experts, if not
-            given. Other backbones' modules are never meant.
+        asked: as peft takes them: names, whole or their ends; one pattern that whole names match; or "all-linear".
+            Every linear layer of the blocks, and experts, if not given. Other backbones' modules are never meant.
 
     Raises:
         DuetError: there is nothing of such a name.
@@ -76,23 +84,35 @@ def find_targets(model: nn.Module, sides: list[str], asked: list[str] | None = N
     parts = {name: module for name, module in model.named_modules() if any(module is part for part in meant)}
     modules, parameters = [], []
     for name, part in parts.items():
+        inside = blocks = [(name, part)]
+        if asked is None or has_blocks(part):  # what has three dimensions elsewhere is no expert
+            blocks = [(f"{name}.{block}", module) for block, module in _blocks_of(part)]
         if asked is None:
-            inside = [(f"{name}.{block}", module) for block, module in _blocks_of(part)]
-        else:
-            inside = [(name, part)]
+            inside = blocks
         modules += [found for prefix, module in inside for found in _linear(prefix, module)]
-        parameters += [found for prefix, module in inside for found in _experts(prefix, module)]
+        parameters += [found for prefix, module in blocks for found in _experts(prefix, module)]
     if asked is None:
         return Targets(modules, parameters)
-    chosen = Targets(*([name for name in names if _is_meant(name, asked)] for names in (modules, parameters)))
+    if asked == [ALL_LINEAR]:
+        return Targets(modules, [])
+    everything = modules + parameters
+    if len(asked) == 1 and not any(_is_meant(name, asked) for name in everything):
+        asked = _matching(asked[0], everything) or asked
     for name in asked:
-        if not any(_is_meant(found, [name]) for names in chosen for found in names):
-            ends = sorted({found.rpartition(".")[2] for found in modules + parameters})
+        if not any(_is_meant(found, [name]) for found in everything):
+            ends = sorted({found.rpartition(".")[2] for found in everything})
             where = " and ".join(_NAMES[side] for side in sides)
             raise DuetError(
                 f"lora_target_modules: nothing is called {name} in the {where}; found linear layers {', '.join(ends)}."
             )
-    return chosen
+    return Targets(*([name for name in names if _is_meant(name, asked)] for names in (modules, parameters)))
+
+
+def _matching(pattern: str, names: list[str]) -> list[str]:
+    try:
+        return [name for name in names if re.fullmatch(pattern, name)]
+    except re.error:
+        return []
 
 
 _NAMES = {"vision": "vision encoder", "text": "language model"}
@@ -190,22 +210,26 @@ def adapt(model: nn.Module, tuning: TuningArguments, sides: list[str], base: str
     return wrap(model, config)
 
 
-def load_adapters(model: nn.Module, folder: str, base: str, base_revision: str | None, **hub) -> AdaptedVLM:
+def load_adapters(
+    model: nn.Module, adapter: Adapter, base: str, base_revision: str | None, targets: Targets | None = None
+) -> AdaptedVLM:
     """
     Put the adapters of an earlier run into their base, to go on with them.
 
     Args:
         model: the base.
-        folder: folder or repository of the adapter.
+        adapter: where they lie.
         base, base_revision: how a saved adapter will name the base.
-        **hub: how the repository is asked.
+        targets: what is said to be adapted.
 
     Raises:
-        DuetError: the adapter is another model's.
+        DuetError: the adapter is another model's, or in other modules than is said.
     """
-    config = PeftConfig.from_pretrained(folder, **hub)
+    folder, hub = adapter.name, adapter.hub
+    config = config_of(adapter)
     config.inference_mode, config.base_model_name_or_path, config.revision = False, base, base_revision
     adapted = wrap(model, config)
+    check_targets(adapted, targets, folder)
     weights = load_peft_weights(folder, device="cpu", **hub)
     try:
         set_peft_model_state_dict(adapted, weights)
@@ -213,6 +237,44 @@ def load_adapters(model: nn.Module, folder: str, base: str, base_revision: str |
         raise DuetError(f"the adapter in {folder} does not fit its base: {in_a_line(error, 300)}") from error
     composed(model)._learned_beside = {name.removeprefix(PREFIX) for name in weights if ".lora_" not in name}
     return adapted
+
+
+def config_of(adapter: Adapter) -> LoraConfig:
+    """
+    Peft's config of an adapter on disk or on the Hub.
+
+    Raises:
+        DuetError: it is another method's than LoRA, or cannot be read.
+    """
+    config = read_config(adapter)
+    if not isinstance(config, LoraConfig):
+        raise DuetError(
+            f"the adapter in {adapter.name} is of another method, {getattr(config.peft_type, 'value', None)}; a run "
+            "goes on with LoRA alone. Add --merge_first to go on without it, or name an adapter of LoRA."
+        )
+    return config
+
+
+def check_targets(adapted: AdaptedVLM, targets: Targets | None, folder: str) -> None:
+    """
+    Refuse an adapter that is in other modules than is said.
+
+    Args:
+        targets: what is said, found before there were adapters; `None` where nothing is.
+
+    Raises:
+        DuetError: one of them that it lacks, or has more.
+    """
+    if targets is None:
+        return
+    tuner = adapted.base_model
+    found = {*tuner.targeted_module_names, *(name.removeprefix(PREFIX) for name in tuner.targeted_parameter_names)}
+    if others := sorted(found.symmetric_difference([*targets.modules, *targets.parameters])):
+        state = "is not in" if others[0] not in found else "is also in"
+        raise DuetError(
+            f"lora_target_modules: the adapter in {folder} {state} {others[0]}; leave it out, or add --merge_first "
+            "to go on without it."
+        )
 
 
 def wrap(model: nn.Module, config: PeftConfig) -> AdaptedVLM:
@@ -233,4 +295,6 @@ def wrap(model: nn.Module, config: PeftConfig) -> AdaptedVLM:
         raise DuetError(f"peft cannot adapt this model so: {in_a_line(error, 300)}") from error
 
 
-__all__ = ["AdaptedVLM", "Targets", "adapt", "find_targets", "load_adapters", "sides_in", "wrap"]
+__all__ = [
+    "AdaptedVLM", "Targets", "adapt", "check_targets", "config_of", "find_targets", "load_adapters", "sides_in", "wrap",
+]  # fmt: skip

@@ -242,11 +242,20 @@ def _last(option: str, word: str, backbone: PreTrainedModel) -> list[nn.Paramete
 
 def find_blocks(backbone: PreTrainedModel) -> nn.ModuleList:
     """The backbone's transformer blocks, in order."""
-    depth = backbone.config.num_hidden_layers
-    lists = [module for module in backbone.modules() if isinstance(module, nn.ModuleList) and len(module) == depth]
-    if not lists:
+    if not has_blocks(backbone):
+        depth = backbone.config.num_hidden_layers
         raise DuetError(f"the {backbone.config.model_type} has no list of {depth} blocks; use frozen or full.")
-    return lists[0]
+    return next(_lists(backbone))
+
+
+def has_blocks(backbone: PreTrainedModel) -> bool:
+    """Whether its blocks can be told."""
+    return next(_lists(backbone), None) is not None
+
+
+def _lists(backbone):
+    depth = backbone.config.num_hidden_layers
+    return (module for module in backbone.modules() if isinstance(module, nn.ModuleList) and len(module) == depth)
 
 
 def _in_order(parts, inner) -> Iterator[tuple[str, nn.Parameter]]:
@@ -331,6 +340,7 @@ __all__ = [
     "apply_tuning",
     "check_plan",
     "find_blocks",
+    "has_blocks",
     "make_plan",
     "save_plan",
 ]
