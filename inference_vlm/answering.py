@@ -18,11 +18,11 @@ from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from processing.batching.features import FeatureCache
 from processing.data_error_vlm import DuetError
-from processing.image_files_vlm import BadImage, ImagePolicy, image_content, load_image
+from processing.image_files_vlm import BadImage, ImagePolicy, image_content
 from processing.messages_vlm import all_parts, with_parts
 from processing.processing_vlm import VLMProcessor
 
-from .asked import Prepared, Prompt, PromptTooLong, caption_ids, image_of, reference_of, too_long
+from .asked import Prepared, Prompt, PromptTooLong, caption_ids, image_of, opened, reference_of, too_long
 from .conversation import CACHE, Conversation, marks_of
 from .encoded_images import EncodedImages, name_of
 from .loading import load, place
@@ -137,7 +137,7 @@ class Answerer:
         return self._prepared(Prompt(caption_ids(self.processor, len(images)), references), 1)
 
     def _prepared(self, prompt: Prompt, turns: int) -> Prepared:
-        images = [load_image(reference) for reference in prompt.images]
+        images = [opened(reference) for reference in prompt.images]
         counts = [self.processor.image_tokens(image.height, image.width) for image in images]
         (row,) = self.processor.expand_images(prompt.ids, counts=counts)
         if self.max_positions is not None and len(row) >= self.max_positions:
@@ -220,7 +220,7 @@ class Answerer:
                 cancelled=Either(left, cancelled),
             )  # fmt: skip
 
-        _check_stops(stop)
+        _check_stops(stop)  # here, not where it is first read
         return Stream(write)
 
     def write(
@@ -239,55 +239,102 @@ class Answerer:
         Raises:
             DuetError: an empty stop string.
         """
-        _check_stops(stop)
+        seeds = None if settings is None or settings.seed is None else [settings.seed]
+        with self._alone(cancelled) as ended:
+            return self._write([prepared], settings, stop, seeds, ended, lambda _, piece: tell(piece), conversation)[0]
+
+    def write_together(
+        self,
+        prepared: Sequence[Prepared],
+        settings: Settings | None = None,
+        *,
+        stop: Sequence[str] = (),
+        seeds: Sequence[int] | None = None,
+        cancelled: Flag | None = None,
+        tell: Callable[[int, str], None] = lambda number, piece: None,
+    ) -> list[Finish]:
+        """
+        Write the answers to several prompts at a time, and give each piece with the number of its prompt to `tell`.
+
+        Args:
+            seeds: one a prompt; if not given, the settings' own and those after it.
+
+        Raises:
+            DuetError: an empty stop string.
+        """
+        # Each has its own room for an answer, so those with less than the rest are answered apart.
+        of_room: dict[int, list[int]] = {}
         settings = settings or self.settings()
+        if seeds is None and settings.seed is not None:
+            seeds = range(settings.seed, settings.seed + len(prepared))
+        most = settings.config.max_new_tokens
+        for number, one in enumerate(prepared):
+            of_room.setdefault(self._room(one, most), []).append(number)
+        found: dict[int, Finish] = {}
+        for numbers in of_room.values():
+            with self._alone(cancelled) as ended:
+                finishes = self._write(
+                    [prepared[number] for number in numbers], settings, stop,
+                    None if seeds is None else [seeds[number] for number in numbers], ended,
+                    lambda row, piece, numbers=numbers: tell(numbers[row], piece),
+                )  # fmt: skip
+            found.update(zip(numbers, finishes))
+        return [found[number] for number in range(len(prepared))]
+
+    @contextlib.contextmanager
+    def _alone(self, cancelled: Flag | None) -> Iterator[Callable[[], bool]]:
+        """While no other thread writes; what tells that nobody waits any more."""
         ended = (lambda: False) if cancelled is None else cancelled.is_set
-        while not self._lock.acquire(timeout=0.05):
-            if ended():
-                return Finish("cancelled", prepared.prompt_tokens, prepared.image_tokens, 0, 0)
+        while not (mine := self._lock.acquire(timeout=0.05)) and not ended():
+            pass
         try:
-            if ended():
-                return Finish("cancelled", prepared.prompt_tokens, prepared.image_tokens, 0, 0)
-            return self._write(prepared, settings, stop, conversation, ended, tell)
+            yield ended
         finally:
-            self._lock.release()
+            if mine:
+                self._lock.release()
+
+    def _room(self, prepared: Prepared, most: int) -> int:
+        return most if self.max_positions is None else min(most, self.max_positions - prepared.prompt_tokens)
 
     @torch.no_grad()
-    def _write(self, prepared, settings, stop, conversation, ended, tell) -> Finish:
-        row, processor = prepared.row, self.processor
-        marks = marks_of(row, processor.image_token_id, prepared.names, prepared.counts)
-        cache, known = (None, 0) if conversation is None else conversation.take(marks)
-        room = settings.config.max_new_tokens
-        if self.max_positions is not None:
-            room = min(room, self.max_positions - len(row))
-        seed = fresh_seed() if settings.seed is None else settings.seed
-        config, drawn = drawing(settings.config, [seed])
-        ends = _ends_of(config, processor, stop)
-        spoken = Spoken(processor.tokenizer, stop)
-        listening = Listening([spoken], len(row), lambda _, piece: tell(piece), ended)
-        features = self._features(prepared, marks[known:])
-        inputs = _inputs([row], features, processor.tokenizer.pad_token_id, self.model.device)
+    def _write(self, prepared, settings, stop, seeds, ended, tell, conversation=None) -> list[Finish]:
+        _check_stops(stop)
+        if ended():  # while it waited, perhaps without a turn of its own
+            return [Finish("cancelled", one.prompt_tokens, one.image_tokens, 0, 0) for one in prepared]
+        processor, rows = self.processor, [one.row for one in prepared]
+        marks = [marks_of(one.row, processor.image_token_id, one.names, one.counts) for one in prepared]
+        cache, known = (None, 0) if conversation is None else conversation.take(marks[0])
+        settings = settings or self.settings()
+        config, drawn = drawing(settings.config, seeds or [fresh_seed() for _ in rows])
+        room, ends = self._room(prepared[0], config.max_new_tokens), _ends_of(config, processor, stop)
+        features = self._features(prepared, [mark for of_row in marks for mark in of_row[known:]])
+        inputs = _inputs(rows, features, processor.tokenizer.pad_token_id, self.model.device)
         if cache is not None:
             inputs[CACHE] = cache
+        spoken = [Spoken(processor.tokenizer, ends, stop) for _ in rows]
+        listening = Listening(spoken, inputs["input_ids"].shape[1], tell, ended)
         with _generating(self._composed, config):
             found = self.model.generate(
                 **inputs, max_new_tokens=room, eos_token_id=ends, logits_processor=drawn, return_dict_in_generate=True,
                 stopping_criteria=StoppingCriteriaList([listening]),
             )  # fmt: skip
-        written = found.sequences[0, len(row) :].tolist()
         if conversation is not None:
-            conversation.keep(found.get(CACHE), [*marks, *written], self._text_config)
-        if piece := spoken.end():
-            tell(piece)
-        is_cut = not spoken.stopped and written[-1] not in ends
-        reason = "stop" if not is_cut else "cancelled" if ended() and len(written) < room else "length"
-        return Finish(reason, len(row), prepared.image_tokens, len(written), known)
+            marks[0] += found.sequences[0, len(rows[0]) :].tolist()
+            conversation.keep(found.get(CACHE), marks[0], self._text_config)
+        finishes = []
+        for number, (one, said) in enumerate(zip(prepared, spoken)):
+            if piece := said.end():
+                tell(number, piece)
+            cut = "cancelled" if ended() and said.count < room else "length"
+            reason = "stop" if said.ended else cut
+            finishes.append(Finish(reason, one.prompt_tokens, one.image_tokens, said.count, known))
+        return finishes
 
-    def _features(self, prepared: Prepared, marks: Sequence[Hashable]) -> list[torch.Tensor]:
-        """Those of the images that begin among these positions."""
+    def _features(self, prepared: Sequence[Prepared], marks: Sequence[Any]) -> list[torch.Tensor]:
+        """Those of the images that begin among these marks, in their order."""
         new = [mark[0] for mark in marks if isinstance(mark, tuple) and mark[1] == 0]
         images = EncodedImages(self._composed, self.processor, [new])
-        shown = dict(zip(prepared.names, prepared.images))
+        shown = {name: image for one in prepared for name, image in zip(one.names, one.images)}
         images.encode({name: shown[name] for name in new})
         return images.take(new)
 

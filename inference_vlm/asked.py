@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 from PIL import Image
 
 from processing.data_error_vlm import DuetError
-from processing.image_files_vlm import ImagePolicy, image_name, is_url, resolve_reference
+from processing.image_files_vlm import BadImage, ImagePolicy, image_name, is_url, load_image, resolve_reference
 from processing.processing_vlm import VLMProcessor
 
 
@@ -64,7 +64,7 @@ def image_of(part: dict) -> Any:
     raise DuetError("an image part names no image; expected a PIL image, a path or a URL under 'image'.")
 
 
-def reference_of(image: Any, policy: ImagePolicy, allow_files: bool) -> Any:
+def reference_of(image: Any, policy: ImagePolicy, allow_files: bool = True) -> Any:
     """An image that may be looked at.
 
     Raises:
@@ -78,6 +78,22 @@ def reference_of(image: Any, policy: ImagePolicy, allow_files: bool) -> Any:
     if not allow_files and not is_stored and not is_url(found) and not str(found).lower().startswith("data:"):
         raise DuetError(f"the image {image_name(image)} is a file, and none is opened here; send the image itself.")
     return found
+
+
+def opened(reference: Any) -> Image.Image:
+    """
+    The upright RGB image behind a reference.
+
+    Raises:
+        BadImage: it cannot be had; what would mend a data set is not said.
+    """
+    try:
+        return load_image(reference)
+    except BadImage as error:
+        found, _, remedy = str(error).rpartition("; ")
+        if "the row" not in remedy and "--image_dir" not in remedy:
+            raise
+        raise type(error)(f"{found}; give another image.", error.reason) from error
 
 
 def too_long(length: int, counts: list[int], limit: int, turns: int) -> str:
@@ -99,4 +115,4 @@ def caption_ids(processor: VLMProcessor, images: int) -> list[int]:
     return [id for id, weight in zip(ids, weights) if not weight]
 
 
-__all__ = ["Prepared", "Prompt", "PromptTooLong", "caption_ids", "image_of", "reference_of", "too_long"]
+__all__ = ["Prepared", "Prompt", "PromptTooLong", "caption_ids", "image_of", "opened", "reference_of", "too_long"]

@@ -6,6 +6,7 @@ saved, so that it says there what an evaluation found. Which attention is the li
 backbones have it. An adapter loads as its base does, and comes on top.
 """
 
+import argparse
 from typing import Any
 
 import torch
@@ -104,6 +105,26 @@ def place(
     return options
 
 
+def add_loading_arguments(parser: argparse.ArgumentParser) -> None:
+    """The options of a command line that say how a model is loaded; `loading_of` reads them."""
+    group = parser.add_argument_group("the model")
+    group.add_argument("--device", help="where it lies: cuda, mps, cpu; the accelerator that there is if not given")
+    group.add_argument("--device_map", help="auto spreads it over all devices that there are, in place of --device")
+    group.add_argument(
+        "--dtype", choices=DTYPES,
+        help="of the weights; if not given, bfloat16 for 32 bits on an accelerator that multiplies it, else as saved",
+    )  # fmt: skip
+    group.add_argument("--attn_implementation", help="of both backbones, as the library calls it: sdpa, eager")
+    group.add_argument("--load_in_4bit", action="store_true", help="hold the language model in 4 bits (bitsandbytes)")
+    group.add_argument("--load_in_8bit", action="store_true", help="hold the language model in 8 bits (bitsandbytes)")
+
+
+def loading_of(args: argparse.Namespace) -> dict[str, Any]:
+    """What a command line says of how a model is loaded, as `Answerer.load` takes it."""
+    names = ("device", "device_map", "dtype", "attn_implementation", "load_in_4bit", "load_in_8bit")
+    return {name: getattr(args, name) for name in names}
+
+
 def _type(named: str | torch.dtype | None) -> torch.dtype | None:
     if not isinstance(named, str):
         return named
@@ -156,4 +177,4 @@ def _saved_whole(name: str) -> bool:
         return False
 
 
-__all__ = ["DTYPES", "load", "place"]
+__all__ = ["DTYPES", "add_loading_arguments", "load", "loading_of", "place"]

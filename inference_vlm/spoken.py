@@ -5,7 +5,8 @@ character of several tokens waits for its last (Chinese, emoji, Arabic), what ma
 what follows, and blanks for a word behind them. All pieces together are what `text_of` makes of the ids at once.
 """
 
-from collections.abc import Callable, Sequence
+import sys
+from collections.abc import Callable, Collection, Sequence
 from typing import Any
 
 import torch
@@ -21,14 +22,17 @@ class Spoken:
 
     Args:
         tokenizer: the model's.
-        stops: strings of which none is given, nor anything behind it.
+        ends: ids that end the answer.
+        stops: strings that end it, of which none is given, nor anything behind it.
 
     Attributes:
-        stopped (`bool`): whether a stop string was met.
+        ended (`bool`): whether an end or a stop string was met.
+        count (`int`): ids up to there.
     """
 
-    def __init__(self, tokenizer: Any, stops: Sequence[str] = ()):
-        self.tokenizer, self.stops, self.stopped = tokenizer, stops, False
+    def __init__(self, tokenizer: Any, ends: Collection[int] = (), stops: Sequence[str] = ()):
+        self.tokenizer, self.ends, self.stops = tokenizer, ends, stops
+        self.ended, self.count = False, 0
         self._ids: list[int] = []
         # Ids are decoded behind those of the piece before, without which some decoders take a blank away.
         self._start, self._middle, self._given = 0, 0, 0
@@ -36,9 +40,11 @@ class Spoken:
 
     def add(self, id: int) -> str:
         """What can be given now that this id is there; often nothing."""
-        if self.stopped:
+        if self.ended:
             return ""
         self._ids.append(id)
+        self.count += 1
+        self.ended = id in self.ends
         text = self._decoded()
         whole = text.rstrip(_HALF)
         new, self._given = whole[self._given :], max(self._given, len(whole))
@@ -49,7 +55,7 @@ class Spoken:
 
     def end(self) -> str:
         """What is left when no id follows."""
-        return "" if self.stopped else self._shown(self._decoded()[self._given :], ends=True)
+        return self._shown(self._decoded()[self._given :], ends=True)
 
     def _decoded(self):
         return self.tokenizer.decode(self._ids[self._start :], skip_special_tokens=True)
@@ -58,7 +64,8 @@ class Spoken:
         text = self._held + new
         found = [at for stop in self.stops if (at := text.find(stop)) >= 0]
         if found:
-            text, ends, self.stopped = text[: min(found)], True, True
+            text, ends, self.ended = text[: min(found)], True, True
+            self._given = sys.maxsize  # and nothing more
         shown = text if ends else text[: len(text) - self._may_stop(text)]
         shown = shown.rstrip()
         self._held = "" if ends else text[len(shown) :]
@@ -75,7 +82,7 @@ class Spoken:
 
 class Listening(StoppingCriteria):
     """
-    Hears each id as it is written, gives the pieces on, and ends the rows that have met a stop string.
+    Hears each id as it is written, gives the pieces on, and ends the rows whose answer has ended.
 
     Args:
         spoken: the text of each row.
@@ -99,7 +106,7 @@ class Listening(StoppingCriteria):
                 if piece := self.spoken[row].add(id):
                     self.tell(row, piece)
         self.heard = input_ids.shape[1]
-        done = [self.ended() or spoken.stopped for spoken in self.spoken]
+        done = [self.ended() or spoken.ended for spoken in self.spoken]
         return torch.tensor(done, device=input_ids.device)
 
 

@@ -303,7 +303,7 @@ def test_tokens_are_drawn_as_often_as_they_are_likely():
 
 
 def spoken(tokenizer, ids, stops=()):
-    text = Spoken(tokenizer, stops)
+    text = Spoken(tokenizer, (), stops)
     return [piece for piece in [*(text.add(id) for id in ids), text.end()] if piece]
 
 
@@ -417,3 +417,23 @@ def test_settings_that_cannot_be_are_a_line_and_the_models_own_hold_where_none_i
     config = answerer.settings(temperature=0).config
     assert not config.do_sample and config.repetition_penalty is None
     assert config.eos_token_id == greedy(answerer.model, answerer.processor, 1).eos_token_id
+
+
+def test_prompts_answered_together_get_what_each_would_alone_up_to_its_own_end_of_the_context(answerer, image):
+    settings = answerer.settings(temperature=0, max_new_tokens=9)
+    settings.config.eos_token_id = None
+    word = answerer.processor.tokenizer("cat", add_special_tokens=False)["input_ids"][-1]
+    prepared = []
+    for number in range(5):
+        one = answerer.read([user(f"what is it, {number}?", *[image(number)] * (number % 3))])
+        if number > 2:  # with room for 2 tokens, and for 9
+            one = one._replace(row=[*one.row, *[word] * (answerer.max_positions - len(one.row) - (2, 9)[number - 3])])
+        prepared.append(one)
+    expected = [(answerer.write(one, settings), "".join(answerer.stream(one, settings))) for one in prepared]
+    pieces = [[] for _ in prepared]
+    found = answerer.write_together(prepared, settings, tell=lambda number, piece: pieces[number].append(piece))
+    assert [(finish, "".join(text)) for finish, text in zip(found, pieces)] == expected
+    assert [finish.completion_tokens for finish in found] == [9, 9, 9, 2, 9]
+    stopped = expected[1][1][2]
+    found = answerer.write_together(prepared, settings, stop=[stopped])
+    assert found == [answerer.write(one, settings, stop=[stopped]) for one in prepared]
