@@ -36,7 +36,7 @@ class Conversation:
     def nbytes(self) -> int:
         """What they take in memory."""
         layers: list[Any] = [] if self._cache is None else self._cache.layers
-        return sum(layer.keys.nbytes + layer.values.nbytes for layer in layers)
+        return sum(layer.keys.nbytes + layer.values.nbytes for layer in layers if layer.is_initialized)
 
     def known(self, marks: Sequence[Hashable]) -> int:
         """How many of the first positions of a prompt, see `marks_of`, are kept; its last always has to be run."""

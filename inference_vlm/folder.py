@@ -18,9 +18,10 @@ from PIL import Image
 from tqdm import tqdm
 
 from processing.data_error_vlm import DuetError, NotFound
-from processing.image_files_vlm import FORMATS
+from processing.image_files_vlm import FORMATS, BadImage
 
 from .answering import Answerer, Prepared
+from .asked import PromptTooLong
 from .sampled import Settings, fresh_seed
 
 
@@ -183,7 +184,7 @@ def _batches(answerer, folder, names, question, batch_size) -> Iterator[list[tup
                 prepared = answerer.read([{"role": "user", "content": content}])
             batch.append((name, prepared))
             readable += 1
-        except DuetError as error:  # also one that takes more positions than there are
+        except (BadImage, PromptTooLong) as error:
             batch.append((name, error))
         if readable == batch_size:
             yield batch

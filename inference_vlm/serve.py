@@ -24,7 +24,7 @@ from transformers.utils import logging
 from processing.data_error_vlm import DuetError, in_a_line
 
 from .answering import Answerer
-from .loading import DTYPES
+from .loading import add_loading_arguments, loading_of
 from .serving.settings import ServingSettings, add_settings, settings_of
 
 
@@ -103,22 +103,6 @@ def examples_of(folder: Path) -> list[dict[str, str]]:
     return list(found.values())
 
 
-def add_loading(parser: argparse.ArgumentParser) -> None:
-    """Add the options of `Answerer.load`."""
-    parser.add_argument("--device", help="where the model lies (default: the accelerator that there is, else the CPU)")
-    parser.add_argument("--device_map", help="how it is spread over devices, such as auto")
-    parser.add_argument("--dtype", choices=DTYPES, help="of its weights")
-    parser.add_argument("--attn_implementation", help="of its backbones, such as sdpa")
-    parser.add_argument("--load_in_4bit", action="store_true", help="hold the language model in 4 bits")
-    parser.add_argument("--load_in_8bit", action="store_true", help="hold the language model in 8 bits")
-
-
-def loading_of(options: argparse.Namespace) -> dict[str, Any]:
-    """The arguments of `Answerer.load` that a command line gives."""
-    names = ("device", "device_map", "dtype", "attn_implementation", "load_in_4bit", "load_in_8bit")
-    return {name: getattr(options, name) for name in names}
-
-
 def main(argv: list[str] | None = None) -> int:
     """The command line; 1 where the model cannot be served."""
     parser = argparse.ArgumentParser(prog="python -m inference_vlm.serve", description=(__doc__ or "").splitlines()[0])
@@ -126,7 +110,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--host", default="127.0.0.1", help="address that is listened at (default: this machine alone)")
     parser.add_argument("--port", type=int, default=8000, help="0 takes any that is free (default: 8000)")
     add_settings(parser)
-    add_loading(parser)
+    add_loading_arguments(parser)
     args = parser.parse_args(argv)
     key = args.api_key if args.api_key is not None else os.environ.get(KEY)
     if key is not None and not (key.isascii() and key.strip()):
