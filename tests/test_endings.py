@@ -1,5 +1,6 @@
 """How a run ends: the weights first, then everything else by itself; answers called greedy are greedy."""
 
+import contextlib
 import json
 import os
 import shutil
@@ -11,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from accelerate import Accelerator
 from PIL import Image
 from transformers import AutoModelForImageTextToText, AutoProcessor, GenerationConfig
 
@@ -22,6 +24,8 @@ from modeling_vlm import VLMForConditionalGeneration
 from modeling_vlm.generation_vlm import savable
 from tests import tiny
 from training_vlm import finish
+from training_vlm.learning import publishing
+from training_vlm.learning.checkpoints import UNFINISHED, discard_unfinished, find_checkpoint, replace_files
 from training_vlm.learning.trainer import VLMTrainer
 from training_vlm.model_card import RunCard
 
@@ -359,6 +363,84 @@ def test_a_model_that_was_there_before_stays_until_the_new_one_is_whole(composed
     assert torch.equal(again.lm_head.weight, model.lm_head.weight)
 
 
+WHOLE = ["config.json", "model.safetensors", "tokenizer.json"]
+SHARDS = ["config.json", "model-1-of-2.safetensors", "model-2-of-2.safetensors", "model.safetensors.index.json"]
+ADAPTER = ["adapter_config.json", "adapter_model.safetensors", "tokenizer.json", "templates/one.jinja"]
+
+
+def opened(folder):
+    """What a model's files hold that is found in a folder, as libraries look for it; `None` where none is."""
+    names = [name for name in ADAPTER[:2] if (folder / name).is_file()]
+    if ADAPTER[0] not in names:
+        if not (folder / "config.json").is_file():
+            return None
+        sharded = not (folder / "model.safetensors").is_file()
+        names = ["config.json", *(SHARDS[1:] if sharded else WHOLE[1:2])]
+    found = [(folder / name).read_text() if (folder / name).is_file() else None for name in names]
+    return None if None in found else set(found)
+
+
+@pytest.mark.parametrize("new", [WHOLE, SHARDS, ADAPTER], ids=["whole", "shards", "adapter"])
+@pytest.mark.parametrize("old", [WHOLE, SHARDS, ADAPTER], ids=["whole", "shards", "adapter"])
+def test_a_model_is_never_half_of_one_and_half_of_another_and_the_next_start_makes_it_whole(
+    tmp_path, monkeypatch, old, new
+):
+    """A kill comes before each change of the folder in turn."""
+
+    def saved(folder, names, content):
+        for name in names:
+            (folder / name).parent.mkdir(parents=True, exist_ok=True)
+            (folder / name).write_text(content)
+
+    def counted(change):
+        def changed(*args, **kwargs):
+            done.append(change)
+            if len(done) > before:
+                raise KeyboardInterrupt
+            return change(*args, **kwargs)
+
+        return changed
+
+    seen = []
+    for before in range(100):
+        folder, done = tmp_path / str(before), []
+        saved(folder, old, "old")
+        saved(folder / UNFINISHED / "model", new, "new")
+        with monkeypatch.context() as patch:
+            for where, name in ((os, "replace"), (Path, "unlink"), (shutil, "rmtree")):
+                patch.setattr(where, name, counted(getattr(where, name)))
+            with contextlib.suppress(KeyboardInterrupt):
+                replace_files(folder / UNFINISHED / "model", folder)
+        seen.append(opened(folder))
+        find_checkpoint(None, folder)
+        discard_unfinished(folder)
+        assert opened(folder) == ({"new"} if before else {"old"})
+        if len(done) <= before:
+            break
+    assert seen[0] == {"old"} and seen[-1] == {"new"} and all(found in (None, {"old"}, {"new"}) for found in seen)
+    assert {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()} == {
+        *new, *(name for name in old if "model" not in name and name != ADAPTER[0])
+    }  # fmt: skip
+
+
+@pytest.fixture
+def pushed(monkeypatch):
+    """What happens to the processes of a run, and its pushes, which go nowhere."""
+    happened, part = [], Accelerator.end_training
+    monkeypatch.setattr(VLMTrainer, "init_hf_repo", lambda self, *_, **__: vars(self).update(hub_model_id="me/it"))
+    monkeypatch.setattr(publishing, "push", lambda files, *_, **__: happened.append(sorted(files)))
+    monkeypatch.setattr(Accelerator, "end_training", lambda self: happened.append("parted") or part(self))
+    return happened
+
+
+def test_no_process_waits_for_the_last_push(backbones, data, tmp_path, pushed):
+    """It may take longer than a group of processes lets one wait."""
+    command = [*backbones(), *data, *QUICK, "--push_to_hub", "True", "--hub_strategy", "end"]
+    train_pretrain.main([*command, "--output_dir", str(tmp_path / "out")])
+    parted, files = pushed
+    assert parted == "parted" and {"README.md", "model.safetensors", "training.png"} <= set(files)
+
+
 # A run whose later point waits for ever in one process, after it has said so.
 WAITING = """
 import sys, time
@@ -380,6 +462,23 @@ def fail(self, *args, **kwargs):
         raise RuntimeError("one process broke")
     return evaluate(self, *args, **kwargs)
 evaluate, VLMTrainer.evaluate = VLMTrainer.evaluate, fail
+import train_pretrain
+train_pretrain.main(sys.argv[1:])
+"""
+
+
+# A run whose pushes, of a checkpoint and of the model, take longer than one process may wait for another.
+PUSHING = """
+import sys, time
+import training_vlm.learning.publishing as publishing
+def push(files, *args, **kwargs):
+    if files:
+        time.sleep(50)
+        print("pushed", len(files), flush=True)
+publishing.push = push
+def init(self, *args, **kwargs):
+    self.hub_model_id = "me/it"
+publishing.PublishingTrainer.init_hf_repo = init
 import train_pretrain
 train_pretrain.main(sys.argv[1:])
 """
@@ -415,3 +514,16 @@ def test_a_failure_in_one_of_two_processes_does_not_hang_the_other(backbones, da
     assert done.returncode != 0
     assert "error: the evaluation failed: one process broke" in done.stderr
     load(out)
+
+
+@pytest.mark.slow
+def test_pushes_may_take_longer_than_two_processes_wait_for_each_other(backbones, data, tmp_path):
+    (tmp_path / "pushing.py").write_text(PUSHING)
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "pushing.py"]
+    command = [
+        *launcher, *backbones(), *data, *QUICK, "--push_to_hub", "True", "--save_strategy", "steps", "--save_steps",
+        "1", "--ddp_timeout", "30", "--output_dir", str(tmp_path / "out"),
+    ]  # fmt: skip
+    done = subprocess.run(command, cwd=tmp_path, env=environment(tmp_path), capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert done.stdout.count("pushed") >= 2

@@ -8,10 +8,11 @@ import pytest
 from modeling_vlm import VLMForConditionalGeneration
 from processing.data_error_vlm import DuetError
 from tests import tiny
+from tests.test_lineage import a_checkpoint
 from tests.test_resume import EVERY, losses, names
 from tests.test_trainer import same, trainer_of, weights
 from training_vlm.learning.checkpoints import fault, numbered, rotate
-from training_vlm.learning.disk import DiskFull
+from training_vlm.learning.disk import DiskFull, full_disk
 
 
 @pytest.fixture
@@ -145,3 +146,10 @@ def test_rotation_never_removes_the_only_whole_checkpoint(run, tmp_path):
 
 def test_an_error_of_a_full_disk_is_a_persons_to_mend():
     assert DiskFull("x").is_duet_error and issubclass(DiskFull, DuetError)
+
+
+def test_the_disk_that_is_named_is_that_of_the_run_whatever_its_folder_is_called(tmp_path):
+    folder = tmp_path / "_out"
+    assert full_disk(folder, "checkpoint-4", 2).startswith(f"the disk of {folder} is full (")
+    a_checkpoint(folder / "checkpoint-2")
+    assert f"and {folder / 'checkpoint-2'} is the last good checkpoint" in full_disk(folder, "checkpoint-4", 2)

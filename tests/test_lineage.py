@@ -1,9 +1,13 @@
 """One command is safe to start again, what a run does not go on with is not taken up again, and nothing is lost."""
 
+import contextlib
 import os
 import shutil
+from pathlib import Path
 
 import pytest
+from safetensors.torch import load_file
+from transformers import TrainerCallback
 
 import train_pretrain
 from processing.data_error_vlm import DuetError
@@ -11,7 +15,16 @@ from tests import tiny
 from tests.test_endings import QUICK, backbones, data  # noqa: F401 (fixtures)
 from tests.test_resume import EVERY, empty, names
 from tests.test_trainer import same, trainer_of, weights
-from training_vlm.learning.checkpoints import MANIFEST, fault, find_checkpoint, numbered
+from training_vlm.learning.checkpoints import (
+    MANIFEST,
+    UNFINISHED,
+    fault,
+    find_checkpoint,
+    is_own,
+    left_behind,
+    numbered,
+    put_in_place,
+)
 from training_vlm.learning.lineage import leave_behind, note_run, read_run
 from training_vlm.run import prepare
 from training_vlm.training_arguments import VLMTrainingArguments
@@ -153,22 +166,128 @@ def test_a_kill_while_going_back_is_made_good(checkpoints, tmp_path, monkeypatch
     assert names(tmp_path / "_set_aside-1") == ["checkpoint-2", "checkpoint-4", "checkpoint-6"]
 
 
-def test_a_run_begun_from_a_checkpoint_of_another_folder_begins_there_again(run, tmp_path):
+def test_a_run_begun_from_a_checkpoint_of_another_folder_begins_there_again(run, tmp_path, capsys, monkeypatch):
     """Until it has one of its own."""
     first, second = tmp_path / "first", tmp_path / "second"
     whole = run(first)
     whole.train()
     run(second, max_steps=3, save_strategy="no").train(str(first / "checkpoint-2"))
-    assert read_run(second)["from"] == str(first / "checkpoint-2")
+    assert read_run(second)["from"] == "../first/checkpoint-2"
+    with monkeypatch.context() as patch:
+        patch.chdir(second)
+        assert find_checkpoint("auto", Path(".")) == first / "checkpoint-2"
     assert find_checkpoint("auto", second) == first / "checkpoint-2"
     resumed = run(second)
     resumed.train("auto")
     assert same(weights(resumed), weights(whole)) and find_checkpoint("auto", second) == second / "checkpoint-6"
     shutil.rmtree(first)
+    assert find_checkpoint("auto", second) == second / "checkpoint-6"
     for checkpoint in numbered(second):
-        shutil.rmtree(checkpoint)
-    with pytest.raises(DuetError, match="no checkpoint to resume from at .*first/checkpoint-2: it is not there"):
-        find_checkpoint("auto", second)
+        empty(checkpoint / "model.safetensors")
+    capsys.readouterr()
+    assert find_checkpoint("auto", second) is None
+    last = capsys.readouterr().out.splitlines()[-1]
+    assert "first/checkpoint-2, from which the run was begun: it is not there" in last and "starts anew" in last
+    with pytest.raises(DuetError, match="no checkpoint to resume from at .*second .*auto` starts anew"):
+        find_checkpoint("last", second)
+
+
+class Worse(TrainerCallback):
+    """Each evaluation is worse than the one before; and the run breaks after a step."""
+
+    def __init__(self, until=None):
+        self.until = until
+
+    def on_evaluate(self, args, state, control, metrics, **kwargs):
+        metrics["eval_loss"] = float(state.global_step)
+
+    def on_step_begin(self, args, state, control, **kwargs):
+        if state.global_step == self.until:
+            raise RuntimeError("it broke on purpose")
+
+
+JUDGED = dict(eval_strategy="steps", eval_steps=1, save_steps=1, load_best_model_at_end=True)
+
+
+@pytest.fixture
+def judged(run):
+    """`judged(folder, asked, until)` trains, until it breaks after a step; its best step is always the first."""
+
+    def trained(folder, asked=None, until=None, **changes):
+        trainer = run(folder, **{**JUDGED, **changes})
+        trainer.add_callback(Worse(until))
+        with contextlib.nullcontext() if until is None else pytest.raises(RuntimeError, match="on purpose"):
+            trainer.train(asked)
+        return trainer
+
+    return trained
+
+
+def same_files(one, other):
+    return same(*(load_file(folder / "model.safetensors") for folder in (one, other)))
+
+
+def test_the_best_checkpoint_is_found_where_it_lies_however_often_a_run_goes_on(judged, tmp_path):
+    first, second, third = tmp_path / "first", tmp_path / "second", tmp_path / "third"
+    judged(first, until=3)
+    best = shutil.copytree(first / "checkpoint-1", tmp_path / "best")
+    judged(second, str(first / "checkpoint-2"), until=3)
+    judged(second, "auto", until=4)
+    judged(third, str(second / "checkpoint-4"), until=5)
+    judged(first, str(first / "checkpoint-1"), until=2)  # what came after it is set aside
+    for folder, asked in ((second, "auto"), (third, "auto"), (first, str(first / "_set_aside-1" / "checkpoint-3"))):
+        ended = judged(folder, asked)
+        assert ended.state.best_global_step == 1 and ended.state.global_step == 6
+        assert Path(ended.state.best_model_checkpoint).parts[-1] == "checkpoint-1"
+        ended.save_model()
+        assert same_files(folder, best) and not same_files(folder, folder / "checkpoint-6")
+        assert str(tmp_path) not in (folder / "_run.json").read_text()
+
+
+def test_another_checkpoint_of_the_best_ones_number_is_not_taken_for_it_and_its_loss_is_said(judged, tmp_path, capsys):
+    first, second = tmp_path / "first", tmp_path / "second"
+    judged(first, until=2)
+    judged(second, str(first / "checkpoint-2"), until=3)
+    judged(tmp_path / "other", until=1, seed=7)
+    shutil.rmtree(first / "checkpoint-1")
+    shutil.copytree(tmp_path / "other" / "checkpoint-1", first / "checkpoint-1")
+    capsys.readouterr()
+    last = judged(second, "auto")
+    assert "the best checkpoint until here, of step 1, is not there any more" in capsys.readouterr().out
+    last.save_model()
+    assert last.state.best_model_checkpoint is None and same_files(second, second / "checkpoint-6")
+
+
+# -- links -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("link", ["a checkpoint", "the folder", "from outside", "from outside to a link"])
+def test_a_checkpoint_behind_a_link_is_not_moved_away_under_its_own_resume(checkpoints, tmp_path, link):
+    folder, asked, away = tmp_path / "out", tmp_path / "out" / "checkpoint-4", tmp_path / "away"
+    folder.mkdir()
+    for step in (2, 4, 6):
+        (tmp_path / f"checkpoint-{step}").rename(folder / f"checkpoint-{step}")
+    if "outside" not in link or "to a link" in link:
+        away.mkdir()
+        (folder / "checkpoint-4").rename(away / "the fourth")
+        asked.symlink_to(Path("..", "away", "the fourth"))
+    if link == "the folder":
+        (tmp_path / "linked").symlink_to("out")
+        folder = tmp_path / "linked"
+    if "outside" in link:
+        (tmp_path / "latest").symlink_to(asked)
+        asked = tmp_path / "latest"
+    found = find_checkpoint(str(asked), folder)
+    assert found == folder / "checkpoint-4" and is_own(found, folder)
+    assert [path.name for path in left_behind(folder, found)] == ["checkpoint-6"]
+    place = leave_behind(folder, numbered(folder), overwrite=False)
+    assert fault(place / "checkpoint-4") is None and names(folder) == ["_set_aside-1"]
+
+
+def test_a_checkpoint_of_a_name_of_its_own_is_gone_on_from(checkpoints, tmp_path):
+    kept = shutil.copytree(tmp_path / "checkpoint-4", tmp_path / "the good one")
+    found = find_checkpoint(str(kept), tmp_path)
+    assert found == kept and left_behind(tmp_path, found) == numbered(tmp_path)
 
 
 # -- overwritten -----------------------------------------------------------------------------------------------------
@@ -208,3 +327,40 @@ def test_what_is_overwritten_outlives_a_run_that_fails(backbones, data, tmp_path
     train_pretrain.main([*command, "--resume_from_checkpoint", "auto", "--learning_rate", "0.1"])
     assert not (out / "_overwritten-1").exists() and numbered(out)[0].name == "checkpoint-2"
     assert (out / "model.safetensors").read_bytes() != model
+
+
+@pytest.fixture
+def removed(monkeypatch):
+    """What is removed, and which files were on the disk by then."""
+    written, found, fsync, rmtree = set(), [], os.fsync, shutil.rmtree
+
+    def noted(path, *args, **kwargs):
+        found.append((Path(path).name, set(written)))
+        return rmtree(path, *args, **kwargs)
+
+    monkeypatch.setattr(os, "fsync", lambda number: written.add(os.fstat(number).st_ino) or fsync(number))
+    monkeypatch.setattr(shutil, "rmtree", noted)
+    return found
+
+
+def inodes(folder):
+    return {path.stat().st_ino for path in [folder, *folder.rglob("*")]}
+
+
+def test_what_is_better_is_on_the_disk_before_what_is_overwritten_is_removed(run, tmp_path, removed):
+    run(tmp_path).train()
+    run(tmp_path, overwrite_output_dir=True, max_steps=2).train()
+    [written] = [written for name, written in removed if name == "_overwritten-1"]
+    assert inodes(tmp_path / "checkpoint-2") <= written
+    run(tmp_path, overwrite_output_dir=True, save_strategy="no", max_steps=1).train()
+    trainer = run(tmp_path, overwrite_output_dir=True, save_strategy="no", max_steps=1)
+    trainer.save_model()
+    written = [written for name, written in removed if name == "_overwritten-1"][-1]
+    assert {(tmp_path / name).stat().st_ino for name in trainer._model_files} | {tmp_path.stat().st_ino} <= written
+
+
+def test_a_checkpoint_that_takes_anothers_place_is_on_the_disk_before_that_is_removed(checkpoints, tmp_path, removed):
+    new = a_checkpoint(tmp_path / UNFINISHED / "checkpoint-4")
+    put_in_place(new, tmp_path / "checkpoint-4")
+    [(name, written)] = removed
+    assert name == "replaced-checkpoint-4" and inodes(tmp_path / "checkpoint-4") <= written

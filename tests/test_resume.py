@@ -427,3 +427,45 @@ def test_a_kill_at_any_touch_of_a_file_loses_nothing(run, tmp_path, whole):
         shutil.rmtree(tmp_path / f"run {moment}")
         moment += 1
     assert moment > 100
+
+
+def broken_in(trainer, calls):
+    """Break in the middle of a step, once so many batches were run."""
+    stock, seen = trainer.training_step, []
+
+    def step(*args, **kwargs):
+        loss = stock(*args, **kwargs)
+        if seen.append(loss) or len(seen) == calls:
+            raise RuntimeError("in the middle of a step")
+        return loss
+
+    trainer.training_step = step
+    return trainer
+
+
+@pytest.mark.parametrize("torn", [False, True])
+def test_a_run_goes_on_from_what_was_rescued_as_one_that_did_not_fail(run, tmp_path, torn):
+    """Also where a kill left half a checkpoint of the same step."""
+
+    def made(folder):
+        trainer = run(folder, gradient_accumulation_steps=2, include_num_input_tokens_seen="all", save_steps=5)
+        trainer.data_collator.account = True
+        return trainer
+
+    whole = made(tmp_path / "whole")
+    whole.train()
+    out = tmp_path / "out"
+    if torn:
+        shutil.copytree(tmp_path / "whole" / "checkpoint-5", out / "checkpoint-3")
+        halve(out / "checkpoint-3" / "model.safetensors")
+    failed = broken_in(made(out), calls=2 * 3 + 1)
+    with pytest.raises(RuntimeError, match="in the middle"):
+        failed.train()
+    assert failed.rescue() == out / "checkpoint-3" and fault(out / "checkpoint-3") is None
+    assert failed.rescue() is None  # it is there
+    resumed = made(out)
+    resumed.train("auto")
+    assert same(weights(resumed), weights(whole)) and losses(resumed) == losses(whole)
+    assert resumed.account.state() == whole.account.state() and whole.account.total["learned from"]
+    for name in ("total_flos", "num_input_tokens_seen"):
+        assert getattr(resumed.state, name) == getattr(whole.state, name) > 0

@@ -125,12 +125,13 @@ def finish(
             trainer.create_model_card()
             if answers.shown() and not card.shows_samples:
                 print("The card shows no samples of the data, and they are not pushed; --card_samples agrees to it.")
-    if args.push_to_hub:
-        with attempts.trying("the push to the Hub"):
-            trainer.push_to_hub()
-    # A process that exits with its process group open may be aborted, and the launcher then calls the run failed.
+    # A process that exits with its process group open may be aborted, and the launcher then calls the run failed; one
+    # that waited in it for a push would be, when that takes longer than `ddp_timeout`.
     trainer.accelerator.wait_for_everyone()
     trainer.accelerator.end_training()
+    if args.push_to_hub and trainer.is_world_process_zero():
+        with attempts.trying("the push to the Hub"):
+            trainer.push_saved()
     attempts.exit_if_failed()
     if args.should_save:
         note_run(Path(args.output_dir), finished=trainer.state.global_step, pushed=trainer.pushed_to)

@@ -25,7 +25,7 @@ from transformers import TrainerCallback, TrainerState
 from processing.batching.account import Account
 from processing.data_error_vlm import DuetError
 
-from .lineage import finish_moving, read_run
+from .lineage import begun_from, earlier_folders, finish_moving
 
 
 UNFINISHED = "_unfinished"
@@ -33,6 +33,8 @@ MANIFEST = "checkpoint_manifest.json"
 STATE = "trainer_state.json"
 ORDER = "data_order.json"
 SOURCE = "base_source.json"  # what a base of adapters was made of, as a digest
+_NEW, _MOVED = "_model-new", "_model"  # a model beside the one that it replaces, and what is not moved yet of it
+_OPENED = ("config.json", "adapter_config.json")  # what a model is found by
 _EDITED = (".py", ".md", ".jinja", "config.json")  # what a person, or an update of the code, may change since
 _WEIGHTS = re.compile(r"model(-\d+-of-\d+)?\.safetensors|model\.safetensors\.index\.json|adapter_(model|config)\..+")
 
@@ -129,10 +131,12 @@ def find_checkpoint(asked: str | bool | None, folder: Path, say: bool = True) ->
     """
     finish_renaming(folder)
     finish_moving(folder)
+    finish_replacing(folder)
     if not asked:
         return None
     if str(asked).lower() not in ("auto", "last", "true"):
-        return _whole(Path(str(asked)), folder)
+        named = _whole(Path(str(asked)), folder)
+        return next((own for own in numbered(folder) if own.samefile(named)), named)  # where a link leads
     passed: list[str] = []
     for checkpoint in numbered(folder):
         if (reason := fault(checkpoint)) is None:
@@ -140,12 +144,14 @@ def find_checkpoint(asked: str | bool | None, folder: Path, say: bool = True) ->
                 print(f"passed over {line}; {checkpoint.name} is the newest whole checkpoint", flush=True)
             return checkpoint
         passed.append(f"{checkpoint.name}: {reason}")
-    begun = (read_run(folder) or {}).get("from")  # before its own first checkpoint a run has that one
+    begun = begun_from(folder)  # before its own first checkpoint a run has that one
     if begun is not None:
-        return _whole(Path(begun), folder)
+        if (reason := fault(begun)) is None:
+            return begun
+        passed.append(f"{begun}, from which the run was begun: {reason}")
     if is_auto(asked):
         for line in passed if say else ():
-            print(f"passed over {line}; no checkpoint is whole", flush=True)
+            print(f"passed over {line}; no checkpoint is whole, and the run starts anew", flush=True)
         return None
     raise DuetError(
         f"there is no checkpoint to resume from at {folder}{f' ({passed[0]})' if passed else ''}; expected a folder "
@@ -172,9 +178,14 @@ def left_behind(folder: Path, checkpoint: Path | None) -> list[Path]:
             where it would come to again, and gives way to the run's.
     """
     found = numbered(folder)
-    if checkpoint is None or checkpoint.resolve().parent != folder.resolve():
+    if checkpoint is None or not is_own(checkpoint, folder):
         return found
     return [path for path in found if step_of(path) > step_of(checkpoint) and fault(path) is None]
+
+
+def is_own(checkpoint: Path, folder: Path) -> bool:
+    """Whether a checkpoint, which may be a link to where it lies, is one of a run's folder."""
+    return any(checkpoint.name == path.name for path in numbered(folder)) and checkpoint.parent.samefile(folder)
 
 
 def newest_whole(folder: Path) -> Path | None:
@@ -198,9 +209,14 @@ def seal(checkpoint: Path) -> None:
 def put_in_place(checkpoint: Path, place: Path) -> None:
     """Give a sealed checkpoint its name; one that has it is replaced."""
     replaced = checkpoint.with_name(f"replaced-{checkpoint.name}")
-    if place.exists():
-        os.replace(place, replaced)
+    if not os.path.lexists(place):
+        os.replace(checkpoint, place)
+        return
+    os.replace(place, replaced)
     os.replace(checkpoint, place)
+    flush(place)
+    if replaced.is_symlink():
+        replaced.unlink()
     shutil.rmtree(replaced, ignore_errors=True)
 
 
@@ -255,7 +271,12 @@ def rotate(folder: Path, limit: int | None, keep: set[Path], coming: int = 0) ->
 
 def flush(folder: Path) -> None:
     """Wait until the files of a folder, and its name, are on the disk itself, where a loss of power leaves them."""
-    for path in (*(path for path in folder.rglob("*") if path.is_file()), folder, folder.parent):
+    found = sorted(folder.rglob("*"), key=Path.is_dir)  # files first
+    _write_through(*found, folder, folder.parent)
+
+
+def _write_through(*paths):
+    for path in paths:
         with contextlib.suppress(OSError):  # a file system that cannot, such as for folders
             descriptor = os.open(path, os.O_RDONLY)
             try:
@@ -271,25 +292,42 @@ def _written_at(checkpoint):
 
 def replace_files(source: Path, target: Path) -> None:
     """
-    Move the files of a saved model over those of an earlier one, whole file by whole file.
+    Put a saved model in the place of an earlier one, whose weights that have no successor go.
 
-    Weights come first and the config, without which no model is found, last; then go shards that were replaced, and an
-    adapter where a whole model takes its place, or the other way round.
+    Once the new one has a name beside the old one, it is finished by `finish_replacing` whatever comes between. Until
+    all of its files are there, the config is not, without which no model is found: none is half this and half that.
     """
-    files = sorted(source.rglob("*"), key=lambda path: (path.name == "config.json", not _holds_weights(path.name)))
-    files = [path.relative_to(source) for path in files if path.is_file()]
-    stale = [path for path in target.glob("*") if _WEIGHTS.fullmatch(path.name)]
+    finish_replacing(target)  # with what came before
     flush(source)
-    for file in files:
-        (target / file).parent.mkdir(parents=True, exist_ok=True)
-        os.replace(source / file, target / file)
-    if any(_holds_weights(file.name) for file in files):
-        for path in stale:
-            if path.relative_to(target) not in files:
-                path.unlink()
-    shutil.rmtree(source)
+    os.replace(source, target / _NEW)
+    finish_replacing(target)
     with contextlib.suppress(OSError):  # something else is being written there
         source.parent.rmdir()
+
+
+def finish_replacing(folder: Path) -> None:
+    """Put a model that was saved whole in the place of an earlier one, also where a kill came between."""
+    with contextlib.suppress(FileNotFoundError):  # another process was faster
+        if (folder / _NEW).is_dir():
+            _write_through(folder)
+            _make_way(folder, {path.name for path in (folder / _NEW).iterdir()})
+            os.replace(folder / _NEW, folder / _MOVED)
+        if (folder / _MOVED).is_dir():
+            found = [path for path in (folder / _MOVED).rglob("*") if path.is_file()]
+            for path in sorted(found, key=lambda path: path.name in _OPENED):
+                place = folder / path.relative_to(folder / _MOVED)
+                place.parent.mkdir(parents=True, exist_ok=True)
+                os.replace(path, place)
+            _write_through(folder)
+            shutil.rmtree(folder / _MOVED)
+
+
+def _make_way(folder, names):
+    gone = [folder / name for name in _OPENED if name in names]
+    if any(_holds_weights(name) for name in names):
+        gone += [path for path in folder.iterdir() if _WEIGHTS.fullmatch(path.name) and path.name not in names]
+    for path in gone:
+        path.unlink(missing_ok=True)
 
 
 def save_weights_at_least(model: nn.Module, folder: Path) -> None:
@@ -308,20 +346,35 @@ def _is_torn(file):
 
 
 class BestCheckpoint(TrainerCallback):
-    """
-    Tells a run that goes on where its best checkpoint is, of which a state names the step and no path.
+    """Tells a run that goes on where its best checkpoint is, of which a state names the step and no path."""
 
-    Attributes:
-        folders (`list[Path]`): where it may be.
-    """
+    def find(self, folder: Path, state: TrainerState) -> str | None:
+        """
+        The checkpoint of the step that was best, in the run's folder or where the run came from.
 
-    def __init__(self):
-        self.folders: list[Path] = []
+        Another may have its number; the best one has logged what the run had logged until then.
+        """
+        for place in earlier_folders(folder):
+            best = place / f"checkpoint-{state.best_global_step}"
+            if fault(best) is None and _begins(state.log_history, best):
+                return str(best)
+        return None
 
     def on_train_begin(self, args, state, control, **kwargs):
-        found = [folder / f"checkpoint-{state.best_global_step}" for folder in self.folders]
-        if state.best_model_checkpoint is None:
-            state.best_model_checkpoint = next((str(best) for best in found if best.is_dir()), None)
+        if not state.best_global_step or state.best_model_checkpoint is not None:
+            return
+        state.best_model_checkpoint = self.find(Path(args.output_dir), state)
+        if state.best_model_checkpoint is None and args.load_best_model_at_end and state.is_world_process_zero:
+            print(
+                f"the best checkpoint until here, of step {state.best_global_step}, is not there any more: where no "
+                "later one is better, the model is that of the last step",
+                flush=True,
+            )
+
+
+def _begins(log_history, checkpoint):
+    logged = TrainerState.load_from_json(str(checkpoint / STATE)).log_history
+    return json.dumps(logged) == json.dumps(log_history[: len(logged)])  # in which what is no number equals itself
 
 
 def save_account(account: Account, checkpoint: Path, process: int) -> None:

@@ -45,22 +45,23 @@ def is_full(folder: Path, error: BaseException) -> bool:
     return False
 
 
-def full_disk(place: Path, limit: int | None) -> str:
+def full_disk(folder: Path, what: str, limit: int | None) -> str:
     """
     What a person should know of it, in a line.
 
     Args:
-        place: what could not be written.
+        folder: the run's output folder.
+        what: could not be written.
         limit: `save_total_limit`.
     """
-    folder = next(path for path in place.parents if path.is_dir() and not path.name.startswith("_"))
+    there = next(path for path in (folder.resolve(), *folder.resolve().parents) if path.is_dir())
     good = newest_whole(folder)
     needs = "" if good is None else f" (that one takes {shown_size(sum(sizes_of(good).values()))})"
     left = "no checkpoint was saved before" if good is None else f"{good} is the last good checkpoint{needs}"
-    free = shown_size(shutil.disk_usage(folder).free + sum(sizes_of(folder / UNFINISHED).values()))
+    free = shown_size(shutil.disk_usage(there).free + sum(sizes_of(folder / UNFINISHED).values()))
     fewer = "" if limit else ", or have fewer checkpoints kept with --save_total_limit"
     return (
-        f"the disk of {folder} is full ({free} are free): {place.name} could not be saved, "
+        f"the disk of {folder} is full ({free} are free): {what} could not be saved, "
         f"nothing of it is left, and {left}. Make room{fewer}, and go on with --resume_from_checkpoint auto."
     )
 

@@ -3,7 +3,8 @@
 A run that goes back to an earlier checkpoint, or begins anew where there are some, leaves behind those that it does not
 go on with. Before its first step they are moved to a folder of their own, where no resume, no rotation and no push
 looks; nothing is removed but what is to be overwritten, and that when there is something better. What is to be moved is
-written down first, so a kill between two moves is made good by the next start.
+written down first, so a kill between two moves is made good by the next start. From where a run was begun is written
+down as seen from its folder: it is found from any other, and where both were moved together.
 """
 
 import contextlib
@@ -18,7 +19,7 @@ from modeling_vlm.adapters_vlm import BASE, SOURCE
 
 
 RUN = "_run.json"
-"""What is known of the run in a folder: from where outside it was begun, and at which step it came to its end."""
+"""What is known of the run in a folder: where lies what it was begun from, and at which step it came to its end."""
 NEW_BASE = "_new_base"
 """A base of adapters that takes the place of `base` when the run begins."""
 _MOVES = "_moves.json"
@@ -39,6 +40,40 @@ def note_run(folder: Path, **known: Any) -> None:
     if before is None or {**before, **known} != before:
         folder.mkdir(parents=True, exist_ok=True)
         _write(folder / RUN, {**(before or {}), **known})
+
+
+def origin(folder: Path, checkpoint: Path) -> dict[str, Any]:
+    """What to note of the run in a folder that is begun from a checkpoint that is none of its own."""
+    known = (read_run(folder) or {}).get("origins", [])
+    run = _seen_from(folder, _run_of(checkpoint))
+    return {"from": _seen_from(folder, checkpoint), "origins": known if run in (*known, ".") else [*known, run]}
+
+
+def begun_from(folder: Path) -> Path | None:
+    """The checkpoint that the run in a folder was begun from, if it is none of its own."""
+    begun = (read_run(folder) or {}).get("from")
+    return None if begun is None else (folder.resolve() / begun).resolve()
+
+
+def earlier_folders(folder: Path) -> list[Path]:
+    """Where checkpoints lie that a run may come of: its own, those it was begun from, and theirs; set aside or not."""
+    runs = [folder]
+    for run in runs:  # which grows
+        origins = [(run.resolve() / name).resolve() for name in (read_run(run) or {}).get("origins", [])]
+        runs += [origin for origin in origins if origin not in [known.resolve() for known in runs]]
+    return [place for run in runs for place in (run, *_folders(run, _SET_ASIDE), *_folders(run, _OVERWRITTEN))]
+
+
+def _run_of(checkpoint):
+    folder = checkpoint.resolve().parent
+    return folder.parent if re.fullmatch(rf"({_SET_ASIDE}|{_OVERWRITTEN})-\d+", folder.name) else folder
+
+
+def _seen_from(folder, path):
+    try:
+        return Path(os.path.relpath(path.resolve(), folder.resolve())).as_posix()
+    except ValueError:  # on another drive
+        return str(path.resolve())
 
 
 def leave_behind(folder: Path, checkpoints: list[Path], overwrite: bool) -> Path | None:
@@ -69,17 +104,26 @@ def finish_moving(folder: Path) -> None:
         place = folder / moves["to"]
         place.mkdir(exist_ok=True)
         for name in moves["checkpoints"]:
-            if (folder / name).exists() and not (place / name).exists():
+            if (folder / name).is_symlink():  # which may say where it leads as seen from here
+                if not os.path.lexists(place / name):
+                    os.symlink((folder / name).resolve(), place / name)
+                (folder / name).unlink()
+            elif (folder / name).exists() and not (place / name).exists():
                 os.replace(folder / name, place / name)
         if (folder / NEW_BASE).is_dir():
             os.replace(folder / NEW_BASE, folder / BASE)
         (folder / _MOVES).unlink()
 
 
+def overwritten(folder: Path) -> list[Path]:
+    """Where checkpoints lie that are to be removed when there is something better."""
+    return _folders(folder, _OVERWRITTEN)
+
+
 def remove_overwritten(folder: Path) -> None:
-    """Remove what was to be overwritten, now that there is something better; not the base of a model that is there."""
+    """Remove them, once that is on the disk; not the base of a model that is there."""
     needed = _told(folder / "config.json", "adapter_base")
-    for path in _folders(folder, _OVERWRITTEN):
+    for path in overwritten(folder):
         keeps = needed is not None and _told(path / BASE / SOURCE, "id") == needed
         for part in [part for part in path.iterdir() if part.name != BASE] if keeps else [path]:
             shutil.rmtree(part, ignore_errors=True)
@@ -105,4 +149,7 @@ def _write(file: Path, content: Any) -> None:
     os.replace(beside, file)
 
 
-__all__ = ["NEW_BASE", "RUN", "finish_moving", "leave_behind", "note_run", "read_run", "remove_overwritten"]
+__all__ = [
+    "NEW_BASE", "RUN", "begun_from", "earlier_folders", "finish_moving", "leave_behind", "note_run", "origin",
+    "overwritten", "read_run", "remove_overwritten",
+]  # fmt: skip

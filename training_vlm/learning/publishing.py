@@ -190,13 +190,29 @@ class PublishingTrainer(Trainer):
         Raises:
             DuetError: the Hub refuses it, or cannot be reached.
         """
-        self.callback_handler.on_push_begin(self.args, self.state, self.control)
-        token = self.args.hub_token if token is None else token
         if self.hub_model_id is None:
-            self.init_hf_repo(token=token, private=private)
+            self.init_hf_repo(token=self.args.hub_token if token is None else token, private=private)
         self.save_model(_internal_call=True)
         if not self.is_world_process_zero():
             return None
+        return self.push_saved(commit_message, blocking, token, revision, **kwargs)
+
+    def push_saved(
+        self,
+        commit_message: str | None = "End of training",
+        blocking: bool = True,
+        token: str | None = None,
+        revision: str | None = None,
+        **kwargs,
+    ):
+        """
+        Push the model as it was saved, with all that belongs to it; one process does, and meets no other in it.
+
+        Raises:
+            DuetError: the Hub refuses it, or cannot be reached.
+        """
+        self.callback_handler.on_push_begin(self.args, self.state, self.control)
+        token = self.args.hub_token if token is None else token
         kwargs.setdefault("model_name", self.repository.rpartition("/")[2])
         self.create_model_card(**kwargs)
         self._finish_current_push()
@@ -241,7 +257,10 @@ class PublishingTrainer(Trainer):
         return with_base(files, self.run_folder / BASE, self.repository, self._base_is_there)
 
     def _finish_current_push(self):
-        # The stock method waits, and says nothing of a push that failed.
+        # The stock method waits, and says nothing of a push that failed. In a run of several processes the others would
+        # wait for the one that does, at most for as long as their group lets them: there is time when it is done.
+        if self.is_in_train and self.args.world_size > 1:
+            return
         super()._finish_current_push()
         self._say_of_pushes()
 

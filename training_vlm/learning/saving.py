@@ -5,19 +5,26 @@ is an error after them. What fails in one process has failed in all. A disk that
 the last good checkpoint. What was learned before another error is kept as a checkpoint.
 """
 
+import random
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
 
+import numpy as np
+import torch
 from accelerate.utils import gather_object
+from transformers import TrainerCallback
 
-from processing.batching.account import Account
+from processing.batching.account import Account, BatchAccount
 from processing.data_error_vlm import in_a_line
 
 from .checkpoints import (
     STATE,
     UNFINISHED,
     discard_unfinished,
+    fault,
+    flush,
     put_in_place,
     replace_files,
     rotate,
@@ -30,7 +37,7 @@ from .checkpoints import (
 )
 from .disk import DiskFull, full_disk, is_full
 from .guard import Guard
-from .lineage import remove_overwritten
+from .lineage import overwritten, remove_overwritten
 from .meter import SAVING, Meter, spent_on
 from .publishing import PublishingTrainer
 from .record import save_record
@@ -41,6 +48,56 @@ from .tuning import TuningPlan, make_plan, save_plan
 
 TRAINING_ARGS = "training_args.bin"
 OF_A_PROCESS = ("rng_state", "data_account", "optimizer", "scheduler", "scaler")
+
+
+class LastStep(TrainerCallback):
+    """What a checkpoint of the last step is to hold, whatever a next one has begun: what that counted and drew."""
+
+    def __init__(self, trainer: "SavingTrainer"):
+        self.trainer = trainer
+        self._seen: list[BatchAccount] = []  # of the step that is being made
+        self._flos, self._input_tokens = 0.0, 0
+        self._draw_again: Callable[[], None] = lambda: None
+
+    def saw(self, account: BatchAccount) -> None:
+        """Note a batch of the step that is being made; it counts when the step is."""
+        self._seen.append(account)
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        """Nothing is begun."""
+        self._seen = []
+
+    def on_step_end(self, args, state, control, **kwargs):
+        """Count its batches, and note how things are."""
+        for account in self._seen:
+            self.trainer.account.add_batch(account)
+        self._seen, self._draw_again = [], note_randomness()
+        self._flos, self._input_tokens = state.total_flos + self.trainer.current_flos, state.num_input_tokens_seen
+
+    def back_to_its_end(self) -> None:
+        """Forget what came after it."""
+        state = self.trainer.state
+        self._seen = []
+        self.trainer.current_flos = self._flos - state.total_flos  # type: ignore[assignment]
+        state.num_input_tokens_seen = self._input_tokens
+        self._draw_again()
+
+
+def note_randomness() -> Callable[[], None]:
+    """Note what is drawn from; what is given has the same drawn again."""
+    kind = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+    device = None if kind is None else torch.get_device_module(kind)
+    own, numbers, tensors = random.getstate(), np.random.get_state(), torch.random.get_rng_state()
+    on_device = None if device is None else device.get_rng_state()
+
+    def draw_again():
+        random.setstate(own)
+        np.random.set_state(numbers)
+        torch.random.set_rng_state(tensors)
+        if device is not None:
+            device.set_rng_state(on_device)
+
+    return draw_again
 
 
 class SavingTrainer(PublishingTrainer):
@@ -59,6 +116,8 @@ class SavingTrainer(PublishingTrainer):
         self._save_error: Exception | None = None  # of what is not the weights
         self._torn: Exception | None = None  # of the weights
         super().__init__(*args, **kwargs)
+        self.last_step = LastStep(self)
+        self.add_callback(self.last_step)
 
     def declared(self) -> TuningPlan:
         """What learns, each part with its rate and decay."""
@@ -89,7 +148,7 @@ class SavingTrainer(PublishingTrainer):
         except Exception as failure:  # of the weights themselves
             error = self._torn = failure
         if error is not None and is_full(folder, error):
-            full = DiskFull(full_disk(beside, self.args.save_total_limit))
+            full = DiskFull(full_disk(folder, "the model", self.args.save_total_limit))
             discard_unfinished(folder)
             raise full from error
         if self._torn is not None:
@@ -121,8 +180,9 @@ class SavingTrainer(PublishingTrainer):
         """
         step, place = self.state.global_step, self._place
         is_good = not (self.guard.stopped or self.stop.is_moving)
-        if self.args.world_size > 1 or not is_good or step <= self._resumed_at or place.exists():
+        if self.args.world_size > 1 or not is_good or step <= self._resumed_at or fault(place) is None:
             return None
+        self.last_step.back_to_its_end()
         self._save_checkpoint(self.model, trial=None)
         return place
 
@@ -161,6 +221,8 @@ class SavingTrainer(PublishingTrainer):
         if self.args.push_to_hub:
             self._push_from_checkpoint(str(place))
         if self.args.should_save:
+            if overwritten(run_folder):
+                flush(place)
             remove_overwritten(run_folder)
             rotate(run_folder, self.args.save_total_limit, self._kept())
         if self._save_error is not None:
@@ -208,7 +270,7 @@ class SavingTrainer(PublishingTrainer):
         if error is None and self._save_error is not None and is_full(place.parent, self._save_error):
             error = self._save_error
         if error is not None and not isinstance(error, DiskFull) and is_full(place.parent, error):
-            error = DiskFull(full_disk(place, self.args.save_total_limit))
+            error = DiskFull(full_disk(place.parent, place.name, self.args.save_total_limit))
         if self.args.world_size == 1:
             return error
         found = gather_object([None if error is None else (isinstance(error, DiskFull), in_a_line(error, 400))])

@@ -38,14 +38,16 @@ from .checkpoints import (
     STATE,
     BestCheckpoint,
     discard_unfinished,
+    fault,
     find_checkpoint,
     is_auto,
+    is_own,
     left_behind,
     load_account,
     load_order,
 )
 from .guard import Guard
-from .lineage import leave_behind, note_run, read_run
+from .lineage import leave_behind, note_run, origin, read_run
 from .meter import EVALUATION, Meter, spent_on
 from .publishing import was_pushed
 from .record import check_record
@@ -121,7 +123,7 @@ class VLMTrainer(SavingTrainer):
         """See `Trainer.compute_loss`; logits are left out where nobody reads them."""
         account = inputs.pop("account", None)
         if account is not None and model.training:
-            self.account.add_batch(account)
+            self.last_step.saw(account)
             self.guard.saw_records(account.records)
             self.meter.saw(inputs, account)
         targets, weights = targets_of(*map(inputs.get, ("labels", "loss_weights", "shift_labels")))
@@ -218,7 +220,7 @@ class VLMTrainer(SavingTrainer):
                 loss = _logged_loss(TrainerState.load_from_json(str(checkpoint / STATE)).log_history)
                 return TrainOutput(self._resumed_at, loss, {"train_loss": loss})
             except Interrupted:
-                if self.state.global_step > self._resumed_at and not self._place.exists():
+                if self.state.global_step > self._resumed_at and fault(self._place) is not None:
                     self._save_checkpoint(self.model, trial=None)
                 raise self.stop.stopped() from None
         return output._replace(training_loss=output.metrics["train_loss"])
@@ -235,7 +237,6 @@ class VLMTrainer(SavingTrainer):
         check_plan(self.declared(), checkpoint)
         state = TrainerState.load_from_json(str(checkpoint / STATE))
         self._resumed_at = state.global_step
-        self.best.folders = [self.run_folder, checkpoint.parent]
         if self.args.world_size > 1 and len(steps := set(gather_object([self._resumed_at]))) > 1:
             raise DuetError(
                 f"the processes found checkpoints of the steps {', '.join(map(str, sorted(steps)))}; name one that "
@@ -262,11 +263,12 @@ class VLMTrainer(SavingTrainer):
             names = ", ".join(path.name for path in reversed(left)) or "the base"
             then = "and is removed when there is a new checkpoint" if overwrite else "where it stays"
             print(f"{names} of a run that is not gone on with: now in {place}, {then}", flush=True)
-        origin = None if checkpoint is None or checkpoint.resolve().parent == folder.resolve() else str(checkpoint)
-        is_same = is_restart and checkpoint is not None and place is None
-        if known is not None or origin is not None:
-            finished = (known or {}).get("finished") if is_same else None
-            note_run(folder, **{"from": origin, "finished": finished})
+        begun: dict[str, Any] = {"from": None} if checkpoint is None else {}
+        if checkpoint is not None and not is_own(checkpoint, folder):
+            begun = origin(folder, checkpoint)
+        if known is not None or begun.get("from") is not None:
+            is_same = is_restart and checkpoint is not None and place is None
+            note_run(folder, finished=(known or {}).get("finished") if is_same else None, **begun)
 
     def set_initial_training_values(self, *args, **kwargs) -> tuple:
         """See `Trainer.set_initial_training_values`; a run that is at its end has no epoch left to go through."""
@@ -390,8 +392,8 @@ class VLMTrainer(SavingTrainer):
             return
         self._is_late = False
         is_best = self._determine_best_metric(self._evaluate(None, None), None)
-        if is_best and self._place.is_dir():
-            self.state.best_model_checkpoint = str(self._place)
+        if is_best:
+            self.state.best_model_checkpoint = self.best.find(self.run_folder, self.state)
         if is_best and self.args.save_strategy == SaveStrategy.BEST:
             self._save_checkpoint(self.model, None)
 
