@@ -105,7 +105,7 @@ def test_auto_does_not_train_again_what_is_done_and_kept_no_checkpoint(tmp_path,
     assert not done.value.code and "has come to its end, step 6" in capsys.readouterr().out
     with pytest.raises(DuetError, match="push_to_hub: the run in .* has come to its end"):
         prepared(tmp_path, resume_from_checkpoint="auto", push_to_hub=True)
-    note_run(tmp_path, pushed="me/it")
+    note_run(tmp_path, pushed=f"me/{tmp_path.name}")
     with pytest.raises(SystemExit):
         prepared(tmp_path, resume_from_checkpoint="auto", push_to_hub=True)
 
