@@ -412,7 +412,8 @@ def whole(run, tmp_path):
         ("open {}/_unfinished/checkpoint-4/checkpoint_manifest.json", 2),
         ("os.rename {}/_unfinished/checkpoint-4", 4),
         ("os.remove model.safetensors", 6),
-        ("os.rename {}/_unfinished/model/config.json", 6),
+        ("os.rename {}/_unfinished/model", 6),
+        ("os.rename {}/_model/config.json", 6),
     ],
 )
 def test_a_kill_while_saving_loses_nothing(run, tmp_path, whole, capsys, moment, last):
