@@ -1,6 +1,7 @@
 """See why a model said what it said: which parts of the pictures each token of its answer hangs on.
 
     python -m inference_vlm.explain outputs/shapes/sft picture.png "Which colour is the circle?"
+    python -m inference_vlm.explain MODEL before.png after.png "What has changed?" --out why.html --json why.json
 
 Each patch of each picture is hidden once under the picture's mean colour, and the model is asked how likely it finds
 its own answer now: what the log-probability of a token falls by is how much the token hangs on the patch. Without a
@@ -23,11 +24,14 @@ from PIL import Image
 from tqdm import tqdm
 from transformers.utils import logging
 
-from processing.data_error_vlm import DuetError, in_a_line
-from processing.image_files_vlm import load_image
+from processing.data_error_vlm import DuetError, in_a_line, printable
+from processing.image_files_vlm import ImagePolicy, image_name
 
 from .answering import Answerer, Prepared, text_of
+from .ask import ERROR, INTERRUPTED, pictures_and_question, read_question
+from .asked import opened, reference_of
 from .explained_page import write_page
+from .loading import add_loading_arguments, loading_of
 from .occlusion import Occlusion, Patch, patches_of
 from .pieces import Piece, pieces_of
 
@@ -271,45 +275,50 @@ def _run(args: argparse.Namespace) -> str:
     grid = None if args.grid is None else _grid(args.grid)
     for path in (args.out, args.json):
         _writable(path)
-    images = [args.image, *args.another_image]
-    pictures = [load_image(image) for image in images]
+    images, question = pictures_and_question(args.inputs, args.question)
+    question = read_question(question)
+    if not images:
+        raise DuetError("there is no picture to explain an answer by; name one behind the model.")
+    policy = ImagePolicy(allow_urls=args.allow_urls, allow_local_urls=args.allow_local_urls, own_paths=True)
+    pictures = [opened(reference_of(image, policy)) for image in images]
     logging.disable_progress_bar()
-    answerer = Answerer.load(args.model)
-    if args.question is None:
+    answerer = Answerer.load(args.model, **loading_of(args))
+    if question is None:
         prepared = answerer.read_caption(pictures)
     else:
         parts = [
             *({"type": "image", "image": picture} for picture in pictures),
-            {"type": "text", "text": args.question},
+            {"type": "text", "text": question},
         ]
         prepared = answerer.read([{"role": "user", "content": parts}])
     found = explain(
-        answerer, prepared, args.question, max_new_tokens=args.max_new_tokens, grid=grid,
+        answerer, prepared, question, max_new_tokens=args.max_new_tokens, grid=grid,
         around=args.around, batch_size=args.batch_size, seeds=args.seeds, progress=True,
     )  # fmt: skip
     if not found.shares:
         print("the model's cache cannot be gone on from: the whole prompt was read for every patch", file=sys.stderr)
+    images = [image_name(image) for image in images]
     _write(args.out, write_page(found, args.model, images))
     if args.json is not None:
         _write(args.json, json.dumps(as_json(found, args.model, images), ensure_ascii=False, indent=1) + "\n")
-    said = (
-        f"{found.answer}\n{args.out}: what each of {len(found.pieces)} tokens hangs on, of {len(found.patches)} patches"
-    )
+    of = f"what each of {len(found.pieces)} tokens hangs on, of {len(found.patches)} patches"
     area = f"the strongest first cost {found.deletion.area:+.2f} nats more than in random orders"
-    return f"{said}; {area} (± {found.deletion.spread:.2f})."
+    return f"{printable(found.answer)}\n{args.out}: {of}; {area} (± {found.deletion.spread:.2f})."
 
 
 def main(argv: list[str] | None = None) -> int:
-    """The command line; 1 where the model or an image cannot be read."""
+    """The command line; 1 where the model or an image cannot be read, 130 after Ctrl-C."""
     parser = argparse.ArgumentParser(
         prog="python -m inference_vlm.explain", description=(__doc__ or "").splitlines()[0]
     )
     parser.add_argument("model", help="folder or Hub name of a model trained with Duet; its own code is run")
-    parser.add_argument("image", help="an image file")
-    parser.add_argument("question", nargs="?", help="what to ask; without it the image is captioned")
     parser.add_argument(
-        "--another_image", action="append", default=[], metavar="FILE", help="one more image, behind the first"
-    )
+        "inputs", nargs="*", metavar="PICTURE ... QUESTION",
+        help="image files or URLs, and one question, - for stdin. Without a question the pictures are captioned",
+    )  # fmt: skip
+    parser.add_argument("--question", help="the question, where it could be taken for a picture; - for stdin")
+    parser.add_argument("--allow_urls", action="store_true", help="fetch pictures that are URLs")
+    parser.add_argument("--allow_local_urls", action="store_true", help="from networks of this machine, too")
     parser.add_argument("--out", type=Path, default=Path("explained.html"), help="the page (default: %(default)s)")
     parser.add_argument("--json", type=Path, help="a file for all that the page shows, as numbers")
     parser.add_argument("--grid", help="rows and columns of patches, 8 or 6x8; the encoder's own if not given")
@@ -317,14 +326,21 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--max_new_tokens", type=int, default=MAX_NEW_TOKENS, help="longest answer (%(default)s)")
     parser.add_argument("--batch_size", type=int, default=8, help="hidden pictures read at a time (%(default)s)")
     parser.add_argument("--seeds", type=int, default=5, help="random orders to compare with (%(default)s)")
-    args = parser.parse_args(argv)
+    add_loading_arguments(parser)
+    args = parser.parse_intermixed_args(argv)
     try:
         print(_run(args))
+    except KeyboardInterrupt:
+        print(file=sys.stderr)
+        return INTERRUPTED
+    except torch.OutOfMemoryError:
+        print(f"error: batch_size={args.batch_size} is more than fits in memory; give less.", file=sys.stderr)
+        return ERROR
     except Exception as error:
         if not getattr(error, "is_duet_error", False):
             raise  # what is our own mistake keeps its stack trace
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
-        return 1
+        return ERROR
     return 0
 
 

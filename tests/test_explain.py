@@ -378,7 +378,16 @@ def saved(folders, tmp_path_factory):
 def test_the_command_writes_a_page_and_the_same_as_json(saved, image, tmp_path, capsys):
     for number in range(2):
         image(number).save(tmp_path / f"{number}.png")
-    arguments = [saved, tmp_path / "0.png", "what is it?", "--another_image", tmp_path / "1.png", "--max_new_tokens", 3]
+    arguments = [
+        saved,
+        tmp_path / "0.png",
+        tmp_path / "1.png",
+        "what is it?",
+        "--max_new_tokens",
+        3,
+        "--dtype",
+        "float32",
+    ]
     arguments += ["--grid", "2x3", "--around", 1, "--seeds", 2, "--batch_size", 4]
     out, numbers = tmp_path / "page.html", tmp_path / "numbers.json"
     assert command.main(list(map(str, [*arguments, "--out", out, "--json", numbers]))) == 0
@@ -401,15 +410,33 @@ def test_the_command_writes_a_page_and_the_same_as_json(saved, image, tmp_path, 
         (["--around", "-1"], "around=-1: expected 0 or more"),
         (["--out", "nowhere/page.html"], "which is no folder"),
         (["--json", "."], "is a folder"),
-        (["--another_image", "gone.png"], "gone.png"),
+        (["gone.png", "--question", "what?"], "gone.png"),
+        (["http://127.0.0.1:9/a.png", "--question", "what?"], "is a URL, and none is fetched here"),
+        (["--question", " "], "the question is empty"),
     ],
 )
 def test_a_mistake_is_one_line_before_anything_is_loaded(arguments, said, image, tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
     image(1).save("a.png")
-    assert command.main(["no-model", "a.png", "what?", *arguments]) == 1
+    asked = [] if "--question" in arguments else ["what?"]
+    assert command.main(["no-model", "a.png", *asked, *arguments]) == 1
     error = capsys.readouterr().err
     assert said in error and error.startswith("error: ") and error.count("\n") == 1 and "no-model" not in error
+
+
+def test_a_question_without_a_picture_and_a_batch_that_does_not_fit_are_one_line(
+    saved, image, tmp_path, capsys, monkeypatch
+):
+    assert command.main([str(saved), "what is it?"]) == 1
+    assert "there is no picture to explain an answer by" in capsys.readouterr().err
+    image(1).save(tmp_path / "a.png")
+
+    def full(*args, **kwargs):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(command, "explain", full)
+    assert command.main([str(saved), str(tmp_path / "a.png"), "--out", str(tmp_path / "a.html")]) == 1
+    assert "error: batch_size=8 is more than fits in memory; give less.\n" in capsys.readouterr().err
 
 
 def test_an_answer_is_as_long_as_there_is_room_for(folders, image):
