@@ -28,6 +28,7 @@ from .backbones_vlm import (
 from .configuration_vlm import VLMConfig, kind_of
 from .generation_vlm import savable
 from .model_error_vlm import DuetError, in_a_line
+from .native_vlm import say_native
 from .own_projector_vlm import find_own_projector
 from .projector_vlm import select_features
 from .vision_vlm import VLMVisionPair, blank_image, leave_out_unused
@@ -293,7 +294,7 @@ def describe(model: PreTrainedModel) -> str:
         f"{_parameters(base.vision_tower)}) -> {config.projector_type} ({config.image_seq_length} tokens an "
         f"image{tiles}; {_parameters(base.multi_modal_projector)}) -> {config.text_config.model_type} "
         f"({model.get_input_embeddings().embedding_dim} wide, {logits.shape[-1]} entries, "
-        f"{base.max_positions or 'any number of'} positions; {_parameters(base.language_model)})"
+        f"{base.max_positions or 'any number of'} positions; {_parameters(base.language_model)}); {say_native(model)}"
     )
 
 

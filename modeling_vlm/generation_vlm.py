@@ -13,7 +13,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from .attention_vlm import attend_as_chosen
 from .backbones_vlm import CACHE
-from .views_vlm import in_one_row, views_of
+from .views_vlm import grids_of_images, in_one_row, views_of
 
 
 class VLMGenerationMixin(GenerationMixin):
@@ -48,13 +48,13 @@ class VLMGenerationMixin(GenerationMixin):
             repeated["mm_encoder_outputs"] = {"image": BaseModelOutputWithPooling(pooler_output=pooler_output)}
             del kwargs["mm_encoder_outputs"]
         elif pixel_values is not None and (input_ids is not None or embeds is not None):
-            shapes = [(1, 1)] * len(pixel_values) if grids is None else grids.tolist()
+            shapes = grids_of_images(grids, len(pixel_values))
             images_of = self._images_of_prompts([self.config.tile_tokens(*shape) for shape in shapes], ids, embeds)
             if images_of is not None:
                 views_in = [sum(group) for group in _split(views_of(shapes), images_of)]
                 repeated["pixel_values"] = _repeated(kwargs.pop("pixel_values"), views_in, expand_size)
                 if kwargs.pop("image_grids", None) is not None:
-                    repeated["image_grids"] = _repeated(grids, images_of, expand_size)
+                    repeated["image_grids"] = _repeated(grids.new_tensor(shapes), images_of, expand_size)
         input_ids, kwargs = super()._expand_inputs_for_generation(
             expand_size=expand_size, is_encoder_decoder=is_encoder_decoder, input_ids=input_ids, **kwargs
         )

@@ -21,6 +21,7 @@ from .compose_vlm import check_positions, check_room, compose, count_visual_toke
 from .generation_vlm import VLMGenerationMixin, savable
 from .loss_vlm import IGNORE, balance_loss, keep_positions, loss_in_parts, mean_loss, targets_of, zero_of
 from .model_error_vlm import DuetError
+from .native_vlm import NativeForm, native_form, native_weights
 from .outputs_vlm import VLMCausalLMOutputWithPast, VLMModelOutputWithPast
 from .pretrained_vlm import VLMPreTrainedModel
 from .projector_vlm import build_projector, select_features
@@ -36,6 +37,9 @@ from .vision_vlm import (
 
 
 logger = logging.get_logger(__name__)
+
+_ENGINES = ("vllm", "vllm_mla", "sglang")
+"""Names that inference engines give their attention, before they build a model."""
 
 
 class VLMModel(VLMPreTrainedModel):
@@ -138,7 +142,8 @@ class VLMModel(VLMPreTrainedModel):
             pixel_values (`torch.Tensor` of shape `(views, channels, height, width)`): processed images; of each the
                 view of the whole, then its tiles row by row.
             image_grids (`torch.LongTensor` of shape `(images, 2)`, *optional*): rows and columns of each image's tiles,
-                1 and 1 for an image that is not tiled, as they all are if not given.
+                1 and 1 for an image that is not tiled, as they all are if not given; of shape `(views, 2)`, of each
+                view those of its image, is read too.
             vision_features (`torch.Tensor` of shape `(views, tokens, width)`, *optional*): what `encode_views` gave for
                 the pixels, instead of them; the tower is not run.
 
@@ -328,6 +333,13 @@ class VLMForConditionalGeneration(VLMPreTrainedModel, VLMGenerationMixin):
 
     _tp_plan = {"lm_head": "colwise_gather_output"}
 
+    @classmethod
+    def _from_config(cls, config: PreTrainedConfig, **kwargs) -> PreTrainedModel:
+        # What `AutoModel.from_config` calls. An engine has a head of its own, and takes what comes first for states.
+        if config.get_text_config()._attn_implementation in _ENGINES:
+            return VLMModel._from_config(config, **kwargs)
+        return super()._from_config(config, **kwargs)
+
     def __init__(
         self,
         config: PreTrainedConfig,
@@ -409,6 +421,14 @@ class VLMForConditionalGeneration(VLMPreTrainedModel, VLMGenerationMixin):
             image_size=image_size,
             max_tiles=max_tiles,
         )
+
+    def native_form(self) -> NativeForm:
+        """See `native_form`: this model as one that the library has a class for; `DuetError` where there is none."""
+        return native_form(self)
+
+    def native_weights(self, form: NativeForm) -> dict[str, torch.Tensor]:
+        """This model's weights under the names that they have in its native form."""
+        return native_weights(self, form)
 
     def save_pretrained(self, *args, **kwargs):
         """See `PreTrainedModel.save_pretrained`; settings of generation never stand between weights and the disk."""

@@ -15,6 +15,28 @@ def views_of(grids: list[tuple[int, int]]) -> list[int]:
     return [1 + (rows * columns if rows * columns > 1 else 0) for rows, columns in grids]
 
 
+def grids_of_images(image_grids: torch.LongTensor | None, views: int) -> list[tuple[int, int]]:
+    """
+    Rows and columns of each image's tiles.
+
+    Args:
+        image_grids: `(images, 2)`, or `(views, 2)` where each view has that of its image, as engines cut a batch;
+            `None` where no image is tiled.
+        views: how many views there are.
+    """
+    grids = [(1, 1)] * views if image_grids is None else [tuple(grid) for grid in image_grids.tolist()]
+    if sum(views_of(grids)) == views or len(grids) != views:
+        return grids
+    images, place = [], 0
+    while place < views:
+        (count,) = views_of([grids[place]])
+        if grids[place : place + count] != [grids[place]] * count:
+            return grids
+        images.append(grids[place])
+        place += count
+    return images
+
+
 def put_in_place(
     inputs_embeds: torch.Tensor, positions: torch.Tensor, features: torch.Tensor | None, index: torch.LongTensor
 ) -> torch.Tensor:
@@ -52,12 +74,12 @@ def join_views(
     Args:
         features: `(views, tokens, hidden)`.
         newline: `(hidden,)`, what ends the view of the whole and each row of tiles.
-        image_grids: `(images, 2)`, rows and columns of each image's tiles; `None` where no image is tiled.
+        image_grids: what `grids_of_images` reads.
 
     Raises:
         `DuetError`: grids and views disagree.
     """
-    grids = [(1, 1)] * len(features) if image_grids is None else image_grids.tolist()
+    grids = grids_of_images(image_grids, len(features))
     counts = views_of(grids)
     if sum(counts) != len(features):
         raise DuetError(
@@ -77,4 +99,4 @@ def in_one_row(features: torch.Tensor | list[torch.Tensor]) -> torch.Tensor:
     return features.flatten(0, 1) if isinstance(features, torch.Tensor) else torch.cat(features)
 
 
-__all__ = ["in_one_row", "join_views", "put_in_place", "views_of"]
+__all__ = ["grids_of_images", "in_one_row", "join_views", "put_in_place", "views_of"]

@@ -43,6 +43,7 @@ _OPTIONS = (
     "padding", "max_length", "truncation", "padding_side", "pad_to_multiple_of", "add_special_tokens",
     "return_mm_token_type_ids", "images", "images_kwargs",
 )  # fmt: skip
+_ASKED_BY_ENGINES = ("return_mm_token_type_ids", "return_text_replacement_offsets")
 _IMAGE_KEYS = ("image", "path", "url", "base64")
 _MEDIA = ("videos", "audio", "audios")
 _NO_BOUND = 1e20  # a tokenizer that knows no bound names a larger one
@@ -186,11 +187,19 @@ class VLMProcessor(ProcessorMixin):
         """
         Images and texts, with an image token for each image, to tensors, as every processor; an empty list is none.
 
+        Where an engine asks for what it locates images by, `image_grids` come once a view: see `grids_of_images`.
+
         Raises:
             `DuetError`: videos or audio, or another number of image tokens than images.
         """
         _refuse_media({"videos": videos, "audio": audio, "audios": kwargs.pop("audios", None)})
-        return super().__call__(images if _holds_any(images) else None, text, **kwargs)
+        made = super().__call__(images if _holds_any(images) else None, text, **kwargs)
+        if "image_grids" in made and any(kwargs.get(name) for name in _ASKED_BY_ENGINES):
+            # They cut whatever there is into images by the views of each, so each view gets the grid of its image.
+            grids = made["image_grids"]
+            of_views = [index for index, grid in enumerate(grids) for _ in range(_views(*map(int, grid)))]
+            made["image_grids"] = [grids[index] for index in of_views] if isinstance(grids, list) else grids[of_views]
+        return made
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path, *args, **kwargs) -> "VLMProcessor":
@@ -292,7 +301,7 @@ class VLMProcessor(ProcessorMixin):
         grids = [self.tile_grid(*size) for size in image_sizes]
         return MultiModalData(
             num_image_tokens=[self.tile_tokens(*grid) for grid in grids],
-            num_image_patches=[1 + (rows * columns if rows * columns > 1 else 0) for rows, columns in grids],
+            num_image_patches=[_views(*grid) for grid in grids],
         )
 
     # -- messages -------------------------------------------------------------------------------------------------
@@ -546,6 +555,11 @@ def _refuse_media(options):
     given = [name for name in _MEDIA if _holds_any(options.get(name))]
     if given:
         raise DuetError(f"{' and '.join(given)} were given; Duet reads images and text, so leave them out.")
+
+
+def _views(rows, columns) -> int:
+    """How many views an image has that is cut into so many tiles."""
+    return 1 + (rows * columns if rows * columns > 1 else 0)
 
 
 def _names_image(part) -> bool:

@@ -1,0 +1,214 @@
+"""Rewrite a composed model as one that the library has a class for: no code of Duet's, the same logits.
+
+    python -m inference_vlm.export outputs/shapes/sft exported
+    python -m inference_vlm.export me/my-adapter exported --dtype bfloat16 --max_shard_size 5GB
+
+Programs that know LLaVA take the folder as it is. What is special: it is read back from the disk as any program would,
+and has its name only if ids, pixels and logits, with a picture and without, are those of the model that it was made of;
+what does not fit exactly is refused, with the nearest that would.
+"""
+
+import argparse
+import contextlib
+import os
+import shutil
+import sys
+from pathlib import Path
+
+import torch
+import transformers
+from PIL import Image
+from safetensors import SafetensorError
+from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor, PreTrainedModel, ProcessorMixin
+
+from processing.data_error_vlm import DuetError, in_a_line
+from processing.processing_vlm import VLMProcessor
+
+from .native_processor import conversations, differing, inputs_of, leave_out_prefix, native_processor
+
+
+DTYPES = ("float32", "bfloat16", "float16")
+MODEL_TYPE = "duet_vlm"
+TOLERANCE = 1e-5
+"""How far the logits may be apart, as a share of the greatest."""
+
+_BESIDE = "{}.unfinished"
+
+
+def export(
+    name: str, out: str | Path, dtype: str | None = None, revision: str | None = None, max_shard_size: str | None = None
+) -> str:
+    """
+    Write a composed model, or an adapter and its base, as one of the library's own.
+
+    Args:
+        name: folder or repository; its own code is run.
+        out: the folder, which must not hold anything; it is there once all of it is, and computes the same.
+        dtype: of the weights, that of the model if not given.
+        revision: of a repository.
+        max_shard_size: of a file of weights, as the library takes it ("5GB").
+
+    Returns:
+        `str`: what was written, in a line.
+
+    Raises:
+        DuetError: there is no such model, none of the library's classes computes the same, or the folder cannot be
+            written.
+    """
+    out = Path(out)
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise DuetError(f"{out} holds something already; name another folder.")
+    model, processor = _load(name, dtype, revision)
+    try:
+        form = model.native_form()
+    except ValueError as error:
+        if getattr(error, "is_duet_error", False):
+            raise DuetError(f"{name} is not exported: {in_a_line(error)}") from error
+        raise
+    patch_size = form.config.vision_config.patch_size
+    patch_size = patch_size if isinstance(patch_size, int) else patch_size[0]
+    native = native_processor(processor, form.select, patch_size, model.config.num_prefix_tokens)
+    image = _picture(processor)
+    changed = _fit_ids(name, processor, native, image)
+    beside = out.with_name(_BESIDE.format(out.name))
+    try:
+        shutil.rmtree(beside, ignore_errors=True)  # of a run that was killed
+        shards = {} if max_shard_size is None else {"max_shard_size": max_shard_size}
+        _as_native(model, form).save_pretrained(beside, **shards)
+        native.save_pretrained(beside)
+        difference = _check(name, beside, model, processor, image)
+        with contextlib.suppress(FileNotFoundError):
+            out.rmdir()
+        os.replace(beside, out)
+    except OSError as error:
+        raise DuetError(f"{out} could not be written: {in_a_line(error)}.") from error
+    finally:
+        shutil.rmtree(beside, ignore_errors=True)
+    said = [
+        f"{out} is a {form.architecture} ({str(model.dtype).removeprefix('torch.')}) and needs no code of Duet's: "
+        f"logits with a picture and without differ by {difference:.1e}, ids and pixels are the same."
+    ]
+    if form.config.model_type != "llava":
+        said.append(
+            "Programs that know LLaVA alone do not take it: for them, read the encoder with --vision_feature_layer -2."
+        )
+    return " ".join([*said, *changed])
+
+
+def _load(name, dtype, revision) -> tuple[PreTrainedModel, VLMProcessor]:
+    asked = {} if dtype is None else {"dtype": getattr(torch, dtype)}
+    try:
+        config = AutoConfig.from_pretrained(name, revision=revision, trust_remote_code=True)
+        if config.model_type != MODEL_TYPE:
+            raise DuetError(
+                f"{name} is a {config.model_type} and no model that Duet composed; there is nothing to export."
+            )
+        processor = AutoProcessor.from_pretrained(name, revision=revision, trust_remote_code=True)
+        model = AutoModelForImageTextToText.from_pretrained(
+            name, revision=revision, trust_remote_code=True, merge_adapter=True, **asked
+        )
+    except (OSError, ValueError, ImportError, SafetensorError) as error:
+        if getattr(error, "is_duet_error", False):
+            raise DuetError(in_a_line(error)) from error
+        raise DuetError(
+            f"the model {name!r} could not be loaded: expected a folder that Duet saved, or a name on the Hub. "
+            f"{in_a_line(error)}"
+        ) from error
+    if not hasattr(model, "native_form"):
+        raise DuetError(
+            f"{name} was saved by an earlier Duet, which does not know of exports; give it the code of today's with "
+            f"`python -m inference_vlm.update {name}`."
+        )
+    if getattr(model.config, "quantization_config", None) is not None:
+        raise DuetError(
+            f"the weights of {name} are held in few bits; export the model that they were made of, or an adapter on "
+            "it, which is exported with whole weights."
+        )
+    return model.eval(), processor
+
+
+def _picture(processor):
+    """A picture of noise, of another shape than the encoder sees."""
+    height, width = processor.view_size
+    noise = torch.randint(0, 256, (height // 2 + 5, width // 2 + 11, 3), generator=torch.Generator().manual_seed(0))
+    return Image.fromarray(noise.to(torch.uint8).numpy())
+
+
+def _fit_ids(name, processor, native, image):
+    """See that conversations become the same ids; what had to be changed for it, a sentence."""
+    if not differing(processor, native, image):
+        return []
+    leave_out_prefix(native.tokenizer)
+    if left := differing(processor, native, image):
+        raise DuetError(
+            f"{name} is not exported: a conversation ({left[0]}) becomes other ids in transformers' own processor than "
+            "those that the model learned, because its template is read in other pieces; a template whose pieces end "
+            "in control tokens, such as ChatML, can be exported."
+        )
+    return [
+        "Its tokenizer no longer puts anything before a text: the library's processor would put it before a "
+        "conversation too, whose template has none."
+    ]
+
+
+def _as_native(model, form) -> PreTrainedModel:
+    verbosity = transformers.logging.get_verbosity()
+    transformers.logging.set_verbosity_error()  # it reports parts that the encoder has, and nothing reads, as new
+    try:
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)
+            native = getattr(transformers, form.architecture).from_pretrained(
+                None, config=form.config, state_dict=model.native_weights(form), dtype=model.dtype
+            )
+    finally:
+        transformers.logging.set_verbosity(verbosity)
+    native.generation_config = model.generation_config
+    return native
+
+
+@torch.no_grad()
+def _check(name: str, folder: Path, model: PreTrainedModel, processor: VLMProcessor, image: Image.Image) -> float:
+    """
+    How far the logits of what was written are from those of the model, as a share of the greatest.
+
+    Raises:
+        DuetError: they are further apart than `TOLERANCE`, or pixels or ids are not the same.
+    """
+    theirs = AutoModelForImageTextToText.from_pretrained(folder).eval()
+    native: ProcessorMixin = AutoProcessor.from_pretrained(folder)
+    greatest = 0.0
+    for messages in conversations(image, processor):
+        asked, found = (inputs_of(one, messages) for one in (processor, native))
+        for key in ("input_ids", "pixel_values"):
+            if not torch.equal(asked[key], found[key]) if key in asked else key in found:
+                raise DuetError(f"{name} is not exported: transformers' own processor gives other {key} than its own.")
+        expected, logits = (one(**of_it).logits.float() for one, of_it in ((model, asked), (theirs, found)))
+        greatest = max(greatest, ((logits - expected).abs().max() / expected.abs().max()).item())
+    if not greatest <= TOLERANCE:
+        hint = "" if model.dtype == torch.float32 else "; --dtype float32 keeps what a lower precision rounds"
+        raise DuetError(
+            f"{name} is not exported: what was written gives logits that differ by {greatest:.1e}, as a share of the "
+            f"greatest; expected at most {TOLERANCE:.0e}{hint}."
+        )
+    return greatest
+
+
+def main(argv: list[str] | None = None) -> int:
+    """The command line; 1 where it could not be done."""
+    parser = argparse.ArgumentParser(prog="python -m inference_vlm.export", description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("model", help="a folder that Duet saved, an adapter's too, or a name on the Hub")
+    parser.add_argument("out", type=Path, help="the folder that is written")
+    parser.add_argument("--dtype", choices=DTYPES, help="of the weights; that of the model if not given")
+    parser.add_argument("--revision", help="branch, tag or commit of a model on the Hub")
+    parser.add_argument("--max_shard_size", help="of a file of weights, such as 5GB; the library's own if not given")
+    args = parser.parse_args(argv)
+    try:
+        print(export(args.model, args.out, args.dtype, args.revision, args.max_shard_size))
+    except DuetError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
