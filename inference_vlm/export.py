@@ -18,17 +18,15 @@ from pathlib import Path
 import torch
 import transformers
 from PIL import Image
-from safetensors import SafetensorError
-from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor, PreTrainedModel, ProcessorMixin
+from transformers import AutoModelForImageTextToText, AutoProcessor, PreTrainedModel, ProcessorMixin
 
 from processing.data_error_vlm import DuetError, in_a_line
 from processing.processing_vlm import VLMProcessor
 
+from .loading import DTYPES, load
 from .native_processor import conversations, differing, inputs_of, leave_out_prefix, native_processor
 
 
-DTYPES = ("float32", "bfloat16", "float16")
-MODEL_TYPE = "duet_vlm"
 TOLERANCE = 1e-5
 """How far the logits may be apart, as a share of the greatest."""
 
@@ -97,23 +95,7 @@ def export(
 
 def _load(name, dtype, revision) -> tuple[PreTrainedModel, VLMProcessor]:
     asked = {} if dtype is None else {"dtype": getattr(torch, dtype)}
-    try:
-        config = AutoConfig.from_pretrained(name, revision=revision, trust_remote_code=True)
-        if config.model_type != MODEL_TYPE:
-            raise DuetError(
-                f"{name} is a {config.model_type} and no model that Duet composed; there is nothing to export."
-            )
-        processor = AutoProcessor.from_pretrained(name, revision=revision, trust_remote_code=True)
-        model = AutoModelForImageTextToText.from_pretrained(
-            name, revision=revision, trust_remote_code=True, merge_adapter=True, **asked
-        )
-    except (OSError, ValueError, ImportError, SafetensorError) as error:
-        if getattr(error, "is_duet_error", False):
-            raise DuetError(in_a_line(error)) from error
-        raise DuetError(
-            f"the model {name!r} could not be loaded: expected a folder that Duet saved, or a name on the Hub. "
-            f"{in_a_line(error)}"
-        ) from error
+    model, processor = load(name, revision=revision, merge_adapter=True, **asked)
     if not hasattr(model, "native_form"):
         raise DuetError(
             f"{name} was saved by an earlier Duet, which does not know of exports; give it the code of today's with "
@@ -124,7 +106,7 @@ def _load(name, dtype, revision) -> tuple[PreTrainedModel, VLMProcessor]:
             f"the weights of {name} are held in few bits; export the model that they were made of, or an adapter on "
             "it, which is exported with whole weights."
         )
-    return model.eval(), processor
+    return model, processor
 
 
 def _picture(processor):

@@ -28,20 +28,24 @@ _WRITES_ANEW = "support_avx512bf16_for_cpu"  # of layers in few bits
 _NOT_READ = (OSError, ValueError, ImportError, SafetensorError)
 
 
-def load(name: str, **options: Any) -> tuple[PreTrainedModel, VLMProcessor]:
+def load(name: str, revision: str | None = None, **options: Any) -> tuple[PreTrainedModel, VLMProcessor]:
     """
     A composed model, ready to answer, and its processor.
 
     Args:
         name: folder or Hub name of a model or an adapter; its own code is run.
+        revision: of a repository.
         **options: of the model's `from_pretrained`.
 
     Raises:
         DuetError: there is none, or its files cannot be read.
     """
     try:
-        processor = AutoProcessor.from_pretrained(name, trust_remote_code=True)
-        model = AutoModelForImageTextToText.from_pretrained(name, trust_remote_code=True, **options)
+        processor = AutoProcessor.from_pretrained(name, revision=revision, trust_remote_code=True)
+        if not hasattr(processor, "encode_messages"):
+            kind = AutoConfig.from_pretrained(name, revision=revision, trust_remote_code=True).model_type
+            raise DuetError(f"it is of type {kind}, which Duet did not compose.")
+        model = AutoModelForImageTextToText.from_pretrained(name, revision=revision, trust_remote_code=True, **options)
     except torch.OutOfMemoryError as error:
         raise DuetError(
             f"the model {name!r} does not fit the memory of the device; give load_in_4bit or load_in_8bit, or "
@@ -52,11 +56,6 @@ def load(name: str, **options: Any) -> tuple[PreTrainedModel, VLMProcessor]:
         raise DuetError(
             f"the model {name!r} could not be loaded: expected a folder that Duet saved, or a name on the Hub. {reason}"
         ) from error
-    if not hasattr(processor, "encode_messages"):
-        raise DuetError(
-            f"the model {name!r} is of type {model.config.model_type}, which Duet did not compose; expected a folder "
-            "that Duet saved, or its name on the Hub."
-        )
     for module in model.modules():
         # On a CPU that multiplies bfloat16 bitsandbytes would write 4-bit weights anew, with scales rounded to 16 bits,
         # and cannot where a layer is narrower than a block.

@@ -423,7 +423,7 @@ def test_what_is_no_composed_model_gives_one_line(made, tmp_path, capsys):
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "file").write_text("mine")
     for name, out, expected in (
-        (exported, tmp_path / "out", "is a llava and no model that Duet composed"),
+        (exported, tmp_path / "out", "is of type llava, which Duet did not compose"),
         (tmp_path / "nowhere", tmp_path / "out", "could not be loaded"),
         (saved, tmp_path / "full", "holds something already"),
     ):
@@ -437,7 +437,7 @@ def test_a_folder_with_the_code_of_an_earlier_duet_names_the_command_that_mends_
     saved, _ = made("clip-llama")
     monkeypatch.delattr(VLMForConditionalGeneration, "native_form")
     model, processor = ours(saved)
-    monkeypatch.setattr(exporting.AutoModelForImageTextToText, "from_pretrained", lambda *args, **kwargs: model)
+    monkeypatch.setattr(exporting, "load", lambda *args, **kwargs: (model, processor))
     assert main([str(saved), str(tmp_path / "out")]) == 1
     assert f"python -m inference_vlm.update {saved}" in capsys.readouterr().err
 
