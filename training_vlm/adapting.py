@@ -84,9 +84,9 @@ def settle_adapter(arguments: Arguments) -> Adapter | None:
         if word not in ("lora", "frozen") and side in has:
             raise DuetError(f"tune_{side}={word}: the adapter in {adapter.name} is in the {what}; {mend}.")
     for name in tuning.told_of_lora():
-        found = getattr(config, {"lora_r": "r"}.get(name, name), None)
-        if name != "lora_target_modules" and found != getattr(tuning, name):  # these are compared in the model
-            raise DuetError(f"{name}: the adapter in {adapter.name} was made with {found}; leave it out, or {mend}.")
+        made = getattr(config, {"lora_r": "r"}.get(name, name), None)
+        if name != "lora_target_modules" and made != getattr(tuning, name):  # these are compared in the model
+            raise DuetError(f"{name}: the adapter in {adapter.name} was made with {made}; leave it out, or {mend}.")
     return adapter
 
 

@@ -267,7 +267,7 @@ def check_targets(adapted: AdaptedVLM, targets: Targets | None, folder: str) -> 
     """
     if targets is None:
         return
-    tuner = adapted.base_model
+    tuner: Any = adapted.base_model
     found = {*tuner.targeted_module_names, *(name.removeprefix(PREFIX) for name in tuner.targeted_parameter_names)}
     if others := sorted(found.symmetric_difference([*targets.modules, *targets.parameters])):
         state = "is not in" if others[0] not in found else "is also in"
