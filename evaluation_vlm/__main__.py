@@ -24,6 +24,7 @@ from accelerate import PartialState
 from transformers.utils import logging
 
 from inference_vlm.answering import greedy, load
+from inference_vlm.program import program
 from processing.batching.dataset import ConversationDataset
 from processing.batching.encoding import Encoder, encode_caption, encode_dialogue
 from processing.data_error_vlm import DuetError
@@ -51,7 +52,7 @@ ENCODE = {"pretrain": encode_caption, "sft": encode_dialogue}
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        prog="python -m evaluation_vlm", description=__doc__.splitlines()[0], allow_abbrev=False
+        prog=program("evaluation_vlm"), description=__doc__.splitlines()[0], allow_abbrev=False
     )
     parser.add_argument("models", nargs="+", metavar="MODEL", help="one or two: folder or Hub name; its code is run")
     parser.add_argument("--dataset", required=True, help="Hub name, folder, file, COCO, or shapes; as in training")

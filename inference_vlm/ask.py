@@ -30,6 +30,7 @@ from .answering import Answerer, Prepared
 from .asked import opened, reference_of
 from .folder import PICTURES, Asked, answer_folder, plan_folder
 from .loading import add_loading_arguments, loading_of
+from .program import program
 from .sampled import Settings, check_settings
 
 
@@ -126,7 +127,7 @@ def _harmless(text: str) -> str:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        prog="python -m inference_vlm.ask",
+        prog=program("inference_vlm.ask"),
         description=(__doc__ or "").splitlines()[0],
         epilog="Exit code: 0; 1 an error, in one line; 2 a command line that cannot be understood; 3 some pictures of "
         "a folder could not be read; 130 interrupted.",

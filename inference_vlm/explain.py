@@ -34,6 +34,7 @@ from .explained_page import write_page
 from .loading import add_loading_arguments, loading_of
 from .occlusion import Occlusion, Patch, patches_of
 from .pieces import Piece, pieces_of
+from .program import program
 
 
 MAX_NEW_TOKENS = 64
@@ -308,9 +309,7 @@ def _run(args: argparse.Namespace) -> str:
 
 def main(argv: list[str] | None = None) -> int:
     """The command line; 1 where the model or an image cannot be read, 130 after Ctrl-C."""
-    parser = argparse.ArgumentParser(
-        prog="python -m inference_vlm.explain", description=(__doc__ or "").splitlines()[0]
-    )
+    parser = argparse.ArgumentParser(prog=program("inference_vlm.explain"), description=(__doc__ or "").splitlines()[0])
     parser.add_argument("model", help="folder or Hub name of a model trained with Duet; its own code is run")
     parser.add_argument(
         "inputs", nargs="*", metavar="PICTURE ... QUESTION",

@@ -25,6 +25,7 @@ from processing.processing_vlm import VLMProcessor
 
 from .loading import DTYPES, load
 from .native_processor import conversations, differing, inputs_of, leave_out_prefix, native_processor
+from .program import program
 
 
 TOLERANCE = 1e-5
@@ -177,7 +178,7 @@ def _check(name: str, folder: Path, model: PreTrainedModel, processor: VLMProces
 
 def main(argv: list[str] | None = None) -> int:
     """The command line; 1 where it could not be done."""
-    parser = argparse.ArgumentParser(prog="python -m inference_vlm.export", description=(__doc__ or "").splitlines()[0])
+    parser = argparse.ArgumentParser(prog=program("inference_vlm.export"), description=(__doc__ or "").splitlines()[0])
     parser.add_argument("model", help="a folder that Duet saved, an adapter's too, or a name on the Hub")
     parser.add_argument("out", type=Path, help="the folder that is written")
     parser.add_argument("--dtype", choices=DTYPES, help="of the weights; that of the model if not given")

@@ -24,6 +24,8 @@ from transformers.utils import find_adapter_config_file
 
 from processing.data_error_vlm import DuetError, in_a_line
 
+from .program import program
+
 
 ADAPTER = "adapter_config.json"
 DTYPES = ("float32", "bfloat16", "float16")
@@ -97,7 +99,7 @@ def _check_adapter(name: str, revision: str | None) -> None:
 
 def main(argv: list[str] | None = None) -> int:
     """The command line; 1 where it could not be done."""
-    parser = argparse.ArgumentParser(prog="python -m inference_vlm.merge", description=(__doc__ or "").splitlines()[0])
+    parser = argparse.ArgumentParser(prog=program("inference_vlm.merge"), description=(__doc__ or "").splitlines()[0])
     parser.add_argument("adapter", help="a folder of a run with adapters, a checkpoint of it, or a name on the Hub")
     parser.add_argument("out", type=Path, help="the folder that is written")
     parser.add_argument("--dtype", choices=DTYPES, help="of the weights; that of the base if not given")

@@ -25,6 +25,7 @@ from processing.data_error_vlm import DuetError, in_a_line
 
 from .answering import Answerer
 from .loading import add_loading_arguments, loading_of
+from .program import program
 from .serving.settings import ServingSettings, add_settings, settings_of
 
 
@@ -105,7 +106,7 @@ def examples_of(folder: Path) -> list[dict[str, str]]:
 
 def main(argv: list[str] | None = None) -> int:
     """The command line; 1 where the model cannot be served."""
-    parser = argparse.ArgumentParser(prog="python -m inference_vlm.serve", description=(__doc__ or "").splitlines()[0])
+    parser = argparse.ArgumentParser(prog=program("inference_vlm.serve"), description=(__doc__ or "").splitlines()[0])
     parser.add_argument("model", help="a folder that Duet saved, or the name of one on the Hub; its own code is run")
     parser.add_argument("--host", default="127.0.0.1", help="address that is listened at (default: this machine alone)")
     parser.add_argument("--port", type=int, default=8000, help="0 takes any that is free (default: 8000)")

@@ -22,6 +22,8 @@ from transformers.dynamic_module_utils import get_relative_import_files
 
 from processing.data_error_vlm import DuetError, NotFound, in_a_line
 
+from .program import program
+
 
 ROOT = Path(__file__).parents[1]
 CONFIG = "config.json"
@@ -166,7 +168,7 @@ def download(name: str, out: Path, revision: str | None = None) -> Path:
 
 def main(argv: list[str] | None = None) -> int:
     """The command line; 1 where there is nothing to update."""
-    parser = argparse.ArgumentParser(prog="python -m inference_vlm.update", description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(prog=program("inference_vlm.update"), description=__doc__.splitlines()[0])
     parser.add_argument("model", help="a folder that Duet saved, or the name of one on the Hub")
     parser.add_argument("--out", type=Path, help="the folder that a model on the Hub is downloaded to")
     parser.add_argument("--revision", help="branch, tag or commit of a model on the Hub")

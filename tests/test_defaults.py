@@ -138,7 +138,7 @@ def run_stages(folders, image, tmp_path, capsys, *said):
         "--output_dir", str(tmp_path / "aligned"), *common,
     ])  # fmt: skip
     first = capsys.readouterr().out
-    words = next(line for line in first.splitlines() if "train_sft.py" in line).split()[2:]
+    words = next(line for line in first.splitlines() if "-m train_sft" in line).split()[3:]
     places = {"DIALOGUES": str(tmp_path / "talk.json"), "FOLDER": str(tmp_path / "assistant")}
     train_sft.main([*(places.get(word, word) for word in words), *common])
     return first, capsys.readouterr().out

@@ -165,7 +165,7 @@ def test_an_error_of_our_own_keeps_its_stack_trace(parts, monkeypatch):
 @pytest.mark.parametrize("name", ["outputs/aligned", "aligned", "./outputs/aligned", "a/b/c", "outputs/aligned/"])
 def test_a_model_that_is_nowhere_is_the_line_to_run_stage_1(refused, name):
     line = refused(train_sft.main, "--model", name)
-    assert f"there is no model in {name}" in line and "run `python train_pretrain.py --output_dir" in line
+    assert f"there is no model in {name}" in line and "run `python -m train_pretrain --output_dir" in line
     assert "connect" not in line
 
 
@@ -181,14 +181,14 @@ def test_a_model_that_the_hub_does_not_know_is_the_line_to_run_stage_1(refused, 
 
     monkeypatch.setattr(load.PreTrainedConfig, "get_config_dict", unknown)
     line = refused(train_sft.main, "--model", "outputs/aligned")
-    assert "knows no such name" in line and "run `python train_pretrain.py --output_dir outputs/aligned" in line
+    assert "knows no such name" in line and "run `python -m train_pretrain --output_dir outputs/aligned" in line
 
 
 def test_a_folder_without_a_model_says_what_it_holds(parts, refused):
     folder = parts / "aligned"
     folder.mkdir()
     line = refused(train_sft.main, "--model", folder)
-    assert "which is empty" in line and "run `python train_pretrain.py --output_dir" in line
+    assert "which is empty" in line and "run `python -m train_pretrain --output_dir" in line
     (folder / "notes.txt").write_text("mine")
     assert "holds no config.json" in refused(train_sft.main, "--model", folder)
     for number in (5, 10):

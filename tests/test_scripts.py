@@ -104,7 +104,7 @@ def test_two_backbones_become_an_assistant_in_two_stages(backbones, source, tmp_
     aligned, assistant = str(tmp_path / "aligned"), str(tmp_path / "assistant")
     train_pretrain.main([*backbones, *source("captions"), *QUICK, "--output_dir", aligned])
     said = capsys.readouterr().out
-    assert "Stage 1" in said and f"train_sft.py --model {aligned}" in said
+    assert "Stage 1" in said and f"python -m train_sft --model {aligned}" in said
     assert {path.name for path in Path(aligned).iterdir()} >= COMPLETE
 
     train_sft.main([
@@ -336,7 +336,7 @@ def test_bad_input_is_one_line_before_any_training(refused, source, folders, tmp
     line = refused(pretrain, [*both, *captions, *out, "--resume_from_checkpoint", "last"])
     assert "no checkpoint" in line
     line = refused(train_sft.main, ["--model", str(tmp_path / "stage1"), *dialogues, *out])
-    assert "train_pretrain.py" in line
+    assert "python -m train_pretrain" in line
     line = refused(train_sft.main, ["--model", str(text), *dialogues, *out])
     assert "gpt2 checkpoint" in line
     line = refused(train_sft.main, ["--model", str(text), "--text_model", str(text), *dialogues, *out])

@@ -21,6 +21,7 @@ import datasets
 from transformers.training_args import OptimizerNames
 from transformers.utils import logging
 
+from inference_vlm.program import program
 from processing.batching.account import number_of
 from processing.data_error_vlm import DuetError
 
@@ -159,7 +160,7 @@ class _Parser(argparse.ArgumentParser):
 
 def _parser() -> _Parser:
     parser = _Parser(
-        prog="python -m training_vlm.estimate",
+        prog=program("training_vlm.estimate"),
         usage="%(prog)s [RECIPE] [--stage STAGE] [--memory SIZE] [--tokens_per_sample N[/M]] [--samples N] [--peak "
         "TFLOPS] [--utilisation SHARE] [--devices N] [any option of the training scripts]",
         description=(__doc__ or "").splitlines()[0],

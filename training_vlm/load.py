@@ -171,7 +171,7 @@ def check_composed(model_args: ModelArguments, weights: bool = True) -> None:
     if settings.get("model_type") != VLMConfig.model_type:
         raise DuetError(
             f"{name} is a {settings.get('model_type')} checkpoint; expected a model composed by Duet (the output "
-            "folder of train_pretrain.py). Backbones go into --vision_model and --text_model."
+            "folder of stage 1, train_pretrain). Backbones go into --vision_model and --text_model."
         )
 
 
@@ -184,7 +184,7 @@ def _check_folder(folder: Path, weights: bool) -> None:
         if checkpoints:
             raise DuetError(
                 f"{folder} holds {', '.join(checkpoints[:3])} of a run that has not come to its end, and no model; go "
-                f"on with it, `python train_pretrain.py --output_dir {folder} --resume_from_checkpoint auto ...`, or "
+                f"on with it, `python -m train_pretrain --output_dir {folder} --resume_from_checkpoint auto ...`, or "
                 f"take a checkpoint, --model {folder / checkpoints[-1]}."
             )
         state = "holds no config.json" if any(folder.iterdir()) else "is empty"
@@ -210,7 +210,7 @@ def _is_composed(folder):
 
 def _run_stage_1(name):
     return (
-        f"expected the output folder of stage 1: run `python train_pretrain.py --output_dir {name} ...` first, or name "
+        f"expected the output folder of stage 1: run `python -m train_pretrain --output_dir {name} ...` first, or name "
         "the folder that it wrote."
     )
 

@@ -77,9 +77,10 @@ def prepare(training_args: VLMTrainingArguments) -> None:
     """
     check_launch(training_args)
     if training_args.n_gpu > 1:
+        script = Path(sys.argv[0]).stem.replace("duet-", "train_")  # a launcher starts modules, not commands
         raise DuetError(
-            f"{training_args.n_gpu} GPUs are visible to one process; run `accelerate launch {Path(sys.argv[0]).name} "
-            "...` to use them, or set CUDA_VISIBLE_DEVICES to one."
+            f"{training_args.n_gpu} GPUs are visible to one process; run `accelerate launch -m {script} ...` to use "
+            "them, or set CUDA_VISIBLE_DEVICES to one."
         )
     if training_args.output_dir == "trainer_output":
         raise DuetError("no output folder is named; add --output_dir FOLDER.")

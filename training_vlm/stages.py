@@ -50,7 +50,7 @@ PRETRAIN = Stage(
     encode=encode_caption,
     asks=False,
     ask="""inputs = processor(images=Image.open("photo.jpg"), text="<image>", return_tensors="pt")""",
-    next=("Next, teach it to answer", "python train_sft.py --model {folder} --dataset DIALOGUES --output_dir FOLDER"),
+    next=("Next, teach it to answer", "python -m train_sft --model {folder} --dataset DIALOGUES --output_dir FOLDER"),
 )
 SFT = Stage(
     section="sft",

@@ -16,6 +16,7 @@ from pathlib import Path
 
 from transformers.utils import logging
 
+from inference_vlm.program import program
 from processing.data_error_vlm import DuetError
 
 from ..arguments import DataArguments, ModelArguments
@@ -94,7 +95,7 @@ def _shows_colours():
 def main(argv: list[str] | None = None) -> None:
     """The command line; without arguments its usage."""
     parser = argparse.ArgumentParser(
-        prog="python -m training_vlm.inspect_data",
+        prog=program("training_vlm.inspect_data"),
         usage="%(prog)s [DATA] [--n N] [--html FILE] [--stage STAGE] (--model FOLDER | --text_model NAME "
         "[--vision_model NAME]) [--config FILE] [any option of the training scripts]",
         description=__doc__.splitlines()[0],
