@@ -180,7 +180,8 @@ class Answerer:
             config.repetition_penalty = repetition_penalty
             return Settings(config, seed)
         config = copy.deepcopy(own)
-        config.max_new_tokens, config.max_length, config.num_beams = most, None, None
+        config.max_new_tokens = most
+        config.max_length = config.num_beams = config.num_return_sequences = None
         if any(given[name] is not None for name in WARPERS if name in given):
             config.do_sample = True
         for name, value in given.items():
@@ -306,6 +307,8 @@ class Answerer:
         cache, known = (None, 0) if conversation is None else conversation.take(marks[0])
         settings = settings or self.settings()
         config, drawn = drawing(settings.config, seeds or [fresh_seed() for _ in rows])
+        own = config.stop_strings or ()
+        stop = [*stop, *([own] if isinstance(own, str) else own)]
         room, ends = self._room(prepared[0], config.max_new_tokens), _ends_of(config, processor, stop)
         features = self._features(prepared, [mark for of_row in marks for mark in of_row[known:]])
         inputs = _inputs(rows, features, processor.tokenizer.pad_token_id, self.model.device)
@@ -315,8 +318,8 @@ class Answerer:
         listening = Listening(spoken, inputs["input_ids"].shape[1], tell, ended)
         with _generating(self._composed, config):
             found = self.model.generate(
-                **inputs, max_new_tokens=room, eos_token_id=ends, logits_processor=drawn, return_dict_in_generate=True,
-                stopping_criteria=StoppingCriteriaList([listening]),
+                **inputs, max_new_tokens=room, eos_token_id=ends, stop_strings=None, logits_processor=drawn,
+                return_dict_in_generate=True, stopping_criteria=StoppingCriteriaList([listening]),
             )  # fmt: skip
         if conversation is not None:
             marks[0] += found.sequences[0, len(rows[0]) :].tolist()

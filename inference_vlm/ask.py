@@ -83,8 +83,14 @@ def read_question(question: str | None) -> str | None:
             question = sys.stdin.read().strip()
         except UnicodeDecodeError as error:
             raise DuetError(f"the question on stdin is no text ({error}); expected UTF-8.") from error
-    if question is not None and not question.strip():
+    if question is None:
+        return None
+    if not question.strip():
         raise DuetError("the question is empty; leave it out for a caption.")
+    try:
+        question.encode()
+    except UnicodeEncodeError as error:  # bytes that are no UTF-8
+        raise DuetError("the question is no text; expected UTF-8.") from error
     return question
 
 

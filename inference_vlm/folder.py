@@ -102,7 +102,10 @@ def answer_folder(answerer: Answerer, plan: Plan, settings: Settings, stop: Sequ
     count = 0
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
-        with open(out, "a", encoding="utf-8") as lines, tqdm(total=len(plan.left), unit="picture") as bar:
+        with (
+            open(out, "a", encoding="utf-8", errors="surrogatepass") as lines,
+            tqdm(total=len(plan.left), unit="picture") as bar,
+        ):
             for batch in _batches(answerer, plan.folder, plan.left, question, batch_size):
                 for line in _lines(answerer, batch, settings, stop, seed):
                     if "error" in line:
@@ -214,7 +217,9 @@ def _lines(answerer, batch, settings, stop, seed) -> Iterator[dict[str, Any]]:
 
 
 def _seed_of(seed: int, name: str) -> int:
-    return int.from_bytes(hashlib.blake2b(f"{seed} {name}".encode(), digest_size=8).digest(), "little")
+    return int.from_bytes(
+        hashlib.blake2b(f"{seed} {name}".encode(errors="surrogatepass"), digest_size=8).digest(), "little"
+    )
 
 
 def _stamp(model: str) -> str | None:

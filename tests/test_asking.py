@@ -283,6 +283,20 @@ def test_pictures_that_cannot_be_read_are_lines_are_counted_and_tried_again(save
     assert {line["image"] for line in lines_of(out) if "answer" in line} == {"a.png", "b.jpg", "c.PNG", "more/d.png"}
 
 
+def test_names_in_any_script_or_bytes_are_asked_about_and_found_again(saved, tmp_path, image, capsys, loaded_once):
+    folder, out = tmp_path / "图片", tmp_path / "答.jsonl"
+    folder.mkdir()
+    names = {"猫.png", "قطة.png", "🐈.png", "\udcff.png"}  # the last is a name of bytes that are no text
+    for number, name in enumerate(sorted(names)):
+        image(number).save(folder / name)
+    words = [saved[0], str(folder), "这是什么？", "--out", str(out), *GREEDY]
+    assert main(words) == 0
+    found = [json.loads(line) for line in out.read_bytes().splitlines()]
+    assert {line["image"] for line in found} == names and "猫" in out.read_text("utf-8", errors="replace")
+    loaded_once.clear()
+    assert main(words) == 0 and loaded_once == []
+
+
 def huge():
     """A picture of 225 megapixels in a few bytes."""
     content = io.BytesIO()
@@ -309,6 +323,7 @@ def test_what_is_wrong_is_one_line_before_a_model_is_loaded(saved, pictures, tmp
         ([str(pictures / "large.png"), "what?"], "more pixels than the limit"),
         ([a, "what?", "--temperature", "-1"], "temperature=-1.0: expected 0 or more"),
         ([a, " "], "the question is empty"),
+        ([a, "what\udcff?"], "the question is no text; expected UTF-8"),
     ):
         assert main([saved[0], *words]) == 1
         (said,) = capsys.readouterr().err.splitlines()
