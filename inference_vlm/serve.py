@@ -1,4 +1,4 @@
-"""Serve a model to people and programs, by the API that OpenAI's clients speak.
+"""Serve a model to people, on a chat page, and to programs, by the API that OpenAI's clients speak.
 
     python -m inference_vlm.serve outputs/shapes/sft
     curl http://127.0.0.1:8000/v1/models
@@ -12,7 +12,6 @@ import contextlib
 import dataclasses
 import errno
 import ipaddress
-import json
 import os
 import socket
 import sys
@@ -32,9 +31,6 @@ from .serving.settings import ServingSettings, add_settings, settings_of
 KEY = "DUET_API_KEY"
 """Where a key is looked for that is not given as an option, which other users of a machine can read."""
 
-EXAMPLES = 6
-_PREDICTIONS = "predictions.jsonl"
-
 
 def serve(model: str, host: str, port: int, settings: ServingSettings, **loading: Any) -> None:
     """
@@ -52,14 +48,17 @@ def serve(model: str, host: str, port: int, settings: ServingSettings, **loading
     """
     try:
         from .serving.app import create_app
+        from .serving.examples import examples_of, is_captioner
         from .serving.running import server_of
     except ImportError as error:
         raise DuetError(f'serving needs more packages: pip install "duet-vlm[serve]" ({in_a_line(error)}).') from error
     settings = dataclasses.replace(settings, allow_hosts=(*settings.allow_hosts, host))
     # Ctrl-C is an end like any other; the port is taken before the model is loaded, which can take minutes.
     with contextlib.suppress(KeyboardInterrupt), bound(host, port) as place:
-        app = create_app(Answerer.load(model, **loading), settings, examples_of(Path(model)))
-        print(f"{settings.name} answers at {_url(place)}/v1; Ctrl-C ends it.", flush=True)
+        app = create_app(Answerer.load(model, **loading), settings, examples_of(Path(model)), is_captioner(model))
+        print(
+            f"{settings.name} answers at {_url(place)}/v1; chat with it at {_url(place)}/; Ctrl-C ends it.", flush=True
+        )
         if not ipaddress.ip_address(place.getsockname()[0].partition("%")[0]).is_loopback:
             who = "with the key" if settings.api_key else f"at all: there is no --api_key or {KEY}"
             print(f"Other machines reach it too, anyone {who}.", flush=True)
@@ -88,20 +87,6 @@ def bound(host: str, port: int) -> socket.socket:
 def _url(place: socket.socket) -> str:
     host, port = place.getsockname()[:2]
     return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
-
-
-def examples_of(folder: Path) -> list[dict[str, str]]:
-    """Questions that a run was tested on, each once, with its right answer; none where the folder has none."""
-    found: dict[str, dict[str, str]] = {}
-    with contextlib.suppress(OSError, ValueError, KeyError, TypeError, IndexError):
-        with open(folder / _PREDICTIONS, encoding="utf-8") as lines:
-            for line, _ in zip(lines, range(1000)):
-                row = json.loads(line)
-                if row["question"]:
-                    found.setdefault(row["question"], {"question": row["question"], "expected": row["expected"][0]})
-                if len(found) == EXAMPLES:
-                    break
-    return list(found.values())
 
 
 def main(argv: list[str] | None = None) -> int:

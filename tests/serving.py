@@ -31,10 +31,10 @@ class Server(NamedTuple):
 
 
 @contextmanager
-def serving(answerer, examples=None, **settings) -> Iterator[Server]:
+def serving(answerer, examples=None, is_captioner=False, **settings) -> Iterator[Server]:
     """A server, which has ended when the test has."""
     with bound("127.0.0.1", 0) as place:
-        app = create_app(answerer, ServingSettings(**{"name": "tiny", **settings}), examples)
+        app = create_app(answerer, ServingSettings(**{"name": "tiny", **settings}), examples, is_captioner)
         server = server_of(app)
         thread = threading.Thread(target=server.run, kwargs={"sockets": [place]}, daemon=True)
         thread.start()

@@ -24,6 +24,7 @@ from starlette.requests import ClientDisconnect
 from starlette.types import Receive, Scope, Send
 
 from .bodies import Bodies
+from .chat_page import add_page
 from .chat_request import ChatRequest, check_model, quoted, read_object, read_request
 from .completing import Begun, Completing, Ended
 from .errors import ApiError
@@ -36,7 +37,9 @@ READERS = 4
 """Threads that read requests, and fetch the pictures that they name."""
 
 
-def create_app(answerer: Any, settings: ServingSettings, examples: list[dict[str, Any]] | None = None) -> FastAPI:
+def create_app(
+    answerer: Any, settings: ServingSettings, examples: list[dict[str, Any]] | None = None, is_captioner: bool = False
+) -> FastAPI:
     """
     The app.
 
@@ -44,8 +47,9 @@ def create_app(answerer: Any, settings: ServingSettings, examples: list[dict[str
         answerer: an `Answerer`.
         settings: what is allowed.
         examples: questions that a page may offer; `/info` gives them.
+        is_captioner: whether it was trained on captions alone, as a page has to say.
     """
-    service = Service(answerer, settings, examples or [])
+    service = Service(answerer, settings, examples or [], is_captioner)
 
     @asynccontextmanager
     async def lifespan(app: FastAPI):
@@ -71,6 +75,7 @@ def create_app(answerer: Any, settings: ServingSettings, examples: list[dict[str
     app.add_api_route("/load_model", service.load_model, methods=["POST"], response_model=None)
     app.add_api_route("/info", service.info)
     app.add_api_route("/health", service.health, response_model=None)
+    add_page(app)
     return app
 
 
@@ -91,8 +96,9 @@ async def _failed(request, error) -> Response:
 class Service:
     """What the routes of one app have in common."""
 
-    def __init__(self, answerer: Any, settings: ServingSettings, examples: list[dict[str, Any]]):
-        self.answerer, self.settings, self.examples = answerer, settings, examples
+    def __init__(self, answerer: Any, settings: ServingSettings, examples: list[dict[str, Any]], is_captioner: bool):
+        self.answerer, self.settings = answerer, settings
+        self.examples, self.is_captioner = examples, is_captioner
         self.bodies = Bodies(settings)
         self.completing = Completing(answerer, settings)
         self.worker = Worker()
@@ -141,6 +147,7 @@ class Service:
             "waiting": max(0, self.inside - 1),
             "defaults": self.completing.defaults(),
             "examples": self.examples,
+            "captions": self.is_captioner,
         }
 
     async def load_model(self, request: Request) -> Response:

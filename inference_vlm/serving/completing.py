@@ -71,7 +71,7 @@ class Completing:
             ApiError: the request cannot be answered.
         """
         try:
-            prepared = self.answerer.read(asked.messages, allow_files=False)
+            prepared = self._read(asked.messages)
             settings = self.answerer.settings(
                 max_new_tokens=asked.max_tokens, temperature=asked.temperature, top_p=asked.top_p, seed=asked.seed
             )
@@ -89,6 +89,13 @@ class Completing:
         self._keep(client, conversation)
         reason = "stop" if finish.reason == "stop" else "length"
         tell(Ended(reason, finish.completion_tokens, finish.cached_tokens))
+
+    def _read(self, messages: list[dict[str, Any]]) -> Prepared:
+        """The prompt; pictures without a word are captioned, which is all that a model of stage 1 can do."""
+        images = [part["image"] for part in messages[0]["content"] if part["type"] == "image"]
+        if len(messages) == 1 and len(images) == len(messages[0]["content"]):
+            return self.answerer.read_caption(images)
+        return self.answerer.read(messages, allow_files=False)
 
     def _conversation(self, client: str, prepared: Prepared) -> Conversation:
         """The client's own that the prompt goes on with, or repeats half of; else a new one."""
