@@ -24,6 +24,7 @@ from accelerate import PartialState
 from transformers.utils import logging
 
 from inference_vlm.answering import greedy, load
+from inference_vlm.loading import add_loading_arguments, loading_of, place
 from inference_vlm.program import program
 from processing.batching.dataset import ConversationDataset
 from processing.batching.encoding import Encoder, encode_caption, encode_dialogue
@@ -78,6 +79,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--batch_size", type=int, default=8, help="questions answered at a time")
     parser.add_argument("--max_new_tokens", type=int, default=64, help="longest answer")
     parser.add_argument("--output_dir", type=Path, default=Path("evaluation"), help="where results are written")
+    add_loading_arguments(parser, dtype="as saved")
     return parser
 
 
@@ -151,12 +153,21 @@ def evaluate(args: argparse.Namespace) -> dict[str, Any]:
     return results
 
 
+def _placed(name: str, args: argparse.Namespace) -> dict[str, Any]:
+    """How a model is loaded: by each process to its device, in the numbers that were saved, unless it is asked for."""
+    given = loading_of(args)
+    if given["device"] is None and given["device_map"] is None:
+        given["device"] = PartialState().device
+    options = place(name, **given)
+    if args.dtype is None:  # what was trained is judged, and not a rounding of it
+        options.pop("dtype", None)
+    return options
+
+
 def _judged(name: str, dataset: ConversationDataset, args: argparse.Namespace) -> tuple[Judgement, Wording]:
     """What a model answers, judged."""
     model: Any
-    model, processor = load(name)
-    if not getattr(model, "is_quantized", False):  # which is where it can be already
-        model.to(PartialState().device)
+    model, processor = load(name, **_placed(name, args))
     limit = args.max_length or model.model.max_positions
     questions = questions_of(dataset, Encoder(processor, ENCODE[args.stage], limit))
     if not questions:

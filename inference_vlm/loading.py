@@ -104,14 +104,21 @@ def place(
     return options
 
 
-def add_loading_arguments(parser: argparse.ArgumentParser) -> None:
-    """The options of a command line that say how a model is loaded; `loading_of` reads them."""
+def add_loading_arguments(
+    parser: argparse.ArgumentParser,
+    dtype: str = "bfloat16 for 32 bits on an accelerator that multiplies it, else as saved",
+) -> None:
+    """
+    The options of a command line that say how a model is loaded; `loading_of` reads them.
+
+    Args:
+        dtype: what the help says of a type that is not given.
+    """
     group = parser.add_argument_group("the model")
     group.add_argument("--device", help="where it lies: cuda, mps, cpu; the accelerator that there is if not given")
     group.add_argument("--device_map", help="auto spreads it over all devices that there are, in place of --device")
     group.add_argument(
-        "--dtype", choices=DTYPES,
-        help="of the weights; if not given, bfloat16 for 32 bits on an accelerator that multiplies it, else as saved",
+        "--dtype", choices=DTYPES, help=f"of the weights; if not given, {dtype}"
     )  # fmt: skip
     group.add_argument("--attn_implementation", help="of both backbones, as the library calls it: sdpa, eager")
     group.add_argument("--load_in_4bit", action="store_true", help="hold the language model in 4 bits (bitsandbytes)")

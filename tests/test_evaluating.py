@@ -10,8 +10,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from transformers import AutoModelForImageTextToText, AutoProcessor
+from transformers import AutoConfig, AutoProcessor
 
+import evaluation_vlm.__main__ as evaluation
 import train_pretrain
 import train_sft
 from evaluation_vlm.__main__ import main
@@ -209,8 +210,8 @@ def test_a_folder_that_is_no_model_and_a_third_model_are_one_line(rows, capsys):
 
 
 def test_a_model_that_is_not_of_duet_is_one_line(tmp_path, rows, capsys, monkeypatch, saved):
-    other = types.SimpleNamespace(config=types.SimpleNamespace(model_type="llava"))
-    for kind in (AutoModelForImageTextToText, AutoProcessor):
+    other = types.SimpleNamespace(model_type="llava")
+    for kind in (AutoConfig, AutoProcessor):
         monkeypatch.setattr(kind, "from_pretrained", lambda *args, **kwargs: other)
     assert run(saved, "--dataset", rows / "plain.jsonl", "--output_dir", rows / "out") == 1
     (line,) = capsys.readouterr().err.splitlines()
@@ -241,6 +242,32 @@ def test_results_hold_what_it_takes_to_repeat_them_and_the_page_no_path(saved, r
     for file in ("samples.html", "predictions.jsonl"):
         assert str(rows) not in (out / file).read_text() and "model" not in asked
     assert "<h1>What model answers</h1>" in (out / "samples.html").read_text()
+
+
+def test_a_model_is_judged_where_and_in_what_numbers_it_is_asked_for_and_else_as_it_was_saved(
+    saved, rows, capsys, monkeypatch
+):
+    pytest.importorskip("bitsandbytes")
+    found, ask = [], evaluation.answer_questions
+    monkeypatch.setattr(
+        evaluation, "answer_questions", lambda model, *a, **b: found.append(model) or ask(model, *a, **b)
+    )
+    words = [saved, "--dataset", rows / "plain.jsonl", "--output_dir", rows / "out"]
+    for more in ([], ["--load_in_8bit"], ["--dtype", "bfloat16"]):
+        assert run(*words, *more) == 0
+    assert [str(model.dtype) for model in found] == ["torch.float32", "torch.float32", "torch.bfloat16"]
+    assert [getattr(model, "is_quantized", False) for model in found] == [False, True, False]
+    assert json.loads((rows / "out" / "results.json").read_text())["asked"]["dtype"] == "bfloat16"
+    assert run(*words, "--device", "nowhere") == 1
+    assert "device=nowhere: there is none here" in capsys.readouterr().err
+
+
+def test_an_accelerator_does_not_round_what_is_judged(monkeypatch):
+    monkeypatch.setattr(evaluation, "place", lambda name, **given: {"device_map": given["device"], "dtype": "bfloat16"})
+    args = evaluation._parser().parse_args(["x", "--dataset", "shapes", "--device", "cuda"])
+    assert evaluation._placed("x", args) == {"device_map": "cuda"}
+    args = evaluation._parser().parse_args(["x", "--dataset", "shapes", "--device", "cuda", "--dtype", "bfloat16"])
+    assert evaluation._placed("x", args) == {"device_map": "cuda", "dtype": "bfloat16"}
 
 
 def test_captions_are_asked_for_as_in_stage_1_and_all_of_an_image_count(saved, rows):
