@@ -13,6 +13,7 @@ import dataclasses
 import errno
 import ipaddress
 import os
+import re
 import socket
 import sys
 from pathlib import Path
@@ -101,6 +102,8 @@ def main(argv: list[str] | None = None) -> int:
     key = args.api_key if args.api_key is not None else os.environ.get(KEY)
     if key is not None and not (key.isascii() and key.strip()):
         parser.error(f"the key (--api_key, or {KEY}) has to be of ASCII characters, and not empty")
+    if not all(re.fullmatch(r"https?://[^/*]+", origin) for origin in args.allow_origins):
+        parser.error("--allow_origins: expected origins as browsers name them, such as https://example.org")
     name = args.name or (Path(args.model).resolve().name if Path(args.model).exists() else args.model)
     logging.disable_progress_bar()
     try:
