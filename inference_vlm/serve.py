@@ -100,7 +100,8 @@ def main(argv: list[str] | None = None) -> int:
     add_loading_arguments(parser)
     args = parser.parse_args(argv)
     key = args.api_key if args.api_key is not None else os.environ.get(KEY)
-    if key is not None and not (key.isascii() and key.strip()):
+    key = None if key is None else key.strip()  # a file's last line break is none of it
+    if key is not None and not (key.isascii() and key):
         parser.error(f"the key (--api_key, or {KEY}) has to be of ASCII characters, and not empty")
     if not all(re.fullmatch(r"https?://[^/*]+", origin) for origin in args.allow_origins):
         parser.error("--allow_origins: expected origins as browsers name them, such as https://example.org")

@@ -228,10 +228,13 @@ def test_a_prompt_beyond_the_context_is_counted(server, answerer, image):
     assert "has 256" in message and "leave out" in message
 
 
-def test_what_the_chat_template_refuses_is_said(folders):
+def test_what_the_chat_template_refuses_is_said(folders, tmp_path):
+    """By the code that the model came with, whose errors are classes of its own."""
     model, processor = tiny.compose(*folders("siglip-llama"), "patch")
     processor.chat_template = tiny.GEMMA
-    with serving(Answerer(model, processor)) as server:
+    model.save_pretrained(tmp_path)
+    processor.save_pretrained(tmp_path)
+    with serving(Answerer.load(str(tmp_path), device="cpu")) as server:
         body = {"model": "tiny", "messages": [said("be kind", role="system"), said("hi")], "max_tokens": 2}
         status, answer = ask(f"{server.url}/v1/chat/completions", body)
     assert status == 400 and "System role not supported" in answer["error"]["message"]

@@ -8,7 +8,6 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from processing.data_error_vlm import DuetError
 from processing.image_files_vlm import BadImage
 
 from ..answering import Answerer, Conversation, Flag, Prepared
@@ -79,7 +78,9 @@ class Completing:
             raise bad_image(error) from None
         except PromptTooLong as error:
             raise ApiError(str(error), param="messages", code="context_length_exceeded") from None
-        except DuetError as error:
+        except ValueError as error:
+            if not getattr(error, "is_duet_error", False):  # of this package, or of the code that the model came with
+                raise
             raise ApiError(str(error), param="messages") from None
         tell(Begun(prepared.prompt_tokens, prepared.image_tokens))
         conversation = self._conversation(client, prepared)
