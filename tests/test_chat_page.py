@@ -343,10 +343,18 @@ def test_a_captioner_says_so_and_captions_each_picture_by_itself(slow, answerer,
 def test_an_example_of_the_run_is_asked_and_its_right_answer_shown(slow, answerer, browser, image):
     with serving(slow, [{"question": "which?", "expected": "red", "image": data_url(image(3))}]) as server:
         open_page(browser, server)
+        browser.write("a draft")
         click(browser, ".example")
         browser.until("document.querySelector('.answer') && document.querySelector('#stop').hidden")
         assert answers(browser) == [said_by_the_api(server, said("which?", image(3)))[0]]
         assert text(browser, ".counts").endswith("right answer: red")
+        assert browser.run("document.querySelector('#question').value") == "a draft"
+
+
+def test_a_model_that_draws_has_numbers_for_settings_that_it_does_not_say(server, answerer, monkeypatch):
+    monkeypatch.setattr(answerer.model.generation_config, "do_sample", True)
+    _, info = ask(f"{server.url}/info")
+    assert (info["defaults"]["temperature"], info["defaults"]["top_p"]) == (1, 1)
 
 
 def test_pictures_without_a_word_are_captioned_for_programs_too(server, answerer, image):
@@ -377,7 +385,9 @@ def test_a_folder_without_samples_offers_none(tmp_path, content):
     assert examples_of(tmp_path) == [] and is_captioner(str(tmp_path)) is False
 
 
-@pytest.mark.parametrize("tags, known", [("[duet, stage-1]", True), ("[duet, stage-2]", False), ("stage-1", False)])
+@pytest.mark.parametrize(
+    "tags, known", [("[duet, stage-1]", True), ("[duet, stage-2]", False), ("stage-1", False), ("[", False)]
+)
 def test_the_card_of_a_run_says_whether_it_was_trained_on_captions_alone(tmp_path, tags, known):
     (tmp_path / "README.md").write_text(f"---\ntags: {tags}\n---\n# A model\n")
     assert is_captioner(str(tmp_path)) is known

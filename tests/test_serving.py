@@ -503,6 +503,7 @@ def test_the_command_serves_a_folder_until_it_is_told_to_end(saved, image):
         line = process.stdout.readline()
         assert line.startswith("tiny-sft answers at http://127.0.0.1:")
         url = line.split()[3].removesuffix("/v1;")
+        assert f"; chat with it at {url}/; " in line
         assert until(lambda: answers(url), 20)
         _, info = ask(f"{url}/info")
         assert [example["question"] for example in info["examples"]] == ["which colour?", "where?"]

@@ -51,9 +51,10 @@ class Completing:
     def defaults(self) -> dict[str, Any]:
         """The settings of an answer whose request says nothing."""
         config = self.answerer.settings().config
+        temperature, top_p = (1 if value is None else value for value in (config.temperature, config.top_p))
         return {
-            "temperature": config.temperature if config.do_sample else 0,
-            "top_p": config.top_p if config.do_sample else 1,
+            "temperature": temperature if config.do_sample else 0,
+            "top_p": top_p if config.do_sample else 1,
             "max_tokens": self.settings.max_new_tokens,
         }
 

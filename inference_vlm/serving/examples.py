@@ -10,13 +10,14 @@ from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
 
+import yaml
 from huggingface_hub.repocard import metadata_load
 from transformers.utils import cached_file
 
 
 EXAMPLES = 6
 
-_LARGEST = 400_000  # letters of a picture
+_LARGEST = 150_000  # letters of a picture
 _CARDS = "samples.html"
 _PREDICTIONS = "predictions.jsonl"
 
@@ -53,7 +54,7 @@ def _questions(file: Path) -> list[dict[str, Any]]:
 
 def is_captioner(model: str) -> bool:
     """Whether the card of a model, a folder or a name on the Hub, says that it was trained on captions alone."""
-    with contextlib.suppress(OSError, ValueError):
+    with contextlib.suppress(OSError, ValueError, yaml.YAMLError):
         tags = (metadata_load(cached_file(model, "README.md") or "") or {}).get("tags")
         return isinstance(tags, list) and "stage-1" in tags
     return False

@@ -19,9 +19,9 @@ export async function measured(picture) {
   return { ...picture, width: image.naturalWidth, height: image.naturalHeight };
 }
 
-/** Whether a turn is part of what is sent with a later one: one that has no answer is not. */
+/** Whether a turn is part of what is sent with a later one: one that was refused, or stopped before a word, is not. */
 export function isAnswered(turn) {
-  return Boolean(turn.answer) || turn.finish === "stop";
+  return Boolean(turn.answer) || turn.finish === "stop" || turn.finish === "length";
 }
 
 /** The messages of a turn and of those before it. */
@@ -58,7 +58,7 @@ export function tooLarge(bytes, limits) {
 /** What an answer took, for people. */
 export function counts(turn, positions) {
   const said = [];
-  if (turn.finish === "stopped") said.push("stopped");
+  if (turn.finish === "stopped") said.push(turn.answer ? "stopped" : "stopped, and left out of what follows");
   if (turn.usage) {
     const { prompt_tokens, completion_tokens, total_tokens, prompt_tokens_details: of } = turn.usage;
     const inside = [of.image_tokens && `${number(of.image_tokens)} of pictures`, of.cached_tokens && `${number(of.cached_tokens)} in memory`];

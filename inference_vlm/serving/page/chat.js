@@ -8,7 +8,7 @@ const FIELDS = ["system", "temperature", "top_p", "max_tokens", "seed", "stops"]
 
 let server; // what /info says
 let key = sessionStorage.getItem("duet key") ?? "";
-let turns = []; // {question, images, answer, finish, usage, most, error, expected}
+let turns = []; // {question, images, expected} and what came of it: {answer, finish, usage, error, most: the longest asked for}
 let pictures = []; // of the question that is being written
 let edited = null; // {number of the turn, question and pictures that were being written before}
 let running = null; // {controller, turn}
@@ -55,11 +55,10 @@ function offered(example) {
   words.dir = "auto";
   button.append(words);
   button.onclick = async () => {
-    at.question.value = example.question;
-    pictures = example.image ? [await measured({ url: example.image, name: "example" })] : pictures;
-    drawPictures();
-    if (pictures.length) send(example.expected);
-    else note("Add the picture that is to be asked about.");
+    const { question, image, expected } = example;
+    if (image) return send({ question, images: [await measured({ url: image, name: "example" })], expected });
+    compose({ question, images: pictures });
+    if (!pictures.length) note("Add the picture that is to be asked about.");
   };
   item.append(button);
   return item;
@@ -67,17 +66,17 @@ function offered(example) {
 
 // -- asking -----------------------------------------------------------------------------------------------------------
 
-function send(expected) {
-  const question = at.question.value.trim();
-  if (running || !server || (!question && !pictures.length)) return;
+/** Ask what was given, or else what was written, which then makes room. */
+function send(given) {
+  const turn = { answer: "", ...(given ?? { question: at.question.value.trim(), images: pictures }) };
+  if (running || !server || (!turn.question && !turn.images.length)) return;
   const before = edited ? turns.slice(0, edited.number) : turns;
-  const turn = { question, images: pictures, answer: "", expected };
   const body = request(before, turn);
   if (!body) return;
   turns = [...before, turn];
   const draft = edited?.draft;
   edited = null;
-  compose(draft ?? { question: "", images: [] });
+  if (!given) compose(draft ?? { question: "", images: [] });
   draw();
   run(turn, body);
 }
@@ -125,6 +124,7 @@ async function run(turn, body) {
     else {
       turn.finish = "failed";
       turn.error = error.message;
+      at.door.hidden = error.status !== 401;
       if (!(error instanceof ApiError)) console.error(error);
     }
   }
@@ -266,7 +266,7 @@ function view(turn) {
   find(".answer .words").append(written);
   find(".edit").onclick = () => edit(turn);
   find(".retry").onclick = () => retry(turn);
-  find(".copy").onclick = () => navigator.clipboard.writeText(turn.answer).then(() => say("Copied"));
+  find(".copy").onclick = () => navigator.clipboard.writeText(turn.answer).then(() => say("Copied"), (error) => note(error.message));
   views.set(turn, { item, find, written });
   return views.get(turn);
 }
@@ -274,7 +274,7 @@ function view(turn) {
 function drawTurn(turn) {
   const { find, written } = views.get(turn), runs = running?.turn === turn;
   written.data = turn.answer;
-  const isEmpty = !runs && !turn.answer && turn.finish === "stop";
+  const isEmpty = !runs && !turn.answer && isAnswered(turn);
   find(".answer .words").dataset.none = isEmpty ? "no words" : "";
   find(".waiting").hidden = !runs;
   find(".answer").ariaBusy = runs;
@@ -357,7 +357,7 @@ function save() {
 
 function restore() {
   const kept = JSON.parse(sessionStorage.getItem(place()) ?? "null");
-  if (kept) {
+  if (kept && !turns.length) {
     turns = kept.turns.map((turn) => ({ ...turn, finish: turn.finish ?? "stopped" }));
     for (const name of FIELDS) at[name].value = kept.settings[name];
     compose(kept.draft);
@@ -405,22 +405,29 @@ at.door.onsubmit = (event) => {
   start();
 };
 document.onpaste = (event) => {
-  if (!server || !event.clipboardData.files.length) return;
+  // Text that was copied with a picture of itself, as from a table, is pasted as text.
+  if (!server || !event.clipboardData.files.length || event.clipboardData.getData("text/plain")) return;
   event.preventDefault();
   addPictures([...event.clipboardData.files]);
 };
 document.ondragover = (event) => {
+  if (!hasFiles(event)) return;
   event.preventDefault();
-  at.drop.hidden = !server || !event.dataTransfer.types.includes("Files");
+  at.drop.hidden = !server;
 };
 document.ondragleave = (event) => {
   if (!event.relatedTarget) at.drop.hidden = true;
 };
 document.ondrop = (event) => {
+  // A file leads away from the page, and so does a link, except where text can be written.
+  if (!hasFiles(event) && event.target.matches("input, textarea")) return;
   event.preventDefault();
   at.drop.hidden = true;
   if (server) addPictures([...event.dataTransfer.files]);
 };
+function hasFiles(event) {
+  return event.dataTransfer.types.includes("Files");
+}
 window.onpagehide = () => server && save();
 
 start();
