@@ -12,6 +12,7 @@ sooner in the first, and the area between is a measure of it.
 
 import argparse
 import json
+import os
 import random
 import statistics
 import sys
@@ -254,6 +255,13 @@ def _grid(text):
     return grid
 
 
+def _named(given):
+    """What a model or a picture is called where others may read it: of a path what tells nothing of the machine."""
+    if not os.path.exists(given):
+        return image_name(given)
+    return "/".join(Path(given).resolve().parts[-2:]) if os.path.isdir(given) else Path(given).name
+
+
 def _writable(path: Path | None) -> None:
     """Refuse a file that could not be written, before anything is computed."""
     if path is not None and (path.is_dir() or not path.parent.is_dir()):
@@ -298,10 +306,10 @@ def _run(args: argparse.Namespace) -> str:
     )  # fmt: skip
     if not found.shares:
         print("the model's cache cannot be gone on from: the whole prompt was read for every patch", file=sys.stderr)
-    images = [image_name(image) for image in images]
-    _write(args.out, write_page(found, args.model, images))
+    name, images = _named(args.model), list(map(_named, images))
+    _write(args.out, write_page(found, name, images))
     if args.json is not None:
-        _write(args.json, json.dumps(as_json(found, args.model, images), ensure_ascii=False, indent=1) + "\n")
+        _write(args.json, json.dumps(as_json(found, name, images), ensure_ascii=False, indent=1) + "\n")
     of = f"what each of {len(found.pieces)} tokens hangs on, of {len(found.patches)} patches"
     area = f"the strongest first cost {found.deletion.area:+.2f} nats more than in random orders"
     return f"{printable(found.answer)}\n{args.out}: {of}; {area} (± {found.deletion.spread:.2f})."

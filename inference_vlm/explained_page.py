@@ -48,7 +48,7 @@ p { margin: 6px 0 0; overflow-wrap: anywhere; }
 .answer { font-size: 19px; white-space: pre-wrap; }
 .card { margin-top: 18px; padding: 16px 18px; background: var(--card); border: 1px solid var(--line);
   border-radius: 12px; }
-.chips { display: flex; flex-wrap: wrap; gap: 6px; margin-top: 10px; max-height: 40vh; padding: 3px 10px;
+.chips { display: flex; flex-wrap: wrap; gap: 6px; margin: 10px -8px 0; max-height: 40vh; padding: 3px 10px;
   overflow-y: auto; }
 .chip { position: relative; min-width: 30px; min-height: 34px; padding: 3px 9px; border: 1px solid var(--line);
   border-radius: 8px; color: inherit; font: inherit; white-space: pre; cursor: pointer; max-width: 100%;

@@ -1,10 +1,14 @@
 """What an answer hangs on: values that a plain reading gives too, maps that theory knows, and a page of them."""
 
+import html
 import json
 import re
+import shutil
+import subprocess
 
 import pytest
 import torch
+import transformers
 from peft import LoraConfig, get_peft_model
 from PIL import Image, ImageStat
 from transformers import FalconH1Config, LlamaConfig, MixtralConfig, SiglipVisionConfig, ViTConfig
@@ -94,7 +98,7 @@ def assert_as_plainly(model, processor, pictures, question, found):
         shown[patch.picture].paste(tuple(colour), patch.box)
         expected = whole - plainly(model, processor, pictures, shown, question, answer)
         assert torch.allclose(falls, expected, atol=1e-4), patch
-    assert found.falls.abs().max() > 1e-2
+    assert found.falls.abs().max() > 5e-3
 
 
 def test_every_fall_is_that_of_a_plain_reading_of_the_hidden_picture(seeing, image):
@@ -111,6 +115,16 @@ def test_mixtures_windows_and_recurrent_models_are_explained_exactly(text, image
     found = explain(model, processor, pictures, "left of it?", max_new_tokens=2, grid=(1, 2), batch_size=3, seeds=1)
     assert found.shares or text == "recurrent"
     assert_as_plainly(model, processor, pictures, "left of it?", found)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", LANGUAGE_MODELS)
+def test_every_language_model_is_explained_exactly(name, image):
+    kind, settings = LANGUAGE_MODELS[name]
+    model, processor = composed_of(ViTConfig(**EYES), getattr(transformers, f"{kind}Config")(**settings))
+    pictures = [image(1), image(2, (30, 50))]
+    found = explain(model, processor, pictures, "left?", max_new_tokens=2, grid=(1, 2), batch_size=3, seeds=1)
+    assert_as_plainly(model, processor, pictures, "left?", found)
 
 
 def test_a_cache_that_cannot_be_gone_on_from_is_not_used(image, monkeypatch):
@@ -396,7 +410,8 @@ def test_the_command_writes_a_page_and_the_same_as_json(saved, image, tmp_path, 
     assert str(out) in printed.out and "of 12 patches" in printed.out and "patches: 100%" in printed.err
     assert [len(of["patches"]) for of in found["images"]] == [6, 6] and len(found["deletion"]["chance"]) == 2
     assert len(found["tokens"]) == len(found["images"][0]["patches"][0]["falls"]) <= 3
-    assert "what is it?" in out.read_text(encoding="utf-8")
+    page = out.read_text(encoding="utf-8")
+    assert "what is it?" in page and str(tmp_path) not in page + json.dumps(found) and str(saved) not in page
     assert command.main([str(saved), str(tmp_path / "0.png"), "--out", str(out), "--grid", "1"]) == 0
     assert "What is in the picture?" in out.read_text(encoding="utf-8")
 
@@ -472,3 +487,40 @@ def test_the_objects_that_a_drawn_answer_is_about_are_where_they_are_drawn():
             colour = torch.tensor(inside.getpixel((inside.width // 2, round(inside.height * 0.55))))
             assert (colour - torch.tensor(shapes.COLOURS[thing.colour])).abs().max() <= 40
     assert kinds == {"place", "colour", "exists", "relation"}
+
+
+BROWSER = shutil.which("chromium") or shutil.which("google-chrome")
+DRIVE = """<script>
+const key = name => document.dispatchEvent(new KeyboardEvent("keydown", {key: name, bubbles: true}));
+const state = () => [chosen, said.textContent, chips.findIndex(chip => chip.getAttribute("aria-pressed") === "true")];
+const seenStates = [state()];
+const keys = ["ArrowRight", "ArrowRight", "ArrowLeft", "End", "ArrowRight", "Escape"];
+for (const name of keys) { key(name); seenStates.push(state()); }
+chips[2].click(); seenStates.push(state());
+key("m"); key("s");
+const before = said.textContent;
+flat[3].dispatchEvent(new PointerEvent("pointerenter", {pointerType: "mouse"}));
+document.title = JSON.stringify({states: seenStates, map: document.body.classList.contains("map"),
+  width: document.documentElement.scrollWidth, room: innerWidth, patch: said.textContent, before});
+</script></body>"""
+
+
+@pytest.mark.skipif(BROWSER is None, reason="no browser")
+def test_the_page_works_in_a_browser_by_keys_and_in_a_narrow_window(seeing, image, tmp_path):
+    model, processor = seeing
+    pictures = [image(1), image(2, (900, 300))]
+    found = explain(model, processor, pictures, "what is it?" * 8, max_new_tokens=4, grid=(2, 3), seeds=1)
+    count = len(found.pieces)
+    file = tmp_path / "page.html"
+    file.write_text(page_of(found, "m" * 90, ["n" * 90, "b.png"]).replace("</body>", DRIVE), encoding="utf-8")
+    command = [BROWSER, "--headless", "--no-sandbox", "--disable-gpu", f"--user-data-dir={tmp_path / 'user'}"]
+    run = subprocess.run(
+        [*command, "--window-size=420,900", "--dump-dom", file.as_uri()], capture_output=True, text=True, timeout=120
+    )
+    title = json.loads(html.unescape(re.search("<title>(.*?)</title>", run.stdout)[1]))
+    states = title["states"]
+    assert [state[0] for state in states] == [-1, 0, 1, 0, count - 1, count - 1, -1, 1]
+    assert [state[2] for state in states] == [state[0] + 1 for state in states]
+    assert states[0][1].startswith("The whole answer: ") and states[0][1] == states[6][1] != states[1][1]
+    assert not title["map"] and title["width"] <= max(420, title["room"])
+    assert title["patch"].startswith("picture 1, row 2, column 1 hidden: ") and title["patch"] != title["before"]
