@@ -21,6 +21,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
 from transformers.utils import logging
 
 from processing.data_error_vlm import DuetError
@@ -223,6 +224,14 @@ def main(argv: list[str] | None = None) -> int:
         return INTERRUPTED
     except BrokenPipeError:  # whoever read has gone
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return ERROR
+    except torch.OutOfMemoryError as error:
+        line = str(error).partition("\n")[0].partition(". ")[0]
+        print(
+            f"error: the memory of the device is full ({line}); give a smaller --batch_size, fewer pictures, or "
+            "--load_in_4bit.",
+            file=sys.stderr,
+        )
         return ERROR
     except Exception as error:
         if not getattr(error, "is_duet_error", False) or os.environ.get("DUET_TRACEBACK"):

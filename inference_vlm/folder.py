@@ -117,7 +117,7 @@ def answer_folder(answerer: Answerer, plan: Plan, settings: Settings, stop: Sequ
                 lines.flush()
     except OSError as error:
         raise DuetError(f"{out} could not be written: {error}.") from error
-    unread = f"; {count:,} pictures could not be read" if count else ""
+    unread = f"; {count:,} picture{'s' * (count > 1)} could not be read" if count else ""
     print(f"{out} has {len(plan.names) - count:,} answers about {len(plan.names):,} pictures{unread}.")
     return count
 

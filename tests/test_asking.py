@@ -362,5 +362,18 @@ def test_an_interrupted_answer_ends_the_writing_and_gives_its_own_code(saved, pi
     answerer._lock.release()
 
 
+def test_a_full_memory_is_one_line(saved, pictures, capsys, monkeypatch):
+    def full(*given):
+        raise torch.OutOfMemoryError(
+            "CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has a total of 80 GiB\nmore"
+        )
+
+    handle = saved[1].model.register_forward_pre_hook(full)
+    assert main([saved[0], str(pictures / "a.png"), "what is it?"]) == 1
+    handle.remove()
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("error: the memory of the device is full (CUDA out of memory);")
+
+
 def test_what_a_model_writes_steers_no_terminal():
     assert program._harmless("a\x1b[2Jb\r\x07\nc\t🙂👩‍👧 مرحبا") == "a\\x1b[2Jb\\r\\x07\nc\t🙂👩‍👧 مرحبا"
