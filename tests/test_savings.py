@@ -71,21 +71,21 @@ def test_a_budget_s_step_is_counted_with_prefixes_shared(make, tokens):
     found, images = chosen(make(rows), {"max_tokens_per_batch": tokens}), images_of_batches(ahead(rows), tokens)
     assert found.share_prefix == (images >= 8)
     if not found.share_prefix:
-        said = float(found.why_not.split("would hold ")[1].split()[0])
+        said = float(found.why.split("would hold ")[1].split()[0])
         assert said == pytest.approx(images, rel=0.25)
 
 
 @pytest.mark.parametrize("make", [ahead, lambda rows: StreamedDataset([streamed(rows)])], ids=["ahead", "stream"])
 def test_a_limit_of_images_limits_those_of_a_step(make):
     data, asked = make(rows_of(60, 5)), {"max_tokens_per_batch": 100_000, "max_images_per_batch": 3}
-    assert "a step would hold 3.0 images" in chosen(data, asked).why_not
-    assert "a step would hold 6.0 images" in chosen(data, asked, accumulation=2).why_not
+    assert "a step would hold 3.0 images" in chosen(data, asked).why
+    assert "a step would hold 6.0 images" in chosen(data, asked, accumulation=2).why
     assert chosen(data, asked, accumulation=3).share_prefix and chosen(data, asked, processes=3).share_prefix
 
 
 @pytest.mark.parametrize("settings", [{"batch": 64}, {"batch": 8, "accumulation": 9}, {"batch": 8, "processes": 9}])
 def test_a_step_holds_no_more_images_than_the_data_have(settings):
-    assert "a step would hold 6.0 images" in chosen(ahead(rows_of(6, 5)), **settings).why_not
+    assert "a step would hold 6.0 images" in chosen(ahead(rows_of(6, 5)), **settings).why
     assert chosen(ahead(rows_of(8, 5)), **settings).share_prefix
     assert chosen(StreamedDataset([streamed(rows_of(6, 5))]), **settings).share_prefix  # which has no end
 
@@ -93,7 +93,7 @@ def test_a_step_holds_no_more_images_than_the_data_have(settings):
 def test_a_stream_s_batch_holds_no_more_than_its_buffer():
     rows, asked = rows_of(300, 5), {"max_tokens_per_batch": 100_000}
     small, large = (StreamedDataset([streamed(rows)], shuffle_buffer=size) for size in (20, 1000))
-    assert "a step would hold 4.0 images" in chosen(small, asked).why_not
+    assert "a step would hold 4.0 images" in chosen(small, asked).why
     assert chosen(large, asked).share_prefix
 
 
@@ -101,22 +101,29 @@ def test_a_stream_s_batch_holds_no_more_than_its_buffer():
 def test_a_stream_that_is_short_is_counted_once(asked):
     """However often a run reads it, an image with one text has one."""
     one, five = (StreamedDataset([streamed(rows_of(30, captions))]) for captions in (1, 5))
-    assert chosen(one, asked, batch=256).why_not == "prefixes are not shared: each image has one text"
+    assert chosen(one, asked, batch=256).why == "prefixes are not shared: each image has one text"
     assert chosen(five, asked, batch=256).share_prefix
-    assert "with 5.0 texts an image" in chosen(five, {"max_tokens_per_batch": 200}).why_not
-    assert "with 5.0 texts an image a step would hold 1.6 images" in chosen(five).why_not
+    assert "with 5.0 texts an image" in chosen(five, {"max_tokens_per_batch": 200}).why
+    assert "with 5.0 texts an image a step would hold 1.6 images" in chosen(five).why
+
+
+def test_a_step_of_few_images_that_shares_unasked_says_what_that_costs():
+    data = ahead(rows_of(60, 5))
+    assert "a step holds 12.0 images, and below 32 it teaches less" in chosen(data, batch=60).why
+    assert chosen(data, batch=160) == (True, True, "", False)  # 32 images
+    assert chosen(data, {"share_prefix": "on"}, batch=60).why == ""  # whoever asks knows
 
 
 def test_a_mix_of_streams_is_counted_in_its_shares():
     parts = [streamed(rows_of(40, 1, "a")), streamed(rows_of(10, 5, "b"))]
     found = chosen(StreamedDataset(parts, weights=[1.0, 3.0]), batch=16)
-    assert "with 2.5 texts an image a step would hold 6.4 images" in found.why_not  # 16 x (0.25 / 1 + 0.75 / 5)
+    assert "with 2.5 texts an image a step would hold 6.4 images" in found.why  # 16 x (0.25 / 1 + 0.75 / 5)
 
 
 def test_a_text_that_a_mix_shows_again_is_not_another_text_of_its_image():
     small, large = ahead(rows_of(10, 1, "a")), ahead(rows_of(50, 1, "b"))
     mix = MixedDataset([small, large], weights=[1.0, 1.0])
-    assert chosen(mix, batch=256).why_not == "prefixes are not shared: each image has one text"
+    assert chosen(mix, batch=256).why == "prefixes are not shared: each image has one text"
     groups, rows = mix.groups, [mix[index]["row"] for index in range(30)]
     assert len(set(groups.tolist())) == 60 and max(rows.count(row) for row in rows) == 3
 

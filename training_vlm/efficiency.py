@@ -19,6 +19,8 @@ FROZEN_DTYPES = ("auto", "bfloat16", "float16")
 CHOICES = ("auto", "on", "off")
 LEAST_IMAGES = 8
 """Images of an optimiser step below which texts of one image would make steps too much alike."""
+AMPLE_IMAGES = 32
+"""Images of an optimiser step from which it teaches about as much as one with an image a text (docs/speed.md)."""
 
 
 @dataclass

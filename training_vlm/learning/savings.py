@@ -19,7 +19,7 @@ from processing.batching.encoding import Encoder
 from processing.data_error_vlm import DuetError
 
 from ..data import TrainDataset
-from ..efficiency import LEAST_IMAGES, EfficiencyArguments
+from ..efficiency import AMPLE_IMAGES, LEAST_IMAGES, EfficiencyArguments
 from ..survey import SURVEYED, length_is_fetched, some_items, sources_of
 from .adapters import composed
 from .batches import Budget, PlannedBatches, PlannedStream, units_of
@@ -33,11 +33,11 @@ Probe = Callable[[nn.Module, bool], str | None]
 
 
 class Savings(NamedTuple):
-    """What was decided of padding and of shared prefixes, why something is not done, and where features come from."""
+    """What was decided of padding and of shared prefixes, why, and where features come from."""
 
     padding_free: bool
     share_prefix: bool
-    why_not: str = ""
+    why: str = ""
     is_cached: bool = False
 
     def __str__(self):
@@ -45,7 +45,7 @@ class Savings(NamedTuple):
         made += ", features of images read from the cache" if self.is_cached else ", each image of a batch encoded once"
         if self.share_prefix:
             made += ", what texts of an image begin with run once"
-        return f"{made}; {self.why_not}" if self.why_not else made
+        return f"{made}; {self.why}" if self.why else made
 
 
 def choose_savings(asked: EfficiencyArguments, trainer: VLMTrainer, probe: Probe = why_not_packed) -> Savings:
@@ -72,8 +72,8 @@ def choose_savings(asked: EfficiencyArguments, trainer: VLMTrainer, probe: Probe
         if reason:
             raise DuetError(f"share_prefix=on cannot be: {reason}; leave it out, and each text has its own.")
         return Savings(True, True)
-    reason = reason or _why_apart(asked, trainer)
-    return Savings(True, reason is None, "" if reason is None else f"prefixes are not shared: {reason}")
+    shared, why = (False, reason) if reason else _shared_unasked(asked, trainer)
+    return Savings(True, shared, why if shared else f"prefixes are not shared: {why}")
 
 
 def _why_padded(trainer, probe, share_prefix) -> str | None:
@@ -84,13 +84,14 @@ def _why_padded(trainer, probe, share_prefix) -> str | None:
     return next(filter(None, gather_object([reason])), None)
 
 
-def _why_apart(asked, trainer) -> str | None:
+def _shared_unasked(asked, trainer) -> tuple[bool, str]:
+    """Whether prefixes are shared where nobody said so, and what is to be known of it."""
     args, strategy, dataset = trainer.args, trainer.args.train_sampling_strategy, trainer.train_dataset
     if strategy not in ("random", "sequential"):
-        return f"train_sampling_strategy={strategy} has an order of its own"
+        return False, f"train_sampling_strategy={strategy} has an order of its own"
     held = _held_by(dataset, trainer.data_collator.encoder, asked.max_tokens_per_batch is not None)
     if held.texts == held.images:
-        return "each image has one text"
+        return False, "each image has one text"
     if asked.max_tokens_per_batch is None:
         images = args.per_device_train_batch_size * held.images / held.texts
     else:
@@ -104,11 +105,16 @@ def _why_apart(asked, trainer) -> str | None:
     if not isinstance(dataset, StreamedDataset):  # a step ends with the epoch
         images = min(images, held.images)
     if images < LEAST_IMAGES:
-        return (
+        return False, (
             f"with {held.texts / held.images:.1f} texts an image a step would hold {images:.1f} images, and steps of "
             f"fewer than {LEAST_IMAGES} would be too much alike; --share_prefix on shares them all the same"
         )
-    return None
+    if images < AMPLE_IMAGES:
+        return True, (
+            f"a step holds {images:.1f} images, and below {AMPLE_IMAGES} it teaches less than one of as many texts of "
+            "different images, if it costs less; --share_prefix off has them apart"
+        )
+    return True, ""
 
 
 class _Held(NamedTuple):
