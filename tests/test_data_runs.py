@@ -75,8 +75,15 @@ def assert_adds_up(report) -> None:
         assert report["total"][name] == sum(counts[name] for counts in report["sources"].values())
 
 
-@pytest.mark.parametrize("ahead", ["True", "False"])
-@pytest.mark.parametrize("workers", ["0", "2"])
+@pytest.mark.parametrize(
+    "ahead, workers",
+    [
+        ("True", "0"),
+        ("False", "2"),
+        pytest.param("True", "2", marks=pytest.mark.slow),
+        pytest.param("False", "0", marks=pytest.mark.slow),
+    ],
+)
 def test_every_broken_file_is_survived_named_and_counted(backbones, tmp_path, capsys, ahead, workers):
     corpus = make_corpus(tmp_path / "media")
     rows = [{"image": name, "caption": f"a picture called {name}"} for name in corpus]
@@ -157,7 +164,7 @@ def test_a_source_that_gives_nothing_is_named(backbones, refused, tmp_path):
     assert line.startswith(f"error: {bad}: there is nothing to learn from") and "role 'nobody'" in line
 
 
-@pytest.mark.parametrize("workers", ["0", "2"])
+@pytest.mark.parametrize("workers", [pytest.param("0", marks=pytest.mark.slow), "2"])
 def test_a_resumed_stream_is_the_same_run(backbones, tmp_path, workers):
     for shard in range(4):
         write_dialogues(tmp_path / "shards", f"shard{shard}", 9)
@@ -215,7 +222,10 @@ def test_a_weighted_mix_grouped_by_length_resumes_as_the_same_run(backbones, tmp
     assert account_of(whole)["total"]["samples"] == 3 * 40
 
 
-@pytest.mark.parametrize("changes", [[], ["--ignore_data_skip"]], ids=["skipping", "anew"])
+@pytest.mark.parametrize(
+    "changes",
+    [pytest.param([], id="skipping"), pytest.param(["--ignore_data_skip"], id="anew", marks=pytest.mark.slow)],
+)
 def test_a_resumed_stream_is_evaluated(backbones, tmp_path, changes):
     data = write_dialogues(tmp_path / "cats", "cats", 40)
     common = [

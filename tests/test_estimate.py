@@ -112,7 +112,13 @@ SETTINGS = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("name", SETTINGS)
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(name, marks=pytest.mark.slow if name in ("fp32", "bf16, stage 1", "adafactor") else ())
+        for name in SETTINGS
+    ],
+)
 def test_the_peak_is_the_one_that_is_measured(made, tmp_path, name):
     """Of the same batch, by the allocator's own account; what a kernel needs for itself is not foreseen."""
     stage, settings = SETTINGS[name]
@@ -279,6 +285,7 @@ def refused(capsys, *argv):
     return line
 
 
+@pytest.mark.slow
 def test_a_recipe_is_read_alike_however_it_is_named(made, tmp_path, capsys):
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text(
@@ -383,6 +390,7 @@ def test_what_is_refused_of_a_sample_says_that_it_is_one(made, tmp_path, capsys)
     assert "there is nothing to learn from in a sample of 512: " in refused(capsys, *argv)
 
 
+@pytest.mark.slow
 def test_conversations_of_which_nothing_is_learned_are_no_work(made, tmp_path):
     half, whole = (rows_file(made, tmp_path, ("a cat", 40), (None, dropped)) for dropped in (40, 0))
     one, other = (sketch_of(made, "--dataset", data, "--num_train_epochs", "1") for data in (half, whole))
@@ -390,6 +398,7 @@ def test_conversations_of_which_nothing_is_learned_are_no_work(made, tmp_path):
     assert "80 conversations" in one.described
 
 
+@pytest.mark.slow
 def test_batches_of_which_nothing_is_learned_are_steps_of_a_run(made, tmp_path):
     """A batch of one of two rows, of which one is learned: as many steps hold half as many conversations."""
     half, whole = (rows_file(made, tmp_path, ("a cat", 40), (None, dropped)) for dropped in (40, 0))
@@ -456,12 +465,14 @@ def test_prefixes_are_shared_where_a_whole_step_of_the_run_has_images_enough(mad
         assert ("begin with run once" in sketch.rehearsed.savings) == shared
 
 
+@pytest.mark.slow
 def test_half_precision_of_either_kind_takes_the_same(made):
     kinds = (["--fp16", "true", "--frozen_dtype", "float16"], ["--bf16", "true", "--frozen_dtype", "bfloat16"])
     one, other = (Sketch(SFT, settled(SFT, options(made, SFT, *kind))).rehearsed for kind in kinds)
     assert one.peak == other.peak
 
 
+@pytest.mark.slow
 def test_an_encoder_of_other_channels_is_estimated(made, tmp_path):
     config = ViTConfig(hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=48, image_size=32,
                        patch_size=8, num_channels=1)  # fmt: skip
