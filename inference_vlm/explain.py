@@ -154,7 +154,8 @@ def explain(
         found = tqdm(occlusion.log_probs(hidings), what, len(hidings), disable=not progress, file=sys.stderr)
         return torch.stack(list(found))
 
-    whole, *hidden = read([[], *(_near(patches, patch, around) for patch in patches)], "patches")
+    at = {patch[:3]: patch for patch in patches}
+    whole, *hidden = read([[], *(_near(at, patch, around) for patch in patches)], "patches")
     falls = whole - torch.stack(hidden)
     order = sorted(range(len(patches)), key=lambda number: -falls[number].sum().item())
     orders = [[patches[number] for number in order]]
@@ -184,14 +185,11 @@ def explain(
     )
 
 
-def _near(patches, patch, around):
-    """A patch, and those of its picture that lie around it."""
-    left, right = patch.column - around, patch.column + around
-    return [
-        other
-        for other in patches
-        if other.picture == patch.picture and abs(other.row - patch.row) <= around and left <= other.column <= right
-    ]
+def _near(at, patch, around):
+    """A patch, and those of its picture that lie around it; `at` finds a patch by its place."""
+    reach = range(-around, around + 1)
+    places = [(patch.picture, patch.row + down, patch.column + across) for down in reach for across in reach]
+    return [at[place] for place in places if place in at]
 
 
 @torch.no_grad()

@@ -288,7 +288,7 @@ def write_page(explanation: Any, name: str, images: Sequence[str]) -> str:
     if found.around:
         facts[-1] += f", with {found.around} on every side of it"
     if found.rounding > 1e-3:
-        facts.append(f"differences below {found.rounding:.2g} nats are rounding")
+        facts.append(f"computed in few bits: rounding alone makes {found.rounding:.2g} nats")
     numbers = {
         "log_probs": [round(value, 6) for value in found.log_probs],
         "labels": [piece.label.strip(" ") + (f" ({piece.part})" if piece.part else "") for piece in found.pieces],
