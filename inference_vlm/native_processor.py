@@ -21,14 +21,14 @@ _BEGINNING = """{%- set read = namespace(messages=[]) -%}
 {%- set content = message['content'] -%}
 {%- if content is string and message['role'] in PARTS -%}
 {%- set content = [{'type': 'text', 'text': content}] -%}
-{%- elif content is not string and content is iterable and message['role'] not in PARTS -%}
+{%- elif content is defined and content is not string and content is iterable and message['role'] not in PARTS -%}
 {%- set text = namespace(value='') -%}
 {%- for part in content -%}
 {%- set text.value = text.value + (IMAGE if part['type'] in ['image', 'image_url'] else part['text']) -%}
 {%- endfor -%}
 {%- set content = text.value -%}
 {%- endif -%}
-{%- set read.messages = read.messages + [dict(message, content=content)] -%}
+{%- set read.messages = read.messages + [dict(message, content=content) if content is defined else message] -%}
 {%- endfor -%}
 {%- set messages = read.messages -%}
 """
