@@ -14,6 +14,7 @@ import os
 import shutil
 import sys
 from pathlib import Path
+from typing import Any
 
 import torch
 import transformers
@@ -72,7 +73,7 @@ def export(
     beside = out.with_name(_BESIDE.format(out.name))
     try:
         shutil.rmtree(beside, ignore_errors=True)  # of a run that was killed
-        shards = {} if max_shard_size is None else {"max_shard_size": max_shard_size}
+        shards: dict[str, Any] = {} if max_shard_size is None else {"max_shard_size": max_shard_size}
         _as_native(model, form).save_pretrained(beside, **shards)
         native.save_pretrained(beside)
         difference = _check(name, beside, model, processor, image)
@@ -94,7 +95,7 @@ def export(
     return " ".join([*said, *changed])
 
 
-def _load(name, dtype, revision) -> tuple[PreTrainedModel, VLMProcessor]:
+def _load(name, dtype, revision) -> tuple[Any, VLMProcessor]:
     asked = {} if dtype is None else {"dtype": getattr(torch, dtype)}
     model, processor = load(name, revision=revision, merge_adapter=True, **asked)
     if not hasattr(model, "native_form"):

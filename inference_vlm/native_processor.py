@@ -123,7 +123,7 @@ def _takes(processor, messages):
         return False
 
 
-def inputs_of(processor: ProcessorMixin, messages: list[dict[str, Any]]) -> dict[str, Any]:
+def inputs_of(processor: Any, messages: list[dict[str, Any]]) -> dict[str, Any]:
     """What a model is given that is to answer."""
     return processor.apply_chat_template(
         messages, add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt"

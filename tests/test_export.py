@@ -422,6 +422,7 @@ def test_what_is_no_composed_model_gives_one_line(made, tmp_path, capsys):
     saved, exported = made("clip-llama")
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "file").write_text("mine")
+    capsys.readouterr()
     for name, out, expected in (
         (exported, tmp_path / "out", "is of type llava, which Duet did not compose"),
         (tmp_path / "nowhere", tmp_path / "out", "could not be loaded"),
