@@ -25,7 +25,7 @@ from transformers.utils import logging
 
 from inference_vlm.answering import greedy, load
 from inference_vlm.loading import add_loading_arguments, loading_of, place
-from inference_vlm.program import program
+from inference_vlm.program import program, show_any_text
 from processing.batching.dataset import ConversationDataset
 from processing.batching.encoding import Encoder, encode_caption, encode_dialogue
 from processing.data_error_vlm import DuetError
@@ -177,7 +177,7 @@ def _judged(name: str, dataset: ConversationDataset, args: argparse.Namespace) -
         )
     metrics = choose_metrics(questions, args.metrics)
     weighs, config = any(metric.likelihoods for metric in metrics), greedy(model, processor, args.max_new_tokens)
-    predictions = answer_questions(model, processor, questions, args.batch_size, config, weighs=weighs)
+    predictions = answer_questions(model, processor, questions, args.batch_size, config, weighs=weighs, progress=True)
     if not predictions:
         raise DuetError(f"{args.dataset}: no question could be asked, because no image could be read.")
     return judge_together(predictions, metrics), Wording(processor)
@@ -249,6 +249,7 @@ def _in_common(first: Judgement, second: Judgement) -> tuple[Judgement, Judgemen
 def main(argv: list[str] | None = None) -> int:
     """The command line; 1 where a person's mistake ends it."""
     args = _parser().parse_args(argv)
+    show_any_text()
     logging.disable_progress_bar()
     try:
         if len(args.models) > 2:

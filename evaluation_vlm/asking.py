@@ -135,6 +135,7 @@ def answer_questions(
     cache: FeatureCache | None = None,
     in_step: bool = False,
     weighs: bool = False,
+    progress: bool = False,
 ) -> list[Prediction]:
     """
     What a model answers: every process asks its share, and gets the answers of all, in the order of the questions.
@@ -149,6 +150,7 @@ def answer_questions(
         cache: features of the images, read in place of encoding them.
         in_step: the processes share the model's weights (FSDP, ZeRO-3), so they have to run it together.
         weighs: the predictions tell how likely the model finds each choice of a question.
+        progress: draw a bar on stderr, in the main process.
     """
     state = PartialState()
     mine = _shares(questions, state.num_processes)[state.process_index]
@@ -157,7 +159,9 @@ def answer_questions(
         ids_of = functools.cache(functools.partial(answer_ids, processor))
         weighing = Weighing([[ids_of(choice) for choice in questions[i].choices] for i in mine], batch_size)
     with whole_weights(model) if in_step else contextlib.nullcontext(), untouched_randomness():
-        said = answer(model, processor, prompts, batch_size, config, cache, in_step, weighing)
+        said = answer(
+            model, processor, prompts, batch_size, config, cache, in_step, weighing, progress and state.is_main_process
+        )
     weights = {} if weighing is None else weighing.found
     answered = [(index, text, weights.get(place)) for place, (index, text) in enumerate(zip(mine, said))]
     if state.num_processes > 1:

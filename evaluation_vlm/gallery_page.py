@@ -11,6 +11,8 @@ from collections.abc import Mapping, Sequence
 
 from PIL import Image
 
+from processing.data_error_vlm import JOINERS
+
 from .gallery import Shown
 
 
@@ -163,13 +165,14 @@ def _card(one: Shown) -> str:
         picture = f'<figure><img{small} src="{_data_uri(one.image)}" alt="" loading="lazy"></figure>'
     score = "" if one.score is None else f'<span class="score {one.mark}">{_text(one.written)}</span>'
     asked = _text(one.asked) if one.asked else '<span class="none">the image alone</span>'
+    answer = _text(one.answer) if one.answer else '<span class="none">nothing</span>'
     first, *others = one.expected or ("",)
     more = f" <small>or {_text(' · '.join(others[:9]))}</small>" if others else ""
     return (
         f'<article data-kind="{_text(one.kind)}">{picture}<div class="text"><div class="head">'
-        f'<span class="kind">{_text(one.kind)}</span>{score}</div><p class="asked">{asked}</p><dl>'
-        f"<dt>Expected</dt><dd>{_text(first)}{more}</dd><dt>Generated</dt>"
-        f"<dd>{_text(one.answer) if one.answer else '<span class=none>nothing</span>'}</dd></dl></div></article>"
+        f'<span class="kind">{_text(one.kind)}</span>{score}</div><p class="asked" dir="auto">{asked}</p><dl>'
+        f'<dt>Expected</dt><dd dir="auto">{_text(first)}{more}</dd><dt>Generated</dt>'
+        f'<dd dir="auto">{answer}</dd></dl></div></article>'
     )
 
 
@@ -178,7 +181,7 @@ _LONGEST = 4_000  # letters of a text
 
 def _text(text: str) -> str:
     """A text as text, without what would turn or hide its neighbours."""
-    text = "".join(c if c.isprintable() or c == "\n" else " " for c in text)
+    text = "".join(c if c.isprintable() or c in f"\n{JOINERS}" else " " for c in text)
     return html.escape(text if len(text) <= _LONGEST else f"{text[:_LONGEST]}...")
 
 

@@ -106,6 +106,7 @@ def ask(
             cache=getattr(trainer.data_collator, "features", None),
             in_step=trainer.is_fsdp_enabled or is_deepspeed_zero3_enabled(),
             weighs=any(metric.likelihoods for metric in metrics),
+            progress=not trainer.args.disable_tqdm,
         )
 
 

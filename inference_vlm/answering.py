@@ -7,12 +7,14 @@ waits for it any more; and among many prompts an image that cannot be read costs
 
 import contextlib
 import copy
+import sys
 import threading
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
 from accelerate.utils import gather_object
+from tqdm import tqdm
 from transformers import GenerationConfig, GenerationMixin, PreTrainedModel, StoppingCriteriaList
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
@@ -401,6 +403,7 @@ def answer(
     cache: FeatureCache | None = None,
     in_step: bool = False,
     weighing: Weighing | None = None,
+    progress: bool = False,
 ) -> list[str | None]:
     """
     What the model says, in the order of the prompts; `None` where an image cannot be read, which is printed.
@@ -417,6 +420,7 @@ def answer(
         in_step: every process calls this with prompts of its own, and makes the same calls of the model: those that
             share its weights have to.
         weighing: weighs texts for the prompts, as each is answered; every process gives one or none does.
+        progress: draw a bar on stderr.
 
     Raises:
         DuetError: the model's code is of an earlier Duet, and this transformers needs today's.
@@ -430,7 +434,8 @@ def answer(
     was_training = model.training
     model.eval()
     try:
-        with _generating(composed, config):
+        bar = tqdm(total=len(prompts), unit="question", disable=not progress, leave=False, file=sys.stderr)
+        with _generating(composed, config), bar:
             for batch, room, encodes in _rounds(asking.batches(batch_size), images, in_step):
                 written = _written(model, processor, images, batch, room, encodes, in_step)
                 for index, ids in zip(batch.indices if batch else (), written):
@@ -440,6 +445,7 @@ def answer(
                     features = [images.of(names) for names in shown]
                     weighing.weigh(model, processor, indices, rows, features, asking.limit, in_step)
                 images.give_up()
+                bar.update(0 if batch is None else len(batch.indices))
     finally:
         model.train(was_training)
     for index in asking.full:

@@ -31,7 +31,7 @@ from .answering import Answerer, Prepared
 from .asked import opened, reference_of
 from .folder import PICTURES, Asked, answer_folder, plan_folder
 from .loading import add_loading_arguments, loading_of
-from .program import program
+from .program import program, show_any_text
 from .sampled import Settings, check_settings
 
 
@@ -214,9 +214,7 @@ def _run(args: argparse.Namespace) -> int:
 def main(argv: list[str] | None = None) -> int:
     """The command line; see above for the codes that it gives."""
     args = _parser().parse_intermixed_args(argv)
-    for stream in (sys.stdout, sys.stderr):
-        if hasattr(stream, "reconfigure"):  # a terminal that cannot show a character of an answer shows a ?
-            stream.reconfigure(errors="replace")
+    show_any_text()
     try:
         return _run(args)
     except KeyboardInterrupt:

@@ -35,7 +35,7 @@ from .explained_page import write_page
 from .loading import add_loading_arguments, loading_of
 from .occlusion import Occlusion, Patch, patches_of
 from .pieces import Piece, pieces_of
-from .program import program
+from .program import program, show_any_text
 
 
 MAX_NEW_TOKENS = 64
@@ -333,6 +333,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--seeds", type=int, default=5, help="random orders to compare with (%(default)s)")
     add_loading_arguments(parser)
     args = parser.parse_intermixed_args(argv)
+    show_any_text()
     try:
         print(_run(args))
     except KeyboardInterrupt:

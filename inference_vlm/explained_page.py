@@ -16,6 +16,8 @@ from typing import Any
 
 from PIL import Image
 
+from processing.data_error_vlm import JOINERS
+
 
 PICTURE_SIDE = 1024
 _SMALL = 256  # a picture whose pixels are to be seen
@@ -419,7 +421,7 @@ def _number(value):
 
 def _text(text: str) -> str:
     """A text as text, without what would turn or hide its neighbours; what joins letters and emoji stays."""
-    text = "".join(c if c.isprintable() or c in "\n\u200c\u200d" else " " for c in text)
+    text = "".join(c if c.isprintable() or c in f"\n{JOINERS}" else " " for c in text)
     return html.escape(text)
 
 

@@ -26,7 +26,7 @@ from processing.processing_vlm import VLMProcessor
 
 from .loading import DTYPES, load
 from .native_processor import conversations, differing, inputs_of, leave_out_prefix, native_processor
-from .program import program
+from .program import program, show_any_text
 
 
 TOLERANCE = 1e-5
@@ -186,6 +186,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--revision", help="branch, tag or commit of a model on the Hub")
     parser.add_argument("--max_shard_size", help="of a file of weights, such as 5GB; the library's own if not given")
     args = parser.parse_args(argv)
+    show_any_text()
     try:
         print(export(args.model, args.out, args.dtype, args.revision, args.max_shard_size))
     except DuetError as error:

@@ -24,7 +24,7 @@ from transformers.utils import find_adapter_config_file
 
 from processing.data_error_vlm import DuetError, in_a_line
 
-from .program import program
+from .program import program, show_any_text
 
 
 ADAPTER = "adapter_config.json"
@@ -105,6 +105,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--dtype", choices=DTYPES, help="of the weights; that of the base if not given")
     parser.add_argument("--revision", help="branch, tag or commit of an adapter on the Hub")
     args = parser.parse_args(argv)
+    show_any_text()
     try:
         print(merge(args.adapter, args.out, args.dtype, args.revision))
     except DuetError as error:

@@ -25,7 +25,7 @@ from processing.data_error_vlm import DuetError, in_a_line
 
 from .answering import Answerer
 from .loading import add_loading_arguments, loading_of
-from .program import program
+from .program import program, show_any_text
 from .serving.settings import ServingSettings, add_settings, settings_of
 
 
@@ -99,6 +99,7 @@ def main(argv: list[str] | None = None) -> int:
     add_settings(parser)
     add_loading_arguments(parser)
     args = parser.parse_args(argv)
+    show_any_text()
     key = args.api_key if args.api_key is not None else os.environ.get(KEY)
     key = None if key is None else key.strip()  # a file's last line break is none of it
     if key is not None and not (key.isascii() and key):

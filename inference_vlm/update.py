@@ -22,7 +22,7 @@ from transformers.dynamic_module_utils import get_relative_import_files
 
 from processing.data_error_vlm import DuetError, NotFound, in_a_line
 
-from .program import program
+from .program import program, show_any_text
 
 
 ROOT = Path(__file__).parents[1]
@@ -173,6 +173,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, help="the folder that a model on the Hub is downloaded to")
     parser.add_argument("--revision", help="branch, tag or commit of a model on the Hub")
     args = parser.parse_args(argv)
+    show_any_text()
     try:
         folder = Path(args.model)
         if args.out is not None and folder.exists():

@@ -5,12 +5,15 @@ because a checkpoint's copy of this file is another class. Whatever has no such 
 keeps its stack trace. The file travels with every checkpoint.
 """
 
+JOINERS = "\u200c\u200d"
+"""What shapes the letters of Persian and of Indian scripts, and joins emoji to one; it turns and hides nothing."""
+
 
 def printable(text: str) -> str:
     """A text with its control characters written out, so that a name that data chose steers no terminal."""
     if text.isprintable():
         return text
-    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+    return "".join(c if c.isprintable() or c in JOINERS else c.encode("unicode_escape").decode() for c in text)
 
 
 class DuetError(ValueError):

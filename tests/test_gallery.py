@@ -84,7 +84,7 @@ def test_what_has_no_score_is_last_in_either_order(tmp_path, first, order):
     command = ["chromium", "--headless", "--no-sandbox", "--disable-gpu", f"--user-data-dir={tmp_path / 'home'}"]
     command += ["--dump-dom", str(tmp_path / "page.html")]
     drawn = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True).stdout
-    assert re.findall(r'class="asked">(\w+)<', drawn) == order.split()
+    assert re.findall(r'class="asked" dir="auto">(\w+)<', drawn) == order.split()
 
 
 @pytest.mark.parametrize("text", ["Где", "猫", "é", "ł"])

@@ -14,6 +14,7 @@ from transformers import TrainerCallback, set_seed
 from transformers.trainer_utils import TrainOutput
 from transformers.utils import logging
 
+from inference_vlm.program import show_any_text
 from modeling_vlm import VLMForConditionalGeneration
 from modeling_vlm.generation_vlm import savable
 from processing import VLMDataCollator
@@ -51,6 +52,7 @@ def one_line_errors(main):
 
     @functools.wraps(main)
     def wrapped(*args, **kwargs):
+        show_any_text()
         try:
             return main(*args, **kwargs)
         except Exception as error:

@@ -114,8 +114,6 @@ def main(argv: list[str] | None = None) -> None:
     options, others = parser.parse_known_args(argv)
     if options.n < 1:
         raise DuetError(f"--n {options.n}: expected 1 or more samples.")
-    if hasattr(sys.stdout, "reconfigure"):
-        sys.stdout.reconfigure(errors="replace")  # a text may hold what the terminal cannot show
     logging.disable_progress_bar()
     stage = STAGES[options.stage]
     arguments = parse_arguments(stage, [*others, *NO_TRAINING])

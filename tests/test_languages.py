@@ -1,0 +1,98 @@
+"""Folders, pictures, questions and answers in any script, and emoji: read, asked, learned and shown as they are."""
+
+import io
+import json
+import sys
+
+import pytest
+from PIL import Image
+
+import train_pretrain
+from evaluation_vlm.__main__ import main as evaluate
+from evaluation_vlm.gallery import Shown
+from evaluation_vlm.gallery_page import write_page
+from inference_vlm import ask, update
+from inference_vlm.program import program
+from processing.data_error_vlm import printable
+from tests import tiny
+
+
+FAMILY = "\U0001f469\u200d\U0001f469\u200d\U0001f467"
+WORDS = f"猫 قطة कुत्ता {FAMILY}"
+"""Chinese, Arabic, Hindi, and one emoji of three that are joined."""
+QUESTION, ANSWER = f"ما هذا؟ 这是什么？{FAMILY}", f"一只猫 قطة {FAMILY}"
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory, folders):
+    """A saved model, a picture and rows about it, in a folder of such a name."""
+    folder = tmp_path_factory.mktemp("languages") / WORDS
+    model, processor = tiny.compose(*folders("vit-gpt2"), "cls")
+    model.save_pretrained(folder / "模型")
+    processor.save_pretrained(folder / "模型")
+    Image.new("RGB", (40, 30), "red").save(folder / f"{WORDS}.png")
+    about = {"image": f"{WORDS}.png"}
+    asked = [{**about, "question": QUESTION, "answer": ANSWER, "question_type": kind} for kind in WORDS[:5:2]]
+    for name, rows in (("سؤال", asked), ("标题", [{**about, "caption": ANSWER}] * 2)):
+        lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+        (folder / f"{name}.jsonl").write_text(lines, encoding="utf-8")
+    return folder
+
+
+def ascii_terminal(monkeypatch):
+    """Have stdout be a terminal that can show ASCII alone; `buffer` holds what it was given."""
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(io.BytesIO(), encoding="ascii", write_through=True))
+    return sys.stdout
+
+
+def test_a_picture_and_a_question_of_any_script_are_asked_about(made, capsys):
+    asked = [str(made / "模型"), str(made / f"{WORDS}.png"), QUESTION, "--json", "--max_new_tokens", "2"]
+    assert ask.main(asked) == 0
+    said = json.loads(capsys.readouterr().out)
+    assert said["question"] == QUESTION and said["images"] == [str(made / f"{WORDS}.png")]
+
+
+def test_an_error_names_a_file_as_it_is_called(made, capsys):
+    assert ask.main([str(made / "模型"), str(made / f"{FAMILY}.png"), QUESTION]) == 1
+    line = capsys.readouterr().err
+    assert line.startswith("error: ") and line.count("\n") == 1 and str(made / f"{FAMILY}.png") in line
+
+
+def test_a_terminal_that_cannot_show_a_script_ends_no_command(made, tmp_path, monkeypatch, capsys):
+    terminal = ascii_terminal(monkeypatch)
+    judged = ["--dataset", str(made / "سؤال.jsonl"), "--max_new_tokens", "2", "--output_dir", str(tmp_path / WORDS)]
+    assert evaluate([str(made / "模型"), *judged]) == 0
+    assert b"?" in terminal.buffer.getvalue()
+    assert QUESTION in (tmp_path / WORDS / "predictions.jsonl").read_text(encoding="utf-8")
+    assert "question" in capsys.readouterr().err, "a bar of what is answered, and not on stdout"
+    assert update.main([str(made / "没有")]) == 1
+
+
+def test_a_stage_learns_and_saves_text_of_any_script(made, tmp_path, folders, monkeypatch):
+    terminal = ascii_terminal(monkeypatch)
+    vision, text = folders("vit-gpt2")
+    out = tmp_path / WORDS
+    train_pretrain.main([
+        "--vision_model", str(vision), "--text_model", str(text), "--dataset", str(made / "标题.jsonl"), "--use_cpu",
+        "--bf16", "False", "--vision_feature_select_strategy", "cls", "--output_dir", str(out), "--max_steps", "1",
+        "--per_device_train_batch_size", "1", "--disable_tqdm", "True", "--max_new_tokens", "2",
+    ])  # fmt: skip
+    assert (out / "model.safetensors").is_file() and b"Stage 1" in terminal.buffer.getvalue()
+
+
+def test_a_page_joins_emoji_and_runs_each_text_in_its_own_direction():
+    shown = Shown(image=None, asked=QUESTION, expected=(ANSWER,), answer=ANSWER, kind="猫", score=None, written="")
+    page = write_page(WORDS, "", {}, [shown])
+    assert f'<p class="asked" dir="auto">{QUESTION}</p>' in page and page.count(f'<dd dir="auto">{ANSWER}</dd>') == 2
+    assert "\u202e" not in write_page("\u202e", "", {}, [])
+
+
+def test_what_turns_a_line_is_written_out_and_what_joins_letters_is_not():
+    assert printable(WORDS) == WORDS and printable("a\u202eb\x1b") == "a\\u202eb\\x1b"
+
+
+def test_a_command_calls_itself_as_it_was_called(monkeypatch):
+    names = {"/usr/bin/duet-ask": "duet-ask", "duet-ask.exe": "duet-ask", "/home/me/ask.py": "python -m ask"}
+    for called, name in names.items():
+        monkeypatch.setattr(sys, "argv", [called])
+        assert program("ask") == name
