@@ -4,13 +4,20 @@ import json
 import runpy
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 import transformers
 from PIL import Image
 from safetensors.torch import load_file
+from transformers import AutoProcessor
 
+import train_pretrain
+from evaluation_vlm.__main__ import main as evaluate
+from evaluation_vlm.metrics import named_metrics
+from processing import VLMDataCollator, read_rows
+from processing.reading.sources import open_source
 from tests import tiny
 from tests.isolated import run_without_package
 
@@ -47,11 +54,12 @@ def made(tmp_path_factory, folders):
     model.save_pretrained(folder / "model")
     processor.save_pretrained(folder / "model")
     said = {role: lambda text, role=role: [{"role": role, "content": text}] for role in ("user", "assistant")}
-    rows = {"dialogues": [], "preferences": [], "tasks": []}
+    rows = {"dialogues": [], "captions": [], "preferences": [], "tasks": []}
     for number in range(8):
         name, answer = f"{number}.png", "a red circle " * (1 + number % 3)
         Image.new("RGB", (40, 30), (30 * number, 80, 40)).save(folder / name)
         rows["dialogues"].append({"image": name, "question": "what is it?", "answer": answer})
+        rows["captions"].append({"image": name, "caption": answer})
         prompt = {"prompt": said["user"]("what is it?")}
         answers = {"chosen": said["assistant"](answer), "rejected": said["assistant"]("no")}
         rows["preferences"].append({"images": [name], **prompt, **answers})
@@ -96,6 +104,63 @@ def test_lora_on_a_saved_folder_trains_adapters_and_the_projector_and_loads_else
 def test_lora_has_data_of_its_own(made, run, tmp_path):
     run("lora", "--model", made / "model", "--output_dir", tmp_path, "--max_steps", 1)
     assert weights(tmp_path)
+
+
+def test_two_backbones_are_joined_and_taught_by_the_librarys_trainer_and_what_it_saves_answers(
+    made, run, folders, tmp_path
+):
+    vision, text = folders("siglip-llama")
+    data = ["--dataset", made / "dialogues.jsonl", "--output_dir", tmp_path / "plain", "--max_steps", 2]
+    run("plain_trainer", "--vision_model", vision, "--text_model", text, *data)
+    after, before = weights(tmp_path / "plain"), load_file(text / "model.safetensors")
+    kept = "model.embed_tokens.weight"
+    rows = len(before[kept])
+    assert after[kept.replace("model.", "model.language_model.")][:rows].equal(before[kept])
+    assert run_without_package(ASK, tmp_path, "none", str(tmp_path / "plain")).count("generated 3") == 1
+
+
+def test_a_projector_of_ones_own_trains_and_travels(made, folders, tmp_path):
+    vision, text = folders("siglip-llama")
+    train_pretrain.main([
+        "--vision_model", str(vision), "--text_model", str(text), "--dataset", str(made / "captions.jsonl"),
+        "--projector_type", str(EXAMPLES / "own_projector.py:MeanAndMax"), "--projector_settings", "scale=2",
+        "--output_dir", str(tmp_path / "out"), "--max_steps", "1", *QUICK,
+    ])  # fmt: skip
+    config = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert config["projector_type"] == "own_projector.MeanAndMax"
+    assert (tmp_path / "out" / "own_projector.py").read_text() == (EXAMPLES / "own_projector.py").read_text()
+    assert "model.multi_modal_projector.linear.weight" in weights(tmp_path / "out")
+
+
+def test_a_metric_of_ones_own_scores_answers(made, tmp_path):
+    (metric,) = named_metrics(f"{EXAMPLES / 'own_metric.py'}:word_f1")
+    answers = {"a red circle": 1.0, "A small red circle": 6 / 7, "blue": 0.0, "": 0.0}
+    question = SimpleNamespace(references=("nothing", "a red circle"))
+    scores = metric.score([SimpleNamespace(answer=answer, question=question) for answer in answers])
+    assert scores.each == pytest.approx(list(answers.values()))
+    out = tmp_path / "judged"
+    judged = ["--dataset", str(made / "dialogues.jsonl"), "--metrics", f"{EXAMPLES / 'own_metric.py'}:word_f1"]
+    assert evaluate([str(made / "model"), *judged, "--max_new_tokens", "4", "--output_dir", str(out)]) == 0
+    assert "word_f1" in (out / "results.json").read_text()
+
+
+def test_a_layout_of_ones_own_becomes_rows_that_train(made, tmp_path):
+    box = {"box": [10, 0, 4, 4]}
+    boxes = {
+        "0.png": [{"label": "\u732b", **box}, {"label": "car", "box": [1, 0, 4, 4]}],
+        "1.png": [{"label": "car", **box}] * 2,
+    }
+    (tmp_path / "boxes.json").write_text(json.dumps(boxes | {"2.png": []}))
+    own = runpy.run_path(str(EXAMPLES / "own_layout.py"))
+    own["main"]([str(tmp_path / "boxes.json"), "--out", str(tmp_path / "rows")])
+    items = read_rows(open_source(str(tmp_path / "rows" / "dialogues.jsonl")).rows, image_dir=made)
+    said = [[message["content"] for message in item["messages"]] for item in items]
+    assert len(items) == 2 and "2" in str(said[1]) and "Which is further to the left, car or \u732b?" in str(said[0])
+    assert json.loads((tmp_path / "rows" / "captions.jsonl").read_text().splitlines()[1])["caption"] == "2 x car."
+    processor = AutoProcessor.from_pretrained(made / "model", trust_remote_code=True)
+    batch = VLMDataCollator(processor)(items)
+    learned = [processor.decode(row[row != -100]).strip() for row in batch["labels"]]
+    assert "car" in learned[0] and learned[1].startswith("2")
 
 
 NEEDS_TRL = pytest.mark.skipif(
