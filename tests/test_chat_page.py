@@ -300,6 +300,14 @@ def test_a_key_is_asked_for_where_the_server_wants_one(slow, browser, answerer):
                 assert "Incorrect API key" in browser.until("document.querySelector('#note').textContent")
         browser.until("document.querySelector('#door').hidden && !document.querySelector('#composer').hidden")
         assert ask_it(browser, "hello")
+        object.__setattr__(server.service.settings, "api_key", "another")
+        ask_it(browser, "and now?")
+        assert "Incorrect API key" in text(browser, ".answer .error")
+        assert browser.run("document.activeElement.id") == "key"
+        browser.run("document.querySelector('#key').value = 'another'; document.querySelector('#door button').click()")
+        browser.until("document.querySelector('#door').hidden")
+        click(browser, "#turns > :last-child .retry")
+        browser.until("document.querySelector('#turns > :last-child .answer .words').textContent !== ''")
     assert not browser.complaints
 
 
@@ -311,6 +319,9 @@ def test_nothing_is_out_of_reach_on_a_narrow_screen_or_a_wide_one(page, pictures
     def check():
         assert page.run("document.documentElement.scrollWidth") <= width
         assert page.run("document.documentElement.scrollHeight") <= height
+        assert page.run(
+            "document.querySelector('#scroll').scrollWidth <= document.querySelector('#scroll').clientWidth"
+        )
         outside = f"""[...document.querySelectorAll('button, textarea, input, .words, img')].filter(e => {{
           const {{left, right, width}} = e.getBoundingClientRect();
           return width && e.checkVisibility() && (left < 0 || right > {width}); }}).map(e => e.outerHTML)"""

@@ -135,6 +135,7 @@ async function run(turn, body) {
   drawRunning();
   drawTurn(turn);
   if (follows) toBottom();
+  if (!at.door.hidden) at.key.focus();
   save();
 }
 
