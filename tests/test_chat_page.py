@@ -143,7 +143,7 @@ def test_pictures_are_uploaded_and_asked_about_and_the_answer_is_seen_as_it_is_w
     counts = text(page, ".counts")
     assert f"{usage['prompt_tokens']} tokens read (32 of pictures" in counts and "· 40 written ·" in counts
     share = -(-100 * usage["total_tokens"] // slow.max_positions)
-    assert f"{share} % of the context" in counts and text(page, "#context").strip().startswith(f"{share} % of")
+    assert f"{share}\u00a0% of the context" in counts and text(page, "#context").strip().startswith(f"{share} % of")
     assert page.run("document.querySelector('#pictures').children.length") == 0
 
 

@@ -64,7 +64,7 @@ export function counts(turn, positions) {
     const inside = [of.image_tokens && `${number(of.image_tokens)} of pictures`, of.cached_tokens && `${number(of.cached_tokens)} in memory`];
     const some = inside.filter(Boolean).join(", ");
     said.push(`${number(prompt_tokens)} tokens read${some && ` (${some})`}`, `${number(completion_tokens)} written`);
-    if (positions) said.push(`${share(total_tokens, positions)} % of the context`);
+    if (positions) said.push(`${share(total_tokens, positions)}\u00a0% of the context`);
     if (turn.finish === "length") {
       const full = positions && total_tokens >= positions;
       said.push(full ? "cut: the context is full" : completion_tokens >= turn.most ? "cut: longest answer" : "cut: out of time");
