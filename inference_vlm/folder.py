@@ -29,6 +29,7 @@ PICTURES = tuple(sorted(ending for ending, kind in Image.registered_extensions()
 """What the names of pictures end in."""
 
 _WEIGHTS = ("*.safetensors", "config.json")
+_BEGINNING = b'{"image": '
 
 
 class Asked(NamedTuple):
@@ -145,25 +146,31 @@ def _answered(out: Path, about: dict[str, Any]) -> tuple[set[str], set[tuple[str
     if not out.exists():
         return done, unread
     try:
-        content = out.read_bytes()
-        if half := len(content) - (content.rfind(b"\n") + 1):
-            print(f"{out}: its last line was not written to the end, and is taken out.", file=sys.stderr)
-            content = content[:-half]
-            os.truncate(out, len(content))
+        *whole, half = out.read_bytes().split(b"\n")
     except OSError as error:
         raise DuetError(f"{out} could not be read: {error}.") from error
-    for number, text in enumerate(content.split(b"\n")[:-1], start=1):
+    if not (half.startswith(_BEGINNING) or _BEGINNING.startswith(half)):
+        raise _no_answer(out, len(whole) + 1)
+    for number, text in enumerate(whole, start=1):
         try:
             line = json.loads(text)
             name, wrong = line["image"], line.get("error")
-        except (ValueError, KeyError, TypeError) as error:
-            raise DuetError(f"{out}, line {number}, is no answer about a picture; name another file.") from error
+            if not {"answer", "error"} & line.keys() or "model" not in line or not isinstance(name, str):
+                raise ValueError  # a data set's
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise _no_answer(out, number) from error
         if any(line.get(key) != value for key, value in about.items()):
             otherwise += 1
         elif wrong is None:
             done.add(name)
         else:
             unread.add((name, wrong))
+    if half:  # every other line was written here, so this one was
+        print(f"{out}: its last line was not written to the end, and is taken out.", file=sys.stderr)
+        try:
+            os.truncate(out, out.stat().st_size - len(half))
+        except OSError as error:
+            raise DuetError(f"{out} could not be written: {error}.") from error
     if otherwise:
         print(
             f"note: {otherwise:,} lines of {out} are answers to another question, of another model or with other "
@@ -171,6 +178,10 @@ def _answered(out: Path, about: dict[str, Any]) -> tuple[set[str], set[tuple[str
             file=sys.stderr,
         )
     return done, unread
+
+
+def _no_answer(out, number):
+    return DuetError(f"{out}, line {number}, is no answer about a picture; name another file.")
 
 
 def _batches(answerer, folder, names, question, batch_size) -> Iterator[list[tuple[str, Prepared | DuetError]]]:

@@ -242,6 +242,22 @@ def test_what_is_in_the_file_is_not_asked_again_also_after_a_kill(saved, picture
     assert out.read_bytes() == whole and loaded_once == [] and "has 4 of 4 answers" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    "content",
+    [
+        b"\x89PNG half a picture",
+        b'{"precious": 1}',
+        b'{"image": "a.png", "conversations": []}\n{"image": "b',
+        b'{"image": ["a.png"], "answer": "", "model": ""}\n',
+    ],
+)
+def test_a_file_of_another_program_stays_as_it_is(saved, pictures, tmp_path, capsys, loaded_once, content):
+    other = tmp_path / "other"
+    other.write_bytes(content)
+    assert main([saved[0], str(pictures), "what is it?", "--out", str(other)]) == 1 and loaded_once == []
+    assert "is no answer about a picture" in capsys.readouterr().err and other.read_bytes() == content
+
+
 def test_a_drawn_answer_is_that_of_its_picture_whatever_was_answered_before(saved, pictures, tmp_path):
     words = [saved[0], str(pictures), "what is it?", "--temperature", "2", "--seed", "3", "--max_new_tokens", "8"]
     assert main([*words, "--out", str(tmp_path / "a.jsonl"), "--batch_size", "1"]) == 0
