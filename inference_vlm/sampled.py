@@ -39,6 +39,10 @@ WARPERS = {
 """Settings of sampling in the order in which they act: what each does, and the value with which it does nothing."""
 
 
+LEAST_TEMPERATURE = 1e-6
+"""What lower ones count as: scores that were divided by them would not fit 32 bits."""
+
+
 class Settings(NamedTuple):
     """How an answer is written: settings of generation, and what draws its tokens where they are drawn."""
 
@@ -79,7 +83,8 @@ def drawing(config: GenerationConfig, seeds: Sequence[int]) -> tuple[GenerationC
         value = getattr(plain, name, None)
         setattr(plain, name, None)
         if value is not None and value != neutral:
-            processors.append(warper(value))
+            # A whole number is a temperature, too.
+            processors.append(warper(max(float(value), LEAST_TEMPERATURE) if name == "temperature" else value))
     processors.append(Drawn(seeds))
     return plain, processors
 
