@@ -155,7 +155,7 @@ def test_escape_stops_an_answer_and_the_conversation_goes_on_from_what_was_writt
     page.key(*ESCAPE)
     page.until("document.querySelector('#stop').hidden")
     (partial,) = answers(page)
-    assert partial and "stopped" in text(page, ".counts") and until(lambda: server.service.inside == 0)
+    assert partial and "stopped" in text(page, ".counts") and until(lambda: server.service.worker.inside == 0)
     monkeypatch.setattr(slow, "seconds", 0)
     messages = [said("hello"), said(partial, role="assistant"), said("and now?")]
     expected, _ = said_by_the_api(server, *messages)

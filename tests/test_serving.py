@@ -19,6 +19,9 @@ openai = pytest.importorskip("openai")
 
 from inference_vlm.answering import Answerer  # noqa: E402
 from inference_vlm.serve import main  # noqa: E402
+from inference_vlm.serving import app  # noqa: E402
+from inference_vlm.serving.errors import ApiError  # noqa: E402
+from inference_vlm.serving.settings import ServingSettings  # noqa: E402
 from inference_vlm.serving.worker import Job, Worker  # noqa: E402
 from tests import tiny  # noqa: E402
 from tests.serving import ask, said, serving, until  # noqa: E402
@@ -150,6 +153,14 @@ def test_conversations_in_memory_are_bounded_in_number_and_in_bytes(answerer):
                 body = {"model": "tiny", "messages": [said(text * 5)], "max_tokens": 2}
                 assert ask(f"{server.url}/v1/chat/completions", body)[0] == 200
             assert len(server.service.completing._kept) == most
+
+
+def test_a_temperature_may_be_a_whole_number_and_near_nothing(server):
+    body = {"model": "tiny", "messages": [said("hi")], "max_tokens": 4, "seed": 3}
+    drawn, also = (ask(f"{server.url}/v1/chat/completions", {**body, "temperature": t}) for t in (2, 2.0))
+    assert drawn[0] == 200 and drawn[1]["choices"] == also[1]["choices"]
+    likeliest, nearly = (ask(f"{server.url}/v1/chat/completions", {**body, "temperature": t}) for t in (0, 1e-300))
+    assert nearly[1]["choices"] == likeliest[1]["choices"]
 
 
 def test_what_many_clients_send_with_every_request_is_taken(server):
@@ -335,12 +346,12 @@ def test_a_client_that_goes_away_frees_its_place_at_once(answerer):
         response = first.getresponse()
         assert response.status == 200 and response.readline()
         second = stream(server, "second", stream=False)
-        assert until(lambda: server.service.inside == 2)
+        assert until(lambda: server.service.worker.inside == 2)
         second.close()  # it waits for its turn
-        assert until(lambda: server.service.inside == 1)
+        assert until(lambda: server.service.worker.inside == 1)
         response.close()
         first.close()
-        assert until(lambda: server.service.inside == 0 and server.service.bodies.held == 0, 2)
+        assert until(lambda: server.service.worker.inside == 0 and server.service.bodies.held == 0, 2)
         assert until(lambda: server.service.worker._running is None, 2)
         slow.go.set()
         body = {"model": "tiny", "messages": [said("third")], "max_tokens": 2}
@@ -354,7 +365,7 @@ def test_who_comes_when_the_line_is_full_is_told_when_to_come_again(answerer):
         waiting = [stream(server, "one")]
         assert waiting[0].getresponse().readline()
         waiting.append(stream(server, "two"))
-        assert until(lambda: server.service.inside == 2)
+        assert until(lambda: server.service.worker.inside == 2)
         connection = stream(server, "three")
         response = connection.getresponse()
         error = json.load(response)["error"]
@@ -401,7 +412,7 @@ def test_clients_take_turns():
                 job.tell(number)
 
             job = Job(work, client, time.monotonic() + 30)
-            worker.add(job)
+            worker.add(job, 7, ApiError("full", 503))
             made.append(job)
             while number == 0 and worker._line:  # it is being answered
                 await asyncio.sleep(0.01)
@@ -412,6 +423,38 @@ def test_clients_take_turns():
         return order
 
     assert asyncio.run(jobs()) == ["first", "a", "b", "c", "a", "c", "a"]
+
+
+def test_a_stream_that_nobody_reads_takes_no_place_and_ends(answerer, monkeypatch):
+    monkeypatch.setattr(app, "SEND_SECONDS", 0)
+    made = app.create_app(answerer, ServingSettings("tiny", request_seconds=2))
+    body = json.dumps({"model": "tiny", "messages": [said("hi")], "stream": True, "max_tokens": 2}).encode()
+    scope = {
+        "type": "http", "method": "POST", "path": "/v1/chat/completions", "raw_path": b"", "query_string": b"",
+        "headers": [(b"host", b"localhost")], "client": ("127.0.0.1", 1), "http_version": "1.1", "scheme": "http",
+    }  # fmt: skip
+
+    async def unread():
+        service, arrived, sent = made.state.service, [{"type": "http.request", "body": body}], []
+
+        async def receive():
+            return arrived.pop() if arrived else await asyncio.Event().wait()
+
+        async def send(message):
+            sent.append(message)
+            if message["type"] == "http.response.body":
+                await asyncio.Event().wait()
+
+        answer = asyncio.ensure_future(made(scope, receive, send))
+        while not sent or service.worker.inside:
+            assert not answer.done()
+            await asyncio.sleep(0.01)
+        assert not answer.done()
+        await asyncio.wait_for(answer, 10)
+        assert not service.bodies.held and not service.bodies.of
+        service.close()
+
+    asyncio.run(unread())
 
 
 def test_a_request_that_takes_too_long_gets_what_there_is(answerer):

@@ -20,7 +20,7 @@ from PIL import Image
 pytest.importorskip("fastapi")
 
 from inference_vlm.answering import Answerer  # noqa: E402
-from inference_vlm.serving import running  # noqa: E402
+from inference_vlm.serving import chat_request, running  # noqa: E402
 from processing import image_urls_vlm  # noqa: E402
 from processing.texts_vlm import MARK  # noqa: E402
 from tests import tiny  # noqa: E402
@@ -37,7 +37,9 @@ def answerer(folders):
 
 @pytest.fixture(scope="module")
 def server(answerer):
-    with serving(answerer, max_new_tokens=8, max_images=3, max_megapixels=1, max_body_mb=1) as server:
+    with serving(
+        answerer, max_new_tokens=8, max_images=3, max_megapixels=1, max_body_mb=1, max_characters=100_000
+    ) as server:
         yield server
 
 
@@ -153,6 +155,38 @@ def test_what_urls_bring_is_bounded_together(answerer, web):
         assert (status, answer["error"]["code"]) == (400, "request_too_large")
 
 
+def test_slow_urls_of_one_client_keep_no_other_out_and_end(answerer, monkeypatch):
+    go = threading.Event()
+    monkeypatch.setattr(chat_request, "fetch", lambda url: go.wait(2) and b"" or b"")
+    with serving(answerer, allow_urls=True, body_seconds=1) as server:
+        slow, statuses = shown("http://example.org/a.png"), []
+        slow["messages"][0]["content"] *= 3
+        flood = [threading.Thread(target=lambda: statuses.append(ask(server.url + CHAT, slow))) for _ in range(6)]
+        for one in flood:
+            one.start()
+        assert until(lambda: server.service.bodies.held)
+        time.sleep(0.2)
+        started = time.monotonic()
+        other = http.client.HTTPConnection("127.0.0.1", server.port, timeout=20, source_address=("127.0.0.9", 0))
+        other.request("POST", CHAT, json.dumps(shown(data_url(Image.new("RGB", (8, 8))))))
+        assert other.getresponse().status == 200 and time.monotonic() - started < 1.5
+        other.close()
+        assert until(lambda: statuses) and statuses[0][0] == 408 and "URLs" in statuses[0][1]["error"]["message"]
+        go.set()
+        for one in flood:
+            one.join()
+
+
+@pytest.mark.parametrize(
+    "messages",
+    [[{"role": "user", "content": "word " * 30_000}], [{"role": "user", "content": ""}] * 2001],
+)
+def test_what_would_be_read_for_minutes_is_refused_before(server, messages):
+    started = time.monotonic()
+    status, answer = ask(server.url + CHAT, {"model": "tiny", "messages": messages})
+    assert (status, answer["error"]["code"]) == (413, "request_too_large") and time.monotonic() - started < 1
+
+
 def claims(width, height):
     """A PNG of a few bytes whose head promises so many pixels."""
 
@@ -266,7 +300,7 @@ def test_a_body_that_trickles_is_ended_and_holds_up_nobody(answerer, monkeypatch
         for one in slow:
             one.start()
         body = {"model": "tiny", "messages": [said("hi")], "max_tokens": 1}
-        assert ask(server.url + CHAT, body)[0] == 200 and server.service.inside == 0
+        assert ask(server.url + CHAT, body)[0] == 200 and until(lambda: not server.service.worker.inside)
         for one in slow:
             one.join()
     assert len(answers) == 50 and all(b" 408 " in answer and b"request_timeout" in answer for answer in answers)
@@ -286,7 +320,7 @@ def test_a_head_that_trickles_is_ended(answerer, monkeypatch):
         assert b"[DONE]" in answer
 
 
-def test_all_bodies_together_are_bounded(answerer):
+def test_all_bodies_of_a_client_are_bounded_and_keep_no_other_out(answerer):
     with serving(answerer, max_body_mb=0.1, body_seconds=20) as server:
         held = []
         for _ in range(8):
@@ -296,6 +330,10 @@ def test_all_bodies_together_are_bounded(answerer):
         assert until(lambda: server.service.bodies.held == 8 * 99_999)
         status, answer = ask(server.url + CHAT, shown(data_url(Image.new("RGB", (8, 8)))))
         assert (status, answer["error"]["code"]) == (503, "server_overloaded")
+        other = http.client.HTTPConnection("127.0.0.1", server.port, timeout=20, source_address=("127.0.0.9", 0))
+        other.request("POST", CHAT, json.dumps(shown(data_url(Image.new("RGB", (8, 8))))))
+        assert other.getresponse().status == 200  # it has memory of its own
+        other.close()
         for connection in held:
             connection.close()
         assert until(lambda: server.service.bodies.held == 0)

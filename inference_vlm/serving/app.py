@@ -7,14 +7,16 @@ is an answer. One in a stream and one in a piece are the same events, told at on
 """
 
 import asyncio
+import contextlib
 import functools
 import json
 import time
 import uuid
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack, asynccontextmanager, contextmanager
+from contextlib import ExitStack, asynccontextmanager
 from typing import Any
+from weakref import WeakValueDictionary
 
 from fastapi import FastAPI, Request
 from fastapi.middleware.cors import CORSMiddleware
@@ -35,6 +37,9 @@ from .worker import Job, Worker
 
 READERS = 4
 """Threads that read requests, and fetch the pictures that they name."""
+
+SEND_SECONDS = 30
+"""How long a client may go on reading a stream that has ended."""
 
 
 def create_app(
@@ -102,8 +107,8 @@ class Service:
         self.bodies = Bodies(settings)
         self.completing = Completing(answerer, settings)
         self.worker = Worker()
-        self.inside = 0
         self.readers = ThreadPoolExecutor(READERS, "requests")
+        self._turns: WeakValueDictionary[str, asyncio.Lock] = WeakValueDictionary()  # of each client, to be read
         self.since = int(time.time())
 
     def close(self) -> None:
@@ -144,7 +149,7 @@ class Service:
                 "seconds": settings.request_seconds,
                 "urls": settings.allow_urls,
             },
-            "waiting": max(0, self.inside - 1),
+            "waiting": max(0, self.worker.inside - 1),
             "defaults": self.completing.defaults(),
             "examples": self.examples,
             "captions": self.is_captioner,
@@ -152,7 +157,7 @@ class Service:
 
     async def load_model(self, request: Request) -> Response:
         """`POST /load_model`, which `transformers chat` begins with: the model is there, and no other ever is."""
-        with self.bodies.holding() as hold:
+        with self.bodies.holding(_client(request)) as hold:
             asked = read_object(await self.bodies.read(request, hold))
         check_model(asked.get("model"), self.settings)
         ready = {"status": "ready", "model": self.settings.name, "cached": True}
@@ -162,47 +167,42 @@ class Service:
         """`POST /v1/chat/completions`."""
         until = time.monotonic() + self.settings.request_seconds
         with ExitStack() as stack:
-            hold = stack.enter_context(self.bodies.holding())
+            hold = stack.enter_context(self.bodies.holding(_client(request)))
             try:
                 body = await self.bodies.read(request, hold)
             except ClientDisconnect:
                 return Response(status_code=_GONE)
-            stack.enter_context(self._place(_client(request)))
-            loop = asyncio.get_running_loop()
-            asked = await loop.run_in_executor(self.readers, read_request, body, self.settings)
+            asked = await self._read(body, _client(request))
             hold.add(asked.size - len(body))
             del body
             job = Job(functools.partial(self._answer, asked), _client(request), until)
-            self.worker.add(job)
+            self.worker.add(job, self.settings.max_waiting, self._full())
             stack.callback(self.worker.drop, job)
             begun = await _unless_gone(request, self._begun(job))
             if begun is None:
                 return Response(status_code=_GONE)
             answer = _Answer(self.settings.name, asked, begun)
             if asked.stream:
-                return _Stream(_events(job, answer), stack.pop_all())
+                return _Stream(_events(job, answer), stack.pop_all(), until + SEND_SECONDS)
             whole = await _unless_gone(request, answer.whole(job))
             return Response(status_code=_GONE) if whole is None else JSONResponse(whole)
 
     def _answer(self, asked: ChatRequest, job: Job) -> None:
         self.completing.run(asked, job.client, job.tell, job)
 
-    @contextmanager
-    def _place(self, client: str) -> Iterator[None]:
-        """A place among those who are answered or wait for it; where there is none, that of who has most of them."""
-        refusal = ApiError(
+    async def _read(self, body: bytes, client: str) -> ChatRequest:
+        """The request; one of a client's at a time, so that who names slow URLs leaves readers for the others."""
+        turn = self._turns.setdefault(client, asyncio.Lock())
+        async with turn:
+            return await asyncio.get_running_loop().run_in_executor(self.readers, read_request, body, self.settings)
+
+    def _full(self) -> ApiError:
+        return ApiError(
             f"{self.settings.max_waiting} requests are waiting already; please try again later.",
             503,
             code="server_overloaded",
             retry_after=5,
         )
-        if self.inside > self.settings.max_waiting and not self.worker.make_room(client, refusal):
-            raise refusal
-        self.inside += 1
-        try:
-            yield
-        finally:
-            self.inside -= 1
 
     async def _begun(self, job: Job) -> Begun:
         try:
@@ -288,14 +288,15 @@ class _Answer:
 class _Stream(StreamingResponse):
     """Events that are sent as they come; in whatever way it ends, what is held for it is let go."""
 
-    def __init__(self, events: AsyncIterator[bytes], held: ExitStack):
+    def __init__(self, events: AsyncIterator[bytes], held: ExitStack, until: float):
         headers = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
         super().__init__(events, headers=headers, media_type="text/event-stream")
-        self.held = held
+        self.held, self.until = held, until
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        with self.held:
-            await super().__call__(scope, receive, send)
+        with self.held, contextlib.suppress(TimeoutError):  # then nobody reads it, and the connection is closed
+            async with asyncio.timeout(self.until - time.monotonic()):
+                await super().__call__(scope, receive, send)
 
 
 async def _events(job: Job, answer: _Answer) -> AsyncIterator[bytes]:

@@ -1,6 +1,7 @@
 """The bodies of requests, in bounds of size, of time, and of the memory that all of them take together."""
 
 import asyncio
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -10,8 +11,11 @@ from .errors import ApiError
 from .settings import ServingSettings
 
 
-AT_ONCE = 8
+AT_ONCE = 16
 """How many requests of the largest size are held at once, wherever they are on their way."""
+
+OF_ONE = 8
+"""How many of them may be of one client, so that nobody who fills the memory keeps the others out."""
 
 
 class Bodies:
@@ -21,11 +25,12 @@ class Bodies:
         self.most = round(settings.max_body_mb * 1e6)
         self.seconds = settings.body_seconds
         self.held = 0
+        self.of: Counter[str] = Counter()  # what is held of each client
 
     @contextmanager
-    def holding(self) -> Iterator["Hold"]:
-        """What one request holds, and lets go of at the end."""
-        hold = Hold(self)
+    def holding(self, client: str) -> Iterator["Hold"]:
+        """What one request of a client holds, and lets go of at the end."""
+        hold = Hold(self, client)
         try:
             yield hold
         finally:
@@ -67,19 +72,23 @@ class Bodies:
 class Hold:
     """Bytes that one request holds."""
 
-    def __init__(self, bodies: Bodies):
-        self.bodies, self.count = bodies, 0
+    def __init__(self, bodies: Bodies, client: str):
+        self.bodies, self.client, self.count = bodies, client, 0
 
     def add(self, count: int) -> None:
         """
         Count more, or fewer.
 
         Raises:
-            ApiError: all requests together hold too many.
+            ApiError: all requests together hold too many, or those of its client.
         """
+        bodies = self.bodies
         self.count += count
-        self.bodies.held += count
-        if count > 0 and self.bodies.held > AT_ONCE * self.bodies.most:
+        bodies.held += count
+        bodies.of[self.client] += count
+        if not bodies.of[self.client]:
+            del bodies.of[self.client]
+        if count > 0 and (bodies.held > AT_ONCE * bodies.most or bodies.of[self.client] > OF_ONE * bodies.most):
             raise ApiError(
                 "the requests that are being answered take all the memory there is for them; please try again later.",
                 503,

@@ -9,6 +9,7 @@ import base64
 import binascii
 import json
 import re
+import time
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,6 +22,8 @@ from .settings import ServingSettings
 
 MAX_STOPS = 16
 MAX_STOP_CHARACTERS = 256
+MAX_PARTS = 2000
+"""Texts and pictures in all messages together; what a chat template takes for them grows with their square."""
 
 _DATA_URL = re.compile(r"data:image/[a-z0-9.+-]+;base64,", re.IGNORECASE)
 _WEB_URL = re.compile(r"https?://", re.IGNORECASE)
@@ -270,14 +273,22 @@ class _Reader:
         if not isinstance(found, list) or not found:
             raise _of_type("messages", "an array of at least one message", found)
         messages = [self._message(message, f"messages[{number}]") for number, message in enumerate(found)]
+        self._check_text([part for message in messages for part in message["content"]])
         if len(self.pictures) > self.settings.max_images:
             raise ApiError(
                 f"found {len(self.pictures)} images; this server takes at most {self.settings.max_images} a request.",
                 param="messages",
                 code="too_many_images",
             )
-        room = self.settings.max_body_mb * 1e6
+        room, until = self.settings.max_body_mb * 1e6, time.monotonic() + self.settings.body_seconds
         for picture, url in self.urls:
+            if time.monotonic() > until:
+                raise ApiError(
+                    f"the images at URLs were not there within {self.settings.body_seconds:g} seconds.",
+                    408,
+                    param=picture["path"],
+                    code="request_timeout",
+                )
             picture["bytes"] = self._fetched(url, picture["path"])
             room -= len(picture["bytes"])
             if room < 0:
@@ -288,6 +299,21 @@ class _Reader:
                 )
         self._check_sizes()
         return messages
+
+    def _check_text(self, parts) -> None:
+        """Refuse what would take the model's thread for minutes only to be too long."""
+        characters = sum(len(part["text"]) for part in parts if part["type"] == "text")
+        for count, most, what in (
+            (len(parts), MAX_PARTS, "texts and images"),
+            (characters, self.settings.max_characters, "characters"),
+        ):
+            if count > most:
+                raise ApiError(
+                    f"the messages have {count:,} {what}; this server takes at most {most:,} a request.",
+                    413,
+                    param="messages",
+                    code="request_too_large",
+                )
 
     def _message(self, found, place):
         if not isinstance(found, dict):

@@ -23,6 +23,7 @@ class ServingSettings:
     max_new_tokens: int = _said(1024, "the longest answer, and the length of one whose request does not say", least=1)
     max_waiting: int = _said(64, "requests that wait for their turn; others are refused with 503")
     max_body_mb: float = _said(32, "the largest request, in millions of bytes, its images included")
+    max_characters: int = _said(1_000_000, "the longest text of a request, all messages together")
     max_images: int = _said(16, "images in a request")
     max_megapixels: float = _said(100, "what the images of a request have together, in millions of pixels")
     body_seconds: float = _said(30, "how long a request may take to arrive")

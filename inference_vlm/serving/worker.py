@@ -79,22 +79,37 @@ class Worker:
         """Whether requests are answered."""
         return self._thread.is_alive()
 
-    def add(self, job: Job) -> None:
-        """Put a request in the line."""
+    @property
+    def inside(self) -> int:
+        """Requests that are answered, or wait for it; not those whose answer only has to be sent."""
         with self._changed:
+            return self._inside()
+
+    def _inside(self):
+        is_busy = self._running is not None and not self._running.is_set()
+        return is_busy + sum(map(len, self._line.values()))
+
+    def add(self, job: Job, most: int, refusal: ApiError) -> None:
+        """
+        Put a request in the line; where that is full, in place of the last of whoever has most in it.
+
+        Args:
+            most: requests that may wait.
+            refusal: what who has to go is told.
+
+        Raises:
+            ApiError: the refusal, where nobody has more in the line than its client.
+        """
+        with self._changed:
+            if self._inside() > most:
+                longest = max(self._line.values(), key=len, default=deque())
+                if len(longest) < 2 + len(self._line.get(job.client, ())):
+                    raise refusal
+                last = longest.pop()
+                last.give_up()
+                last.tell(refusal)
             self._line.setdefault(job.client, deque()).append(job)
             self._changed.notify()
-
-    def make_room(self, client: str, refusal: ApiError) -> bool:
-        """Whether a client has fewer requests in the line than another, whose last is refused for it."""
-        with self._changed:
-            longest = max(self._line.values(), key=len, default=deque())
-            if len(longest) < 2 + len(self._line.get(client, ())):
-                return False
-            job = longest.pop()
-            job.give_up()
-            job.tell(refusal)
-            return True
 
     def drop(self, job: Job) -> None:
         """Take a request back, wherever it is."""
