@@ -35,7 +35,7 @@ from training_vlm.private import public_account, public_name, without_folders
         ("file:///mnt/anna/my x.png", "my x.png"),
         ("file://node/anna/x.png", "x.png"),
         ("zip:///mnt/anna/a.zip::/anna/b.png", "a.zip::b.png"),
-        ("zip://b.png::/mnt/anna/a.zip", "a.zip"),
+        ("zip://b.png::/mnt/anna/a.zip", "b.png::a.zip"),
         ("ssh://anna@node:22/mnt/anna/x.png", "x.png"),
         ("anna@node:/mnt/anna/x.png", "x.png"),
         ("s3://annas/data/x.png", "x.png"),
@@ -56,6 +56,30 @@ from training_vlm.private import public_account, public_name, without_folders
 )  # fmt: skip
 def test_a_path_is_named_by_its_last_part(text, public):
     assert without_folders(text) == public
+
+
+@pytest.mark.parametrize(
+    "text, public",
+    [
+        ("https://example.com/x?SignedHeaders=host;range&Signature=word", "https://example.com/x"),
+        ("https://example.com/x?token=a,word|word", "https://example.com/x"),
+        ("https://example.com/x?token=word, row 1", "https://example.com/x, row 1"),
+        ("https://a.org/x?t=word,https://anna:word@b.org/y", "https://a.org/x,https://b.org/y"),
+        ("HTTPS://anna:word@example.com/x?signed=word", "https://example.com/x"),
+        ("zip://x.csv::https://anna:word@example.com/a.zip?signed=word", "x.csv::https://example.com/a.zip"),
+        ("az://pictures/x.png?sv=1&sig=word", "x.png"),
+        ("http://[::1]:8000/data/x.png?t=word", "x.png"),
+    ],
+)  # fmt: skip
+def test_what_gives_access_is_left_out_of_every_address(text, public):
+    assert without_folders(text) == public
+
+
+@pytest.mark.parametrize(
+    "address", ["hf://datasets/maker/talk@main/x.parquet", "https://example.com/@maker/x", "https://a.org/x@1.2/y.js"]
+)
+def test_an_address_keeps_a_sign_that_is_no_login(address):
+    assert without_folders(address) == address
 
 
 def test_data_of_one_name_in_two_folders_stay_two_in_an_account():

@@ -20,13 +20,15 @@ _BEGINS, _ENDS = r"(?<![\w./\\~-])", r"(?![\w.-])"
 _STOPS = r"/\\:;,\"'<>|"
 # What comes before the folders of a path: a scheme with a machine or without, a login, a drive, a home, this folder.
 _ROOT = (
-    rf"(?:[A-Za-z][\w+.-]*:(?://[^{_STOPS.replace(':', '')}\s]*(?=[/\\])|(?=//))|"
+    rf"(?:[A-Za-z][\w+.-]*:(?://(?:(?!::)[^{_STOPS.replace(':', '')}\s])*(?=[/\\])|(?=//))|"
     r"[\w.-]+@[\w.-]+:|[A-Za-z]:|~[\w.-]*|\.\.?)?"
 )
 # A folder's name may hold blanks; so a slash that comes later in a sentence is taken for one of the path.
 _FOLDERS = rf"[/\\]+(?=[^\s/\\])(?:(?:[^{_STOPS}\n]|(?<=\w)'(?=\w))+[/\\]+)*(?=[^/\\\s])"
 _PLACES = re.compile(
-    r"(?<!\w)(?P<web>https?|hf)://(?P<rest>(?:(?!::)[^\s\"'<>|,;])*)|"
+    r"(?<!\w)(?P<web>(?i:https?|hf))://(?P<rest>(?:\[[\w:.%]*\])?(?:(?!::)[^\s\"'<>|,;?#])*)"
+    # A signature may hold what else ends an address; the next of a list begins with its scheme.
+    r"(?:[?#](?:(?!::|[|,;]\w+://)[^\s\"'<>])*(?<![,;]))?|"
     rf"{_BEGINS}(?P<folders>{_ROOT}{_FOLDERS})(?P<last>[^{_STOPS}\s]*)"
 )
 _HOMES = re.compile(r"(?:[A-Za-z]:|/var|/export|file://)?[/\\]+(?:home|Users)[/\\]+")
@@ -64,11 +66,13 @@ def without_folders(text: str) -> str:
 
 def _public_place(found: re.Match) -> str:
     if found["web"] is None:
-        return "~" if _HOMES.fullmatch(found["folders"]) else found["last"]
-    host, slash, path = re.split(r"[?#]", found["rest"])[0].rpartition("@")[2].partition("/")
-    if found["web"] != "hf" and _IN_HOUSE.fullmatch(host.partition(":")[0]):
+        last = found["last"].split("?")[0] if "://" in found["folders"] else found["last"]
+        return "~" if _HOMES.fullmatch(found["folders"]) else last
+    place, slash, path = found["rest"].partition("/")
+    web, host = found["web"].lower(), place.rpartition("@")[2]
+    if web != "hf" and _IN_HOUSE.fullmatch(host.partition(":")[0]):
         return path.rstrip("/").rpartition("/")[2]
-    return f"{found['web']}://{host}{slash}{path}"
+    return f"{web}://{host}{slash}{path}"
 
 
 def public_account(account: Account) -> Account:
