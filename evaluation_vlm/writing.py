@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -48,8 +49,11 @@ def _lines(judgement: Judgement, wording: Wording, step: int | None) -> Iterator
 
 
 def last_part(name: str) -> str:
-    """What a file or folder is called, without where it lies, as what is written here may be passed on."""
-    is_place = os.path.isabs(name) or os.path.exists(os.path.expanduser(name)) or "://" in name
+    """What a file, a folder or an address ends in, without where it lies or what gives access: it may be passed on."""
+    if "://" in name:
+        host, _, path = re.split(r"[?#]", name)[0].rpartition("://")[2].rstrip("/").partition("/")
+        return path.rpartition("/")[2] or host.rpartition("@")[2]
+    is_place = os.path.isabs(name) or os.path.exists(os.path.expanduser(name))
     return Path(os.path.abspath(name)).name if is_place else name
 
 

@@ -21,6 +21,7 @@ from evaluation_vlm.predictions import Prediction, Scores, mean_scores
 from evaluation_vlm.questions import Question
 from evaluation_vlm.scores import words
 from evaluation_vlm.scores.words import OWN_WORDS
+from evaluation_vlm.writing import last_part
 from inference_vlm.answering import Prompt
 
 
@@ -242,6 +243,18 @@ def test_results_hold_what_it_takes_to_repeat_them_and_the_page_no_path(saved, r
     for file in ("samples.html", "predictions.jsonl"):
         assert str(rows) not in (out / file).read_text() and "model" not in asked
     assert "<h1>What model answers</h1>" in (out / "samples.html").read_text()
+
+
+@pytest.mark.parametrize(
+    "name, last",
+    [
+        ("https://anna:word@example.com/a/x.png?sig=word", "x.png"), ("https://anna:word@example.com", "example.com"),
+        ("https://example.com/a@2.png#word", "a@2.png"), ("s3://annas/a/x.png", "x.png"), ("/mnt/anna/x", "x"),
+        ("maker/talk", "maker/talk"), ("a/x.png", "a/x.png"),
+    ],
+)  # fmt: skip
+def test_what_is_written_names_no_place_and_nothing_that_gives_access(name, last):
+    assert last_part(name) == last
 
 
 def test_a_model_is_judged_where_and_in_what_numbers_it_is_asked_for_and_else_as_it_was_saved(
