@@ -222,10 +222,12 @@ def _own_scores(named: str, found: Any, count: int) -> Scores:
     is_number = hasattr(found, "ndim") and found.ndim == 0  # in a tensor or an array
     try:
         if isinstance(found, Scores):
-            each = [score for score in found.each or () if score is not None]
-            if all(map(math.isfinite, [found.value, *each])) and len(found.each or range(count)) == count:
-                return found
-        if not isinstance(found, (str, dict)) and hasattr(found, "__len__") and not is_number:
+            scores = None if found.each is None else [None if one is None else float(one) for one in found.each]
+            value = float(found.value)
+            is_finite = all(math.isfinite(number) for number in (value, *(scores or ())) if number is not None)
+            if is_finite and (scores is None or len(scores) == count):
+                return found._replace(value=value, each=scores)
+        elif not isinstance(found, (str, dict)) and hasattr(found, "__len__") and not is_number:
             each = [float(score) for score in found]
             if len(each) == count and all(map(math.isfinite, each)):
                 return Scores(sum(each) / count, list(each))
@@ -233,7 +235,8 @@ def _own_scores(named: str, found: Any, count: int) -> Scores:
             return Scores(value)
     except (TypeError, ValueError):
         pass
-    size = f" of {len(found)}" if hasattr(found, "__len__") and not is_number else ""
+    counted: Any = found.each if isinstance(found, Scores) else found
+    size = f" of {len(counted)}" if hasattr(counted, "__len__") and not is_number else ""
     raise DuetError(
         f"metrics={named!r} returned a {type(found).__name__}{size}; expected a finite number, or a list with one for "
         f"each of the {count:,} predictions."

@@ -2,6 +2,7 @@
 
 import importlib.util
 import itertools
+import json
 import math
 import random
 import shutil
@@ -362,6 +363,15 @@ def no_numbers(predictions):
 def too_few(predictions):
     from evaluation_vlm.predictions import Scores
     return Scores(1.0, [1.0])
+
+def none_at_all(predictions):
+    from evaluation_vlm.predictions import Scores
+    return Scores(1.0, [])
+
+def array(predictions):
+    import numpy as np
+    from evaluation_vlm.predictions import Scores
+    return Scores(np.float32(0.5), np.array([1.0, 0.0], dtype="float32"))
 """
 
 
@@ -383,7 +393,8 @@ def test_a_function_of_ones_own_is_a_metric(tmp_path):
         ("leaves", "failed on 2 predictions: SystemExit: 3"),
         ("no_number", "returned a Scores"),
         ("no_numbers", "returned a Scores"),
-        ("too_few", "returned a Scores"),
+        ("too_few", "returned a Scores of 1; expected"),
+        ("none_at_all", "returned a Scores of 0; expected"),
         ("broken", "failed on 2 predictions: ZeroDivisionError: division by zero"),
         ("loss", "the log has another eval_loss; give the function another name"),
         ("missing", "has no function missing; it has length, one, text, short, infinite, broken, leaves, no_number"),
@@ -395,6 +406,13 @@ def test_what_is_wrong_with_a_function_of_ones_own_is_one_line(tmp_path, name, l
     with pytest.raises(DuetError) as error:
         judge([*map(Prediction, [asked("a"), asked("b")], "ab")], named_metrics(f"{file}:{name}"))
     assert line in str(error.value) and "\n" not in str(error.value)
+
+
+def test_scores_of_ones_own_may_be_an_array(tmp_path):
+    file = tmp_path / "mine.py"
+    file.write_text(OWN)
+    found = judge([*map(Prediction, [asked("a"), asked("b")], "ab")], named_metrics(f"{file}:array"))
+    assert json.dumps([found.values, found.scores["array"].each]) == '[{"array": 0.5}, [1.0, 0.0]]'
 
 
 def test_no_choice_is_the_models_where_none_has_room():
