@@ -258,6 +258,18 @@ def test_another_checkpoint_of_the_best_ones_number_is_not_taken_for_it_and_its_
     assert last.state.best_model_checkpoint is None and same_files(second, second / "checkpoint-6")
 
 
+def test_the_best_checkpoint_of_what_was_overwritten_outlives_a_run_that_goes_on_from_there(judged, tmp_path):
+    folder = tmp_path / "run"
+    judged(folder, until=2)
+    best = shutil.copytree(folder / "checkpoint-1", tmp_path / "best")
+    leave_behind(folder, numbered(folder), overwrite=True)  # as a run does that is killed in its first step
+    judged(folder, str(folder / "_overwritten-1" / "checkpoint-2"), until=3)
+    assert names(folder / "_overwritten-1") == ["checkpoint-1"]
+    ended = judged(folder, "auto")
+    ended.save_model()
+    assert ended.state.best_global_step == 1 and same_files(folder, best)
+
+
 # -- links -----------------------------------------------------------------------------------------------------------
 
 

@@ -12,6 +12,7 @@ import json
 import os
 import re
 import shutil
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
@@ -120,12 +121,13 @@ def overwritten(folder: Path) -> list[Path]:
     return _folders(folder, _OVERWRITTEN)
 
 
-def remove_overwritten(folder: Path) -> None:
-    """Remove them, once that is on the disk; not the base of a model that is there."""
-    needed = _told(folder / "config.json", "adapter_base")
+def remove_overwritten(folder: Path, keep: Collection[Path] = ()) -> None:
+    """Remove them, once that is on the disk; not those that are kept, nor the base of a model that is there."""
+    needed, stay = _told(folder / "config.json", "adapter_base"), {path.resolve() for path in keep}
     for path in overwritten(folder):
-        keeps = needed is not None and _told(path / BASE / SOURCE, "id") == needed
-        for part in [part for part in path.iterdir() if part.name != BASE] if keeps else [path]:
+        stays = needed is not None and _told(path / BASE / SOURCE, "id") == needed
+        parts = [part for part in path.iterdir() if part.resolve() not in stay and not (stays and part.name == BASE)]
+        for part in parts if stays or any(path.resolve() in kept.parents for kept in stay) else [path]:
             shutil.rmtree(part, ignore_errors=True)
 
 

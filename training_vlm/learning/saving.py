@@ -158,7 +158,7 @@ class SavingTrainer(PublishingTrainer):
         if self.args.should_save:
             replace_files(beside, folder)
             if folder == self.run_folder:
-                remove_overwritten(folder)
+                remove_overwritten(folder, self._kept())
         if error is not None:
             raise error
         if self.args.push_to_hub and not _internal_call:
@@ -223,7 +223,7 @@ class SavingTrainer(PublishingTrainer):
         if self.args.should_save:
             if overwritten(run_folder):
                 flush(place)
-            remove_overwritten(run_folder)
+            remove_overwritten(run_folder, self._kept())
             rotate(run_folder, self.args.save_total_limit, self._kept())
         if self._save_error is not None:
             error, self._save_error = self._save_error, None
