@@ -12,7 +12,6 @@ some (samples.html). See docs/evaluation.md.
 import argparse
 import importlib.metadata
 import json
-import os
 import sys
 import time
 from collections import Counter
@@ -25,7 +24,7 @@ from transformers.utils import logging
 
 from inference_vlm.answering import greedy, load
 from inference_vlm.loading import add_loading_arguments, loading_of, place
-from inference_vlm.program import program, show_any_text
+from inference_vlm.program import ended_by, program, show_any_text
 from processing.batching.dataset import ConversationDataset
 from processing.batching.encoding import Encoder, encode_caption, encode_dialogue
 from processing.data_error_vlm import DuetError
@@ -263,10 +262,7 @@ def main(argv: list[str] | None = None) -> int:
         evaluate(args)
         PartialState().destroy_process_group()
     except Exception as error:
-        if not getattr(error, "is_duet_error", False) or os.environ.get("DUET_TRACEBACK"):
-            raise  # what is our own mistake keeps its stack trace
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
-        return 1
+        return ended_by(error)
     return 0
 
 

@@ -31,7 +31,7 @@ from .answering import Answerer, Prepared
 from .asked import opened, reference_of
 from .folder import PICTURES, Asked, answer_folder, plan_folder
 from .loading import add_loading_arguments, loading_of
-from .program import program, show_any_text
+from .program import ended_by, program, show_any_text
 from .sampled import Settings, check_settings
 
 
@@ -232,10 +232,7 @@ def main(argv: list[str] | None = None) -> int:
         )
         return ERROR
     except Exception as error:
-        if not getattr(error, "is_duet_error", False) or os.environ.get("DUET_TRACEBACK"):
-            raise  # what is our own mistake keeps its stack trace
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
-        return ERROR
+        return ended_by(error)
 
 
 if __name__ == "__main__":

@@ -35,7 +35,7 @@ from .explained_page import write_page
 from .loading import add_loading_arguments, loading_of
 from .occlusion import Occlusion, Patch, patches_of
 from .pieces import Piece, pieces_of
-from .program import program, show_any_text
+from .program import ended_by, program, show_any_text
 
 
 MAX_NEW_TOKENS = 64
@@ -343,10 +343,7 @@ def main(argv: list[str] | None = None) -> int:
         print(f"error: batch_size={args.batch_size} is more than fits in memory; give less.", file=sys.stderr)
         return ERROR
     except Exception as error:
-        if not getattr(error, "is_duet_error", False):
-            raise  # what is our own mistake keeps its stack trace
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
-        return ERROR
+        return ended_by(error)
     return 0
 
 

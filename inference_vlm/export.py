@@ -26,7 +26,7 @@ from processing.processing_vlm import VLMProcessor
 
 from .loading import DTYPES, load
 from .native_processor import conversations, differing, inputs_of, leave_out_prefix, native_processor
-from .program import program, show_any_text
+from .program import ended_by, program, show_any_text
 
 
 TOLERANCE = 1e-5
@@ -189,9 +189,8 @@ def main(argv: list[str] | None = None) -> int:
     show_any_text()
     try:
         print(export(args.model, args.out, args.dtype, args.revision, args.max_shard_size))
-    except DuetError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
+    except Exception as error:
+        return ended_by(error)
     return 0
 
 

@@ -24,7 +24,7 @@ from transformers.utils import find_adapter_config_file
 
 from processing.data_error_vlm import DuetError, in_a_line
 
-from .program import program, show_any_text
+from .program import ended_by, program, show_any_text
 
 
 ADAPTER = "adapter_config.json"
@@ -108,9 +108,8 @@ def main(argv: list[str] | None = None) -> int:
     show_any_text()
     try:
         print(merge(args.adapter, args.out, args.dtype, args.revision))
-    except DuetError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
+    except Exception as error:
+        return ended_by(error)
     return 0
 
 

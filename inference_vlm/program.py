@@ -1,8 +1,9 @@
-"""What every command does first: it is called as the person called it, and can show any text.
+"""What all commands have in common: they are called as the person called them, can show any text, and end in one way.
 
 What is special: `duet-ask` and `python -m inference_vlm.ask` are the same function, and each names itself in its usage.
 """
 
+import os
 import sys
 from pathlib import Path
 
@@ -18,3 +19,16 @@ def show_any_text() -> None:
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="replace")
+
+
+def ended_by(error: Exception) -> int:
+    """
+    The exit code of a command that a person's mistake ends, said in one line on stderr.
+
+    Raises:
+        Exception: what was given, where it is a mistake of our own, or `DUET_TRACEBACK` asks where it was found.
+    """
+    if not getattr(error, "is_duet_error", False) or os.environ.get("DUET_TRACEBACK"):
+        raise error
+    print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+    return 1

@@ -25,7 +25,7 @@ from processing.data_error_vlm import DuetError, in_a_line
 
 from .answering import Answerer
 from .loading import add_loading_arguments, loading_of
-from .program import program, show_any_text
+from .program import ended_by, program, show_any_text
 from .serving.settings import ServingSettings, add_settings, settings_of
 
 
@@ -110,9 +110,8 @@ def main(argv: list[str] | None = None) -> int:
     logging.disable_progress_bar()
     try:
         serve(args.model, args.host, args.port, settings_of(args, name=name, api_key=key), **loading_of(args))
-    except DuetError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
+    except Exception as error:
+        return ended_by(error)
     return 0
 
 

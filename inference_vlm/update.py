@@ -22,7 +22,7 @@ from transformers.dynamic_module_utils import get_relative_import_files
 
 from processing.data_error_vlm import DuetError, NotFound, in_a_line
 
-from .program import program, show_any_text
+from .program import ended_by, program, show_any_text
 
 
 ROOT = Path(__file__).parents[1]
@@ -181,9 +181,8 @@ def main(argv: list[str] | None = None) -> int:
         if args.out is not None:
             folder = download(args.model, args.out, args.revision)
         print("\n".join(update(folder)))
-    except DuetError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
+    except Exception as error:
+        return ended_by(error)
     return 0
 
 

@@ -11,8 +11,8 @@ import train_pretrain
 from evaluation_vlm.__main__ import main as evaluate
 from evaluation_vlm.gallery import Shown
 from evaluation_vlm.gallery_page import write_page
-from inference_vlm import ask, update
-from inference_vlm.program import program
+from inference_vlm import ask, explain, export, merge, serve, update
+from inference_vlm.program import ended_by, program
 from processing.data_error_vlm import printable
 from tests import tiny
 
@@ -96,3 +96,20 @@ def test_a_command_calls_itself_as_it_was_called(monkeypatch):
     for called, name in names.items():
         monkeypatch.setattr(sys, "argv", [called])
         assert program("ask") == name
+
+
+def test_a_mistake_ends_every_command_in_the_same_way(monkeypatch, capsys):
+    """Also one that the code of a checkpoint raises, whose class is not ours; `DUET_TRACEBACK` shows where."""
+    told = type("DuetError", (ValueError,), {"is_duet_error": True})
+    assert ended_by(told("no\nmodel")) == 1 and capsys.readouterr().err == "error: no model\n"
+    with pytest.raises(ZeroDivisionError):
+        ended_by(ZeroDivisionError())
+    for module in (merge, export, update, explain, serve):
+        for name in ("merge", "export", "update", "_run", "serve"):
+            if hasattr(module, name):
+                monkeypatch.setattr(module, name, lambda *args, **kwargs: (_ for _ in ()).throw(told("no\nmodel")))
+        assert module.main(["it", "there", "what?"][: 1 if module in (update, serve) else 2]) == 1
+        assert capsys.readouterr().err == "error: no model\n", module
+    monkeypatch.setenv("DUET_TRACEBACK", "1")
+    with pytest.raises(told):
+        update.main(["it"])
