@@ -38,6 +38,8 @@ from .sampled import Settings, check_settings
 ERROR, SOME_NOT_READ, INTERRUPTED = 1, 3, 130
 """Exit codes."""
 
+BATCH_SIZE = 8
+SAMPLING = ("top_p", "top_k", "min_p", "seed")
 SETTINGS = ("max_new_tokens", "temperature", "top_p", "top_k", "min_p", "repetition_penalty", "seed")
 
 
@@ -152,7 +154,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--out", type=Path, help="file of the answers about a folder's pictures, one JSON object a line"
     )
-    parser.add_argument("--batch_size", type=int, default=8, help="pictures of a folder answered at a time")
+    parser.add_argument("--batch_size", type=int, help=f"pictures of a folder answered at a time ({BATCH_SIZE})")
     group = parser.add_argument_group("the answer", "what is not given is as the model's own settings have it")
     group.add_argument("--max_new_tokens", type=int, help="longest answer")
     group.add_argument("--temperature", type=float, help="0: the likeliest answer; above: sampled")
@@ -178,7 +180,8 @@ def _run(args: argparse.Namespace) -> int:
         raise DuetError(
             "--out is for the pictures of a folder; name one, or leave it out and redirect what is printed."
         )
-    if args.batch_size < 1:
+    batch_size = BATCH_SIZE if args.batch_size is None else args.batch_size
+    if batch_size < 1:
         raise DuetError(f"batch_size={args.batch_size}: expected 1 or more.")
     if args.json and args.out is not None:
         raise DuetError("--json prints one answer, and the lines of --out are JSON; leave out one of them.")
@@ -186,7 +189,9 @@ def _run(args: argparse.Namespace) -> int:
     check_settings(given)
     plan, images = None, []  # what is wrong with them is found before a model is loaded
     if args.out is not None:
-        known = {name: value for name, value in {**given, "stop": args.stop or None}.items() if value is not None}
+        numbers = {name: getattr(args, name) or None for name in ("dtype", "load_in_4bit", "load_in_8bit")}
+        asked = {**given, "stop": args.stop or None, **numbers}
+        known = {name: value for name, value in asked.items() if value is not None}
         plan = plan_folder(folders[0], Asked(args.model, question, known), args.out)
         if not plan.left:
             return 0
@@ -196,10 +201,17 @@ def _run(args: argparse.Namespace) -> int:
     logging.disable_progress_bar()
     answerer = Answerer.load(args.model, **loading_of(args))
     settings = answerer.settings(**given)
-    if args.seed is not None and not settings.config.do_sample:
-        print("note: --seed changes nothing: the likeliest token is taken; --temperature samples.", file=sys.stderr)
+    idle = [f"--{name}" for name in SAMPLING if given[name] is not None and not settings.config.do_sample]
+    if idle:
+        verb = "changes" if len(idle) == 1 else "change"
+        print(
+            f"note: {', '.join(idle)} {verb} nothing: the likeliest token is taken; --temperature samples.",
+            file=sys.stderr,
+        )
+    if args.batch_size is not None and plan is None:
+        print("note: --batch_size changes nothing: it is for a folder, with --out.", file=sys.stderr)
     if plan is not None:
-        unread = answer_folder(answerer, plan, settings, args.stop, args.batch_size)
+        unread = answer_folder(answerer, plan, settings, args.stop, batch_size)
         return SOME_NOT_READ if unread else 0
     if question is None:
         prepared = answerer.read_caption(images)

@@ -145,6 +145,14 @@ def test_a_seed_that_changes_nothing_and_an_answer_that_was_cut_are_told(saved, 
     assert "cut after 1 tokens; --max_new_tokens gives more room" in capsys.readouterr().err
 
 
+def test_options_that_change_nothing_are_told(saved, pictures, capsys):
+    words = [saved[0], str(pictures / "a.png"), "what is it?", "--temperature", "0", "--max_new_tokens", "2"]
+    assert main(words) == 0 and "changes nothing" not in capsys.readouterr().err
+    assert main([*words, "--top_p", "0.5", "--top_k", "3", "--batch_size", "2"]) == 0
+    told = capsys.readouterr().err
+    assert "--top_p, --top_k change nothing" in told and "--batch_size changes nothing" in told
+
+
 def test_which_words_are_pictures_and_which_the_question(pictures, monkeypatch):
     monkeypatch.chdir(pictures)
     (pictures / "scan").write_bytes((pictures / "a.png").read_bytes())
@@ -272,7 +280,7 @@ def test_another_question_model_or_setting_is_asked_anew_and_said(saved, picture
     out = tmp_path / "answers.jsonl"
     words = [saved[0], str(pictures), "what is it?", "--out", str(out), *GREEDY]
     assert main(words) == 0
-    for number, change in enumerate((["which colour?"], ["what is it?", "--stop", "x"], []), start=1):
+    for number, change in enumerate((["which colour?"], ["what is it?", "--dtype", "float32"], []), start=1):
         capsys.readouterr()
         if not change:  # the weights that a later training wrote
             monkeypatch.setattr(folders_of, "_stamp", lambda model: "other")
