@@ -87,7 +87,12 @@ def merge(name: str, out: str | Path, dtype: str | None = None, revision: str | 
 
 def _check_adapter(name: str, revision: str | None) -> None:
     file = Path(name, ADAPTER) if Path(name).is_dir() else find_adapter_config_file(name, revision=revision)
-    if file is None or not Path(file).is_file():
+    if file is None:
+        raise DuetError(
+            f"{name} is no folder, and the Hub cannot be reached or has no adapter of that name; check the name, the "
+            "revision and the network."
+        )
+    if not Path(file).is_file():
         raise DuetError(f"{name} holds no {ADAPTER}: it is no adapter, and there is nothing to merge.")
     try:
         settings = json.loads(Path(file).read_text(encoding="utf-8"))

@@ -6,6 +6,7 @@ import shutil
 
 import pytest
 import torch
+from huggingface_hub import save_torch_state_dict
 from safetensors.torch import load_file, save_file
 
 from inference_vlm.merge import main as merge
@@ -93,6 +94,7 @@ def test_what_cannot_be_merged_is_one_line(first, tmp_path, capsys, monkeypatch)
     listed, unknown = changed(first, tmp_path / "listed"), changed(first, tmp_path / "unknown", peft_type="LATER")
     (listed / "adapter_config.json").write_text("[]")
     assert "it is no adapter" in said(first / "base", tmp_path / "out")
+    assert "the Hub cannot be reached or has no adapter" in said("no/such", tmp_path / "out")
     assert "is a file" in said(first, tmp_path / "file")
     assert "holds something already" in said(first, first)
     assert "does not fit the base" in said(other, tmp_path / "out")
@@ -119,6 +121,21 @@ def test_an_adapter_is_saved_by_the_main_process_alone(first, tmp_path):
     assert not (tmp_path / "none").exists()
     model.save_pretrained(tmp_path / "saved", True)
     assert (tmp_path / "saved" / "adapter_model.safetensors").is_file()
+
+
+def test_a_loaded_adapter_is_saved_over_another_with_all_of_its_base_and_nothing_of_the_others(first, tmp_path):
+    shutil.copytree(first, tmp_path / "saved")
+    shutil.copytree(first, tmp_path / "own")
+    weights = load_file(first / "base" / "model.safetensors")
+    (tmp_path / "own" / "base" / "model.safetensors").unlink()
+    save_torch_state_dict(weights, tmp_path / "own" / "base", max_shard_size="50KB")
+    wrong = {name: torch.zeros_like(tensor) for name, tensor in weights.items()}
+    save_file(wrong, tmp_path / "saved" / "base" / "model.safetensors", {"format": "pt"})
+    model = VLMForConditionalGeneration.from_pretrained(tmp_path / "own")
+    model.save_pretrained(tmp_path / "saved")
+    found = VLMForConditionalGeneration.from_pretrained(tmp_path / "saved").state_dict()
+    assert all(torch.equal(tensor, found[name]) for name, tensor in model.state_dict().items())
+    assert not (tmp_path / "saved" / "base" / "model.safetensors").exists()
 
 
 def test_embeddings_that_stay_anyway_are_not_frozen_in_silence():
