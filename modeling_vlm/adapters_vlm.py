@@ -324,7 +324,11 @@ def save_adapter(
     base = Path(config.base_model_name_or_path or BASE)
     if base.is_absolute() and base.is_dir():  # of an adapter that was loaded: whoever has the folder has all of it
         if base.resolve() != (there := (Path(folder) / BASE).resolve()):
-            shutil.copytree(base, there, dirs_exist_ok=True)
+            beside = there.with_name(f"_{BASE}.new")
+            shutil.rmtree(beside, ignore_errors=True)  # of a save that was killed
+            shutil.copytree(base, beside)
+            shutil.rmtree(there, ignore_errors=True)  # whose files would be read beside those of this one
+            beside.replace(there)
         config.base_model_name_or_path = BASE
     if repository is not None and config.base_model_name_or_path == BASE:
         if not (Path(folder) / BASE / "config.json").is_file():
