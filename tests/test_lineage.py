@@ -110,6 +110,27 @@ def test_auto_does_not_train_again_what_is_done_and_kept_no_checkpoint(tmp_path,
         prepared(tmp_path, resume_from_checkpoint="auto", push_to_hub=True)
 
 
+def test_auto_does_not_train_again_what_was_trained(backbones, data, tmp_path, monkeypatch, capsys):  # noqa: F811
+    out = tmp_path / "out"
+    command = [*backbones(), *data, *QUICK, "--save_strategy", "no", "--output_dir", str(out)]
+    command += ["--resume_from_checkpoint", "auto"]
+
+    def broken(*args, **kwargs):
+        raise RuntimeError("the disk of the card")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("training_vlm.learning.trainer.VLMTrainer.create_model_card", broken)
+        with pytest.raises(SystemExit):
+            train_pretrain.main(command)
+    model = (out / "model.safetensors").read_bytes()
+    with pytest.raises(SystemExit) as refused:
+        train_pretrain.main(command)
+    assert refused.value.code == 1 and "has made all its steps" in capsys.readouterr().err
+    assert (out / "model.safetensors").read_bytes() == model
+    train_pretrain.main([*command[:-2], "--overwrite_output_dir"])
+    assert read_run(out)["finished"]
+
+
 def test_a_run_without_a_whole_checkpoint_starts_anew_and_keeps_what_is_there(run, tmp_path, capsys):
     run(tmp_path, max_steps=2).train()
     empty(tmp_path / "checkpoint-2" / "optimizer.pt")

@@ -120,6 +120,12 @@ def _check_start(training_args, folder):
                 f"is left to do. --model {folder} trains its model further."
             )
         sys.exit(0)
+    if auto and known is not None and known.get("trained"):
+        raise DuetError(
+            f"the run in {folder} has made all its steps, {known['trained']}, and its model is there; what came after "
+            f"them failed, and there is no checkpoint to go on from: use the model (--model {folder} trains it "
+            "further), or add --overwrite_output_dir in place of --resume_from_checkpoint to train anew."
+        )
     if auto and (known is not None or not (folder / "config.json").is_file()):
         return
     if auto:
@@ -279,6 +285,8 @@ class WeightsFirst(TrainerCallback):
         if state.global_step >= state.max_steps:
             self.trainer.save_model(_internal_call=True)  # which does not push it
             self.saved = True
+            if args.should_save:  # and is not trained again where no checkpoint is kept
+                note_run(self.trainer.run_folder, trained=state.global_step)
 
 
 __all__ = ["build_trainer", "check_batch", "one_line_errors", "prepare", "report", "train"]

@@ -268,7 +268,8 @@ class VLMTrainer(SavingTrainer):
             begun = origin(folder, checkpoint)
         if known is not None or begun.get("from") is not None:
             is_same = is_restart and checkpoint is not None and place is None
-            note_run(folder, finished=(known or {}).get("finished") if is_same else None, **begun)
+            ended = {name: (known or {}).get(name) if is_same else None for name in ("finished", "trained")}
+            note_run(folder, **ended, **begun)
 
     def set_initial_training_values(self, *args, **kwargs) -> tuple:
         """See `Trainer.set_initial_training_values`; a run that is at its end has no epoch left to go through."""
