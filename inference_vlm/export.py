@@ -70,7 +70,8 @@ def export(
     native = native_processor(processor, form.select, patch_size, model.config.num_prefix_tokens)
     image = _picture(processor)
     changed = _fit_ids(name, processor, native, image)
-    beside = out.with_name(_BESIDE.format(out.name))
+    place = out.resolve()  # which has a name
+    beside = place.with_name(_BESIDE.format(place.name))
     try:
         shutil.rmtree(beside, ignore_errors=True)  # of a run that was killed
         shards: dict[str, Any] = {} if max_shard_size is None else {"max_shard_size": max_shard_size}
@@ -78,8 +79,8 @@ def export(
         native.save_pretrained(beside)
         difference = _check(name, beside, model, processor, image)
         with contextlib.suppress(FileNotFoundError):
-            out.rmdir()
-        os.replace(beside, out)
+            place.rmdir()
+        os.replace(beside, place)
     except OSError as error:
         raise DuetError(f"{out} could not be written: {in_a_line(error)}.") from error
     finally:

@@ -418,6 +418,14 @@ def test_an_image_mode_that_the_library_has_not_is_refused(mode, made, tmp_path,
     assert not (tmp_path / "out").exists()
 
 
+def test_the_empty_folder_that_one_stands_in_can_be_named(made, monkeypatch, tmp_path, capsys):
+    saved, _ = made("clip-llama")
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    assert main([str(saved), "."]) == 0
+    assert (tmp_path / "here" / "model.safetensors").exists()
+
+
 def test_what_is_no_composed_model_gives_one_line(made, tmp_path, capsys):
     saved, exported = made("clip-llama")
     (tmp_path / "full").mkdir()
