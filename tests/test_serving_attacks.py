@@ -320,6 +320,31 @@ def test_a_head_that_trickles_is_ended(answerer, monkeypatch):
         assert b"[DONE]" in answer
 
 
+def test_who_opens_many_connections_keeps_nobody_out(answerer, monkeypatch):
+    monkeypatch.setattr(running, "CONNECTIONS", 3)
+    with serving(answerer) as server:
+        held = [socket.create_connection(("127.0.0.1", server.port)) for _ in range(6)]
+        ended = [one for one in held if _is_ended(one)]
+        assert len(ended) == 3
+        other = http.client.HTTPConnection("127.0.0.1", server.port, timeout=20, source_address=("127.0.0.9", 0))
+        other.request("GET", "/health")
+        assert other.getresponse().status == 200
+        other.close()
+        for one in held:
+            one.close()
+        assert until(lambda: not running._Protocol.open) and ask(f"{server.url}/health")[0] == 200
+
+
+def _is_ended(connection):
+    connection.settimeout(1)
+    try:
+        return connection.recv(1) == b""
+    except TimeoutError:
+        return False
+    except ConnectionError:
+        return True
+
+
 def test_all_bodies_of_a_client_are_bounded_and_keep_no_other_out(answerer):
     with serving(answerer, max_body_mb=0.1, body_seconds=20) as server:
         held = []

@@ -1,6 +1,8 @@
 """The HTTP server under the app: uvicorn, with an end to connections that never say what they want."""
 
 import asyncio
+from collections import Counter
+from typing import ClassVar
 
 import uvicorn
 from fastapi import FastAPI
@@ -10,13 +12,30 @@ from uvicorn.protocols.http.h11_impl import H11Protocol
 HEAD_SECONDS = 20
 """How long the head of a request may take."""
 
+CONNECTIONS = 256
+"""How many one client may have open, so that nobody takes all that the process can have."""
+
 
 class _Protocol(H11Protocol):
-    """Closes connections on which no request has begun in time: the first, or another after an answer."""
+    """Closes connections on which no request has begun in time, the first or another; and those that are too many."""
+
+    open: ClassVar[Counter[str]] = Counter()
+    """Connections by the address of their client."""
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
-        self._expect_request()
+        self._address = (transport.get_extra_info("peername") or ("",))[0]
+        self.open[self._address] += 1
+        if self.open[self._address] > CONNECTIONS:
+            transport.abort()
+        else:
+            self._expect_request()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        super().connection_lost(exc)
+        self.open[self._address] -= 1
+        if not self.open[self._address]:
+            del self.open[self._address]
 
     def on_response_complete(self) -> None:
         super().on_response_complete()
