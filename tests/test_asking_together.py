@@ -132,6 +132,7 @@ def run_by_two(tmp_path, text):
     return done.stderr
 
 
+@pytest.mark.slow
 def test_values_are_computed_by_one_process_and_what_fails_there_ends_all(tmp_path):
     (tmp_path / "own.py").write_text(OWN)
     said = run_by_two(tmp_path, JUDGE)

@@ -91,6 +91,7 @@ def test_overwriting_with_the_same_base_leaves_it_where_it_is(run, folders, sour
     assert id_of(run / "base") == known and torch.equal(says(run / "_overwritten-1" / "checkpoint-2"), old)
 
 
+@pytest.mark.slow
 def test_a_run_that_goes_on_from_what_was_overwritten_has_the_base_of_that(run, first, folders, source, monkeypatch):
     run, says = run
     with monkeypatch.context() as patch:

@@ -86,7 +86,9 @@ def saved_settings(folder):
 # -- settings of generation ------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", SHIPPED)
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=pytest.mark.slow if number > 1 else ()) for number, name in enumerate(SHIPPED)]
+)
 def test_no_settings_of_generation_stand_between_weights_and_the_disk(backbones, data, tmp_path, name):
     out = tmp_path / "out"
     train_pretrain.main([

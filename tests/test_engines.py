@@ -246,7 +246,7 @@ def is_serve_available() -> bool:
 
 
 @pytest.mark.skipif(not is_serve_available(), reason="needs transformers[serving]")
-@pytest.mark.parametrize("layer", [None, -2])
+@pytest.mark.parametrize("layer", [None, pytest.param(-2, marks=pytest.mark.slow)])
 def test_transformers_serve_takes_an_exported_folder_unchanged(layer, folders, image, tmp_path):
     """With an image in the request, and without; and says what the composed model says."""
     model, processor = tiny.compose(*folders("siglip-llama"), vision_feature_layer=layer)

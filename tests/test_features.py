@@ -512,7 +512,7 @@ def test_only_what_autocast_casts_anyway_is_held_smaller(compose, tmp_path):
     assert model.dtype == model.model.vision_tower.dtype == model.model.language_model.dtype == torch.float32
 
 
-@pytest.mark.parametrize("way", ["vit-gpt2", "siglip-llama"])
+@pytest.mark.parametrize("way", ["vit-gpt2", pytest.param("siglip-llama", marks=pytest.mark.slow)])
 def test_what_is_saved_of_weights_held_smaller_is_what_it_was(compose, pictures, tmp_path, way):
     """Through checkpoints, a resume, the best model loaded at the end, and after training."""
     made, items = compose(way), items_of(pictures(2))

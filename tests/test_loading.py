@@ -57,7 +57,7 @@ def test_names_of_the_modules_are_left_as_they_are():
         other.load_state_dict({**saved.state_dict(), "nobody.weight": torch.zeros(1)})
 
 
-@pytest.mark.parametrize("size", [20_000, 60_000])
+@pytest.mark.parametrize("size", [pytest.param(20_000, marks=pytest.mark.slow), 60_000])
 def test_shards_are_read_one_by_one(tmp_path, size):
     """The experts of a layer may lie in two of them."""
     saved, other = mixture(0), mixture(1)

@@ -109,7 +109,7 @@ def losses(model, collator, rows, folder, **settings):
     return [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
 
 
-@pytest.mark.parametrize("workers", [0, 1])
+@pytest.mark.parametrize("workers", [0, pytest.param(1, marks=pytest.mark.slow)])
 def test_the_stock_trainer_learns_the_same_without_padding_and_with_prefixes_shared(folders, tmp_path, workers):
     rows = []
     for number in range(4):
