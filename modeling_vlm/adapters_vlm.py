@@ -228,7 +228,7 @@ def put_on(model: PreTrainedModel, adapter: Adapter, merge: bool) -> PreTrainedM
     if merge:
         try:
             model = adapted.merge_and_unload()
-        except (AttributeError, NotImplementedError, TypeError, ValueError) as error:
+        except (AttributeError, RuntimeError, ValueError) as error:  # the first of methods that have nothing to merge
             reason = in_a_line(error, 300)
             raise DuetError(f"the adapter in {adapter.name} cannot be merged into its base: {reason}") from error
         model.__dict__.pop("peft_config", None)
