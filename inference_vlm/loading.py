@@ -99,7 +99,7 @@ def place(
     if attn_implementation is not None:
         options["attn_implementation"] = attn_implementation
     if load_in_4bit or load_in_8bit:
-        options["quantization_config"] = _in_few_bits(load_in_4bit, numbers)
+        options["quantization_config"] = in_few_bits(load_in_4bit, numbers)
         options.setdefault("device_map", {"": at})
     return options
 
@@ -139,8 +139,14 @@ def _type(named: str | torch.dtype | None) -> torch.dtype | None:
     return getattr(torch, named)
 
 
-def _in_few_bits(in_4bit: bool, dtype: torch.dtype | None) -> BitsAndBytesConfig:
-    """As a base is held when an adapter learns on it (QLoRA): NF4, its scales quantised too; or 8 bit."""
+def in_few_bits(in_4bit: bool, dtype: torch.dtype | None) -> BitsAndBytesConfig:
+    """
+    How bitsandbytes holds a language model, to answer or as the base of adapters: NF4, its scales quantised too, as
+    QLoRA has it, or 8 bit.
+
+    Args:
+        dtype: what 4-bit layers compute in; 32 bits if `None`.
+    """
     if not in_4bit:
         return BitsAndBytesConfig(load_in_8bit=True)
     return BitsAndBytesConfig(
@@ -183,4 +189,4 @@ def _saved_whole(name: str) -> bool:
         return False
 
 
-__all__ = ["DTYPES", "add_loading_arguments", "load", "loading_of", "place"]
+__all__ = ["DTYPES", "add_loading_arguments", "in_few_bits", "load", "loading_of", "place"]

@@ -12,11 +12,10 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, cast
 
-import torch
 from huggingface_hub import try_to_load_from_cache
 from peft import PeftConfig
-from transformers import BitsAndBytesConfig
 
+from inference_vlm.loading import in_few_bits
 from modeling_vlm import VLMForConditionalGeneration
 from modeling_vlm.adapters_vlm import BASE, CONFIG, Adapter, find_adapter, keep_bits
 from processing import VLMProcessor
@@ -238,23 +237,6 @@ def _repository(model_args: ModelArguments, adapter: Adapter | None) -> tuple[st
     return (name, Path(config).parent.name) if isinstance(config, str) else (None, None)
 
 
-def quantisation_of(tuning: TuningArguments, cast: torch.dtype | None) -> BitsAndBytesConfig:
-    """
-    How bitsandbytes holds a base: NF4 with its scales quantised too, as QLoRA has it, or 8 bit.
-
-    Args:
-        cast: what autocast computes in, `None` where it is off.
-    """
-    if tuning.load_in_8bit:
-        return BitsAndBytesConfig(load_in_8bit=True)
-    return BitsAndBytesConfig(
-        load_in_4bit=True,
-        bnb_4bit_quant_type="nf4",
-        bnb_4bit_use_double_quant=True,
-        bnb_4bit_compute_dtype=cast or torch.float32,
-    )
-
-
 def _quantised(model, arguments, place, revision) -> VLMForConditionalGeneration:
     """The same model with a language model in few bits; tower, projector and head stay whole."""
     dtype, generation, config = model.dtype, model.generation_config, model.config
@@ -262,7 +244,7 @@ def _quantised(model, arguments, place, revision) -> VLMForConditionalGeneration
     model.to("meta")
     del model
     gc.collect()
-    asked = quantisation_of(arguments.tuning, autocast_dtype(arguments.training))
+    asked = in_few_bits(bool(arguments.tuning.load_in_4bit), autocast_dtype(arguments.training))
     try:
         quantised = VLMForConditionalGeneration.from_pretrained(
             place,
@@ -299,6 +281,6 @@ def _check_same(adapted: AdaptedVLM, checkpoint: Path) -> None:
 
 
 __all__ = [
-    "adapter_named", "begun_with", "check_adapters", "quantisation_of", "settle_adapter", "sides_of", "sketched",
+    "adapter_named", "begun_with", "check_adapters", "settle_adapter", "sides_of", "sketched",
     "with_adapters",
 ]  # fmt: skip

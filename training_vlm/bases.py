@@ -18,10 +18,10 @@ from uuid import uuid4
 from accelerate import PartialState
 from safetensors import safe_open
 
-from modeling_vlm.adapters_vlm import BASE, CONFIG, base_of
+from modeling_vlm.adapters_vlm import BASE, CONFIG, SOURCE, base_of
 from processing.data_error_vlm import DuetError, in_a_line
 
-from .learning.checkpoints import SOURCE, UNFINISHED, fault, put_in_place, seal, sizes_of
+from .learning.checkpoints import UNFINISHED, fault, put_in_place, seal, sizes_of
 from .learning.lineage import NEW_BASE
 from .settings import Arguments
 

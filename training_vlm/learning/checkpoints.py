@@ -32,7 +32,6 @@ UNFINISHED = "_unfinished"
 MANIFEST = "checkpoint_manifest.json"
 STATE = "trainer_state.json"
 ORDER = "data_order.json"
-SOURCE = "base_source.json"  # what a base of adapters was made of, as a digest
 _NEW, _MOVED = "_model-new", "_model"  # a model beside the one that it replaces, and what is not moved yet of it
 _OPENED = ("config.json", "adapter_config.json")  # what a model is found by
 _EDITED = (".py", ".md", ".jinja", "config.json")  # what a person, or an update of the code, may change since

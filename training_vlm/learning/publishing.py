@@ -18,12 +18,12 @@ from transformers import Trainer, TrainingArguments
 from transformers.trainer_utils import HubStrategy
 from transformers.utils import PushInProgress
 
-from modeling_vlm.adapters_vlm import BASE, CONFIG, WEIGHTS
+from modeling_vlm.adapters_vlm import BASE, CONFIG, SOURCE, WEIGHTS
 from processing.batching.account import Account
 from processing.data_error_vlm import DuetError, in_a_line
 
 from ..private import public_account
-from .checkpoints import MANIFEST, SOURCE, sizes_of
+from .checkpoints import MANIFEST, sizes_of
 
 
 CARD, CURVE, SAMPLES = "README.md", "training.png", "samples.png"
