@@ -3,30 +3,20 @@
 Whatever a data set or a model says stands there as text. Without scripts the page shows all of it, in its order.
 """
 
-import base64
-import html
-import io
 import string
 from collections.abc import Mapping, Sequence
 
-from PIL import Image
-
-from processing.data_error_vlm import JOINERS
+from inference_vlm.page_parts import HEAD, picture_uri, shown_text
 
 from .gallery import Shown
 
 
 PICTURE_SIDE = 400
+_SMALL = 128  # a picture whose pixels are to be seen
 
-_PAGE = string.Template("""\
-<!doctype html>
-<html lang="en">
-<head>
-<meta charset="utf-8">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<meta http-equiv="Content-Security-Policy"
-  content="default-src 'none'; img-src data:; style-src 'unsafe-inline'; script-src 'unsafe-inline'">
-<meta name="color-scheme" content="light dark">
+_PAGE = string.Template(
+    HEAD
+    + """\
 <title>$title</title>
 <style>
 :root { --ground: #f6f7f9; --card: #fff; --ink: #1c2430; --faint: #5b6675; --line: #dfe3e9; --mark: #2563eb;
@@ -133,7 +123,8 @@ sort();
 </script>
 </body>
 </html>
-""")
+"""
+)
 
 
 def write_page(title: str, subtitle: str, values: Mapping[str, str], shown: Sequence[Shown]) -> str:
@@ -161,8 +152,9 @@ def write_page(title: str, subtitle: str, values: Mapping[str, str], shown: Sequ
 def _card(one: Shown) -> str:
     picture = ""
     if one.image is not None:
-        small = ' class="small"' if max(one.image.size) < 128 else ""
-        picture = f'<figure><img{small} src="{_data_uri(one.image)}" alt="" loading="lazy"></figure>'
+        small = ' class="small"' if max(one.image.size) < _SMALL else ""
+        source = picture_uri(one.image, PICTURE_SIDE, exact=_SMALL - 1, quality=85)
+        picture = f'<figure><img{small} src="{source}" alt="" loading="lazy"></figure>'
     score = "" if one.score is None else f'<span class="score {one.mark}">{_text(one.written)}</span>'
     asked = _text(one.asked) if one.asked else '<span class="none">the image alone</span>'
     answer = _text(one.answer) if one.answer else '<span class="none">nothing</span>'
@@ -180,20 +172,7 @@ _LONGEST = 4_000  # letters of a text
 
 
 def _text(text: str) -> str:
-    """A text as text, without what would turn or hide its neighbours."""
-    text = "".join(c if c.isprintable() or c in f"\n{JOINERS}" else " " for c in text)
-    return html.escape(text if len(text) <= _LONGEST else f"{text[:_LONGEST]}...")
-
-
-def _data_uri(image: Image.Image) -> str:
-    image = image.copy()
-    image.thumbnail((PICTURE_SIDE, PICTURE_SIDE))
-    content = io.BytesIO()
-    if max(image.size) < 128:
-        image.save(content, "PNG")
-        return f"data:image/png;base64,{base64.b64encode(content.getvalue()).decode('ascii')}"
-    image.save(content, "JPEG", quality=85)
-    return f"data:image/jpeg;base64,{base64.b64encode(content.getvalue()).decode('ascii')}"
+    return shown_text(text if len(text) <= _LONGEST else f"{text[:_LONGEST]}...")
 
 
 __all__ = ["write_page"]

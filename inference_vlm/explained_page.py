@@ -3,9 +3,6 @@
 Whatever a person or a model wrote stands there as text. Without scripts the page shows the map of the whole answer.
 """
 
-import base64
-import html
-import io
 import json
 import math
 import statistics
@@ -14,23 +11,15 @@ import unicodedata
 from collections.abc import Sequence
 from typing import Any
 
-from PIL import Image
-
-from processing.data_error_vlm import JOINERS
+from .page_parts import HEAD, picture_uri, shown_text
 
 
 PICTURE_SIDE = 1024
 _SMALL = 256  # a picture whose pixels are to be seen
 
-_PAGE = string.Template("""\
-<!doctype html>
-<html lang="en">
-<head>
-<meta charset="utf-8">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<meta http-equiv="Content-Security-Policy"
-  content="default-src 'none'; img-src data:; style-src 'unsafe-inline'; script-src 'unsafe-inline'">
-<meta name="color-scheme" content="light dark">
+_PAGE = string.Template(
+    HEAD
+    + """\
 <title>$title</title>
 <style>
 :root { --ground: #f6f7f9; --card: #fff; --ink: #1c2430; --faint: #5b6675; --line: #dfe3e9; --mark: #2563eb;
@@ -269,7 +258,8 @@ choose(-1);
 </script>
 </body>
 </html>
-""")
+"""
+)
 
 
 def write_page(explanation: Any, name: str, images: Sequence[str]) -> str:
@@ -298,10 +288,10 @@ def write_page(explanation: Any, name: str, images: Sequence[str]) -> str:
         "falls": [[float(f"{value:.4g}") for value in of_patch] for of_patch in found.falls.tolist()],
     }
     return _PAGE.substitute(
-        title=_text(f"{found.question or caption} {found.answer}"[:90]),
-        question=_text(found.question) if found.question else caption,
-        answer=_text(found.answer) if found.answer else "<i>no words</i>",
-        facts=_text(" · ".join(facts)),
+        title=shown_text(f"{found.question or caption} {found.answer}"[:90]),
+        question=shown_text(found.question) if found.question else caption,
+        answer=shown_text(found.answer) if found.answer else "<i>no words</i>",
+        facts=shown_text(" · ".join(facts)),
         direction=_direction(found.answer),
         chips="\n".join(_chips(found.pieces)),
         said="",
@@ -309,7 +299,7 @@ def write_page(explanation: Any, name: str, images: Sequence[str]) -> str:
         pictures="\n".join(_figure(found, number, name, strengths, most) for number, name in enumerate(images)),
         low=f"\u2212{most:.2g}" if most else "0",
         high=f"+{most:.2g}" if most else "0",
-        verdict=_text(verdict(deletion)),
+        verdict=shown_text(verdict(deletion)),
         curve=_curve(deletion, len(found.patches)),
         data=json.dumps(numbers, ensure_ascii=False, separators=(",", ":")).replace("<", "\\u003c"),
     )
@@ -337,7 +327,7 @@ def _chips(pieces):
     for number, piece in enumerate(pieces):
         kind = " control" if piece.control else " on" if number and not piece.label.startswith((" ", "\u2423")) else ""
         part = f"<small>{piece.part}</small>" if piece.part else ""
-        label = _text(piece.label.strip(" "))
+        label = shown_text(piece.label.strip(" "))
         yield (
             f'<button class="chip{kind}" data-token="{number}" aria-pressed="false"><bdi>{label}</bdi>{part}</button>'
         )
@@ -358,11 +348,12 @@ def _figure(found, number, name, strengths, most):
     # As tall as a screen shows it.
     style = f"max-width:min(100%, {round(72 * width / height, 1)}vh)"
     small = ' class="small"' if max(picture.size) <= _SMALL else ""
+    source = picture_uri(picture, PICTURE_SIDE, exact=_SMALL, quality=88)
     return (
-        f'<figure><div class="picture" style="{style}"><img{small} src="{_data_uri(picture)}" alt="" width="{width}" '
+        f'<figure><div class="picture" style="{style}"><img{small} src="{source}" alt="" width="{width}" '
         f'height="{height}"><svg viewBox="0 0 {width} {height}" preserveAspectRatio="none" aria-hidden="true">'
         f'{"".join(cells)}<g class="best" style="display:none"><rect/><rect/></g></svg></div>'
-        f"<figcaption>{_text(name)}, {width} x {height}</figcaption></figure>"
+        f"<figcaption>{shown_text(name)}, {width} x {height}</figcaption></figure>"
     )
 
 
@@ -417,21 +408,6 @@ def _step(span):
 
 def _number(value):
     return f"{value:.6g}".replace("-", "\u2212") if abs(value) > 1e-12 else "0"
-
-
-def _text(text: str) -> str:
-    """A text as text, without what would turn or hide its neighbours; what joins letters and emoji stays."""
-    text = "".join(c if c.isprintable() or c in f"\n{JOINERS}" else " " for c in text)
-    return html.escape(text)
-
-
-def _data_uri(picture: Image.Image) -> str:
-    picture = picture.copy()
-    picture.thumbnail((PICTURE_SIDE, PICTURE_SIDE))
-    content = io.BytesIO()
-    kind, options = ("PNG", {}) if max(picture.size) <= _SMALL else ("JPEG", {"quality": 88})
-    picture.save(content, kind, **options)
-    return f"data:image/{kind.lower()};base64,{base64.b64encode(content.getvalue()).decode('ascii')}"
 
 
 __all__ = ["verdict", "write_page"]

@@ -9,9 +9,6 @@ what does not fit exactly is refused, with the nearest that would.
 """
 
 import argparse
-import contextlib
-import os
-import shutil
 import sys
 from pathlib import Path
 from typing import Any
@@ -27,12 +24,11 @@ from processing.processing_vlm import VLMProcessor
 from .loading import DTYPES, load
 from .native_processor import conversations, differing, inputs_of, leave_out_prefix, native_processor
 from .program import ended_by, program, show_any_text
+from .whole_folder import check_free, whole_folder
 
 
 TOLERANCE = 1e-5
 """How far the logits may be apart, as a share of the greatest."""
-
-_BESIDE = "{}.unfinished"
 
 
 def export(
@@ -56,8 +52,7 @@ def export(
             written.
     """
     out = Path(out)
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise DuetError(f"{out} holds something already; name another folder.")
+    check_free(out)
     model, processor = _load(name, dtype, revision)
     try:
         form = model.native_form()
@@ -70,21 +65,11 @@ def export(
     native = native_processor(processor, form.select, patch_size, model.config.num_prefix_tokens)
     image = _picture(processor)
     changed = _fit_ids(name, processor, native, image)
-    place = out.resolve()  # which has a name
-    beside = place.with_name(_BESIDE.format(place.name))
-    try:
-        shutil.rmtree(beside, ignore_errors=True)  # of a run that was killed
-        shards: dict[str, Any] = {} if max_shard_size is None else {"max_shard_size": max_shard_size}
-        _as_native(model, form).save_pretrained(beside, **shards)
-        native.save_pretrained(beside)
-        difference = _check(name, beside, model, processor, image)
-        with contextlib.suppress(FileNotFoundError):
-            place.rmdir()
-        os.replace(beside, place)
-    except OSError as error:
-        raise DuetError(f"{out} could not be written: {in_a_line(error)}.") from error
-    finally:
-        shutil.rmtree(beside, ignore_errors=True)
+    shards: dict[str, Any] = {} if max_shard_size is None else {"max_shard_size": max_shard_size}
+    with whole_folder(out) as folder:
+        _as_native(model, form).save_pretrained(folder, **shards)
+        native.save_pretrained(folder)
+        difference = _check(name, folder, model, processor, image)
     said = [
         f"{out} is a {form.architecture} ({str(model.dtype).removeprefix('torch.')}) and needs no code of Duet's: "
         f"logits with a picture and without differ by {difference:.1e}, ids and pixels are the same."

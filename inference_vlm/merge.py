@@ -10,10 +10,7 @@ has its name once all of it is written.
 """
 
 import argparse
-import contextlib
 import json
-import os
-import shutil
 import sys
 from pathlib import Path
 
@@ -24,12 +21,12 @@ from transformers.utils import find_adapter_config_file
 
 from processing.data_error_vlm import DuetError, in_a_line
 
+from .loading import DTYPES
 from .program import ended_by, program, show_any_text
+from .whole_folder import check_free, whole_folder
 
 
 ADAPTER = "adapter_config.json"
-DTYPES = ("float32", "bfloat16", "float16")
-_BESIDE = "{}.unfinished"
 
 
 def merge(name: str, out: str | Path, dtype: str | None = None, revision: str | None = None) -> str:
@@ -49,10 +46,7 @@ def merge(name: str, out: str | Path, dtype: str | None = None, revision: str | 
         DuetError: there is no such adapter, its base is not there, or the folder cannot be written.
     """
     out = Path(out)
-    if out.exists() and not out.is_dir():
-        raise DuetError(f"{out} is a file; name a folder.")
-    if out.exists() and any(out.iterdir()):
-        raise DuetError(f"{out} holds something already; name another folder.")
+    check_free(out)
     asked = {} if dtype is None else {"dtype": getattr(torch, dtype)}
     try:
         _check_adapter(name, revision)
@@ -69,17 +63,9 @@ def merge(name: str, out: str | Path, dtype: str | None = None, revision: str | 
             f"the adapter {name!r} could not be loaded: expected a folder of a run with adapters, or a Hub name; "
             f"{in_a_line(error)}"
         ) from error
-    place = out.resolve()  # which has a name
-    beside = place.with_name(_BESIDE.format(place.name))
-    try:
-        shutil.rmtree(beside, ignore_errors=True)  # of a run that was killed
-        model.save_pretrained(beside)
-        processor.save_pretrained(beside)
-        with contextlib.suppress(FileNotFoundError):
-            place.rmdir()
-        os.replace(beside, place)
-    except OSError as error:
-        raise DuetError(f"{out} could not be written: {in_a_line(error)}.") from error
+    with whole_folder(out) as folder:
+        model.save_pretrained(folder)
+        processor.save_pretrained(folder)
     count = sum(parameter.numel() for parameter in model.parameters())
     said = f"{out} is a plain model: {count:,} parameters, {str(model.dtype).removeprefix('torch.')}"
     return f"{said}; its base, which was held in few bits, is dequantised." if quantised else f"{said}."

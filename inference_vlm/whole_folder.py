@@ -1,0 +1,50 @@
+"""A folder that a command writes has its name once all of it is there."""
+
+import contextlib
+import os
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+from processing.data_error_vlm import DuetError, in_a_line
+
+
+_BESIDE = "{}.unfinished"
+
+
+def check_free(out: Path) -> None:
+    """
+    See that nothing is lost by writing a folder.
+
+    Raises:
+        DuetError: it is a file, or holds something.
+    """
+    if out.exists() and not out.is_dir():
+        raise DuetError(f"{out} is a file; name a folder.")
+    if out.exists() and any(out.iterdir()):
+        raise DuetError(f"{out} holds something already; name another folder.")
+
+
+@contextlib.contextmanager
+def whole_folder(out: Path) -> Iterator[Path]:
+    """
+    A folder to write into, which gets the name of `out` when the block ends, and is removed where it fails.
+
+    Raises:
+        DuetError: it cannot be written.
+    """
+    place = out.resolve()  # which has a name, as "." has none
+    beside = place.with_name(_BESIDE.format(place.name))
+    try:
+        shutil.rmtree(beside, ignore_errors=True)  # of a run that was killed
+        yield beside
+        with contextlib.suppress(FileNotFoundError):
+            place.rmdir()
+        os.replace(beside, place)
+    except OSError as error:
+        raise DuetError(f"{out} could not be written: {in_a_line(error)}.") from error
+    finally:
+        shutil.rmtree(beside, ignore_errors=True)
+
+
+__all__ = ["check_free", "whole_folder"]
