@@ -324,7 +324,9 @@ def test_the_folder_appears_whole_or_not_at_all(made, monkeypatch, tmp_path):
     saved, _ = made("clip-llama")
     out, beside = tmp_path / "out", tmp_path / "out.unfinished"
 
-    def full(*args, **kwargs):
+    def full(model, folder, *args, **kwargs):
+        folder.mkdir()
+        (folder / "model.safetensors").write_text("half of it")
         raise OSError(28, "No space left on device")
 
     with monkeypatch.context() as broken:

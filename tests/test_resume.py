@@ -446,7 +446,7 @@ def broken_in(trainer, calls):
 
 @pytest.mark.parametrize("torn", [False, True])
 def test_a_run_goes_on_from_what_was_rescued_as_one_that_did_not_fail(run, tmp_path, torn):
-    """Also where a kill left half a checkpoint of the same step."""
+    """Also where half a checkpoint of the same step lies there."""
 
     def made(folder):
         trainer = run(folder, gradient_accumulation_steps=2, include_num_input_tokens_seen="all", save_steps=5)
@@ -456,10 +456,16 @@ def test_a_run_goes_on_from_what_was_rescued_as_one_that_did_not_fail(run, tmp_p
     whole = made(tmp_path / "whole")
     whole.train()
     out = tmp_path / "out"
-    if torn:
-        shutil.copytree(tmp_path / "whole" / "checkpoint-5", out / "checkpoint-3")
-        halve(out / "checkpoint-3" / "model.safetensors")
     failed = broken_in(made(out), calls=2 * 3 + 1)
+    breaks = failed.training_step
+
+    def step(*args, **kwargs):
+        if torn and failed.state.global_step == 3:
+            shutil.copytree(tmp_path / "whole" / "checkpoint-5", out / "checkpoint-3")
+            halve(out / "checkpoint-3" / "model.safetensors")
+        return breaks(*args, **kwargs)
+
+    failed.training_step = step
     with pytest.raises(RuntimeError, match="in the middle"):
         failed.train()
     assert failed.rescue() == out / "checkpoint-3" and fault(out / "checkpoint-3") is None
