@@ -10,6 +10,7 @@ huggingface_hub reads its settings once, when it is imported: give `hub_environm
 """
 
 import base64
+import gzip
 import hashlib
 import json
 import math
@@ -17,6 +18,7 @@ import os
 import re
 import shutil
 import threading
+import zipfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -252,6 +254,32 @@ def faults_of_card(content: str) -> list[str]:
                 if isinstance(value, float) and not math.isfinite(value):
                     wrong.append(f'"model-index" has the value {value}')
     return wrong
+
+
+def told_in(folder: Path, words: list[str]) -> Iterator[str]:
+    """Where words stand in a folder: in names, or in what files hold."""
+    for file in folder.rglob("*"):
+        name = str(file.relative_to(folder))
+        yield from (f"{word}: the name {name}" for word in words if word in name)
+        if file.is_file():
+            yield from held_in(file, words)
+
+
+def held_in(file: Path, words: list[str]) -> Iterator[str]:
+    """Where words stand in the bytes of a file and of what is packed in it."""
+    for place, content in _contents(file):
+        for form in ("utf-8", "utf-16-le"):
+            yield from (f"{word}: {file}, {place}" for word in words if word.encode(form) in content)
+
+
+def _contents(file: Path) -> Iterator[tuple[str, bytes]]:
+    content = file.read_bytes()
+    yield "itself", content
+    if zipfile.is_zipfile(file):
+        with zipfile.ZipFile(file) as packed:
+            yield from ((name, packed.read(name)) for name in packed.namelist())
+    if content.startswith(b"\x1f\x8b"):
+        yield "unpacked", gzip.decompress(content)
 
 
 def _tree(folder: Path, inside: str, recursive: bool) -> list[dict]:
