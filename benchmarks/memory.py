@@ -47,7 +47,9 @@ class Memory(TrainerCallback):
         self.profiler = torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True)
 
     def on_step_end(self, args, state, control, model=None, optimizer=None, **kwargs):
-        if state.global_step == 1:
+        if state.global_step == 1 and torch.cuda.is_available():
+            torch.cuda.reset_peak_memory_stats()
+        elif state.global_step == 1:
             parts = [*model.parameters(), *model.buffers(), *self.batch.values()]
             parts += [part for states in optimizer.state.values() for part in states.values()]
             storages = [part.untyped_storage() for part in parts if isinstance(part, torch.Tensor)]
@@ -55,11 +57,13 @@ class Memory(TrainerCallback):
             if STATUS.exists():
                 Path("/proc/self/clear_refs").write_text("5")
             self.profiler.start()
-        elif state.global_step == 2:
+        elif state.global_step == 2 and not torch.cuda.is_available():
             self.profiler.stop()
 
     def read(self) -> tuple[int, int]:
-        """Bytes of live tensors at the peak, and of the process, 0 where nobody knows."""
+        """Bytes of live tensors at the peak, and of the process (on a GPU, of its pool), 0 where nobody knows."""
+        if torch.cuda.is_available():
+            return torch.cuda.max_memory_allocated(), torch.cuda.max_memory_reserved()
         self.profiler.export_chrome_trace(str(self.trace))
         events = [event for event in json.loads(self.trace.read_text())["traceEvents"] if event["name"] == "[memory]"]
         alive = most = 0
