@@ -6,15 +6,21 @@ The environment that it is installed into sees the other packages of this one, s
 import importlib.metadata
 import json
 import os
+import re
 import shutil
+import signal
 import subprocess
 import sys
 import sysconfig
+import tarfile
+import urllib.request
 import venv
+import zipfile
 from pathlib import Path
 
 import pytest
 
+from tests import tiny
 from tests.test_house import ROOT
 
 
@@ -28,6 +34,8 @@ QUICK = [
     "--max_steps", "2", "--lr_scheduler_type", "constant", "--use_cpu", "--bf16", "False", "--disable_tqdm", "True",
     "--per_device_train_batch_size", "4", "--max_eval_samples", "4", "--max_new_tokens", "4",
 ]  # fmt: skip
+PIP = [sys.executable, "-m", "pip", "--disable-pip-version-check", "-q"]
+OFFLINE = ["--no-deps", "--no-index"]
 HELP = """
 import importlib.metadata, json, pathlib, sys
 
@@ -51,18 +59,26 @@ def home(tmp_path_factory):
     if int(_version("setuptools").partition(".")[0]) < 77 or _version("pip") == "0":
         pytest.skip("a wheel is built by pip and setuptools 77 or newer, which are not installed")
     folder = tmp_path_factory.mktemp("wheel")
-    source, home = folder / "source", folder / "home"
-    shutil.copytree(ROOT, source, ignore=shutil.ignore_patterns(".*", "tests", "outputs", "build", "*.egg-info"))
-    pip = [sys.executable, "-m", "pip", "--disable-pip-version-check", "-q"]
-    offline = ["--no-deps", "--no-index"]
-    _run([*pip, "wheel", *offline, "--no-build-isolation", "-w", str(folder), str(source)])
-    shutil.rmtree(source)
+    home = folder / "home"
+    wheel = _wheel_of(_copied(folder / "source"), folder)
+    pip = [*PIP, "--python", str(home)]
     venv.create(home)
-    (wheel,) = folder.glob("duet_vlm-*.whl")
-    _run([*pip, "--python", str(home), "install", *offline, str(wheel)])
+    _run([*pip, "install", *OFFLINE, str(wheel)])
     others = "\n".join({sysconfig.get_path("purelib"), sysconfig.get_path("platlib")})
     Path(sysconfig.get_path("purelib", vars={"base": str(home)})).joinpath("others.pth").write_text(others)
     return home
+
+
+def _copied(place):
+    """The clone, as git has it."""
+    shutil.copytree(ROOT, place, ignore=shutil.ignore_patterns(".*", "outputs", "build", "dist", "*.egg-info"))
+    return place
+
+
+def _wheel_of(source, folder):
+    _run([*PIP, "wheel", *OFFLINE, "--no-build-isolation", "-w", str(folder), str(source)])
+    (wheel,) = folder.glob("duet_vlm-*.whl")
+    return wheel
 
 
 def _version(package):
@@ -72,10 +88,14 @@ def _version(package):
         return "0"
 
 
+def _environment():
+    """This one's, without what would have Python see the clone."""
+    kept = {key: value for key, value in os.environ.items() if not key.startswith("PYTHON")}
+    return kept | {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+
+
 def _run(command, cwd=None, code=0):
-    environment = {key: value for key, value in os.environ.items() if not key.startswith("PYTHON")}
-    environment |= {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-    done = subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True, timeout=600)
+    done = subprocess.run(command, cwd=cwd, env=_environment(), capture_output=True, text=True, timeout=600)
     assert done.returncode == code, f"{command}\n{done.stdout[-3000:]}{done.stderr[-3000:]}"
     return done.stdout
 
@@ -111,6 +131,44 @@ def test_the_wheel_carries_what_the_code_reads(home):
     said = importlib.metadata.PathDistribution(next(home.rglob("duet_vlm-*.dist-info"))).metadata
     assert said["License-Expression"] == "Apache-2.0" and said["License-File"] == "LICENSE"
     assert said["Description-Content-Type"] == "text/markdown" and "# Duet" in said.get_payload()
+
+
+@pytest.mark.slow
+def test_a_source_distribution_makes_the_same_wheel(home, tmp_path):
+    source = _copied(tmp_path / "source")
+    build = f"from setuptools.build_meta import build_sdist; build_sdist({str(tmp_path)!r})"
+    _run([sys.executable, "-c", build], source)
+    (packed,) = tmp_path.glob("duet_vlm-*.tar.gz")
+    with tarfile.open(packed) as tar:
+        assert not [name for name in tar.getnames() if "/tests/" in name]
+    (wheel,) = home.parent.glob("duet_vlm-*.whl")
+    names = [sorted(zipfile.ZipFile(one).namelist()) for one in (wheel, _wheel_of(packed, tmp_path))]
+    assert names[0] == names[1]
+
+
+@pytest.mark.slow
+def test_the_installed_server_gives_its_page_whole_and_answers_about_a_picture(home, tmp_path, folders, image):
+    pytest.importorskip("fastapi")
+    from tests.serving import ask, said
+
+    for part in tiny.compose(*folders("vit-gpt2"), "cls"):
+        part.save_pretrained(tmp_path / "model")
+    command = [str(home / "bin" / "duet-serve"), str(tmp_path / "model"), "--port", "0"]
+    server = subprocess.Popen(command, cwd=tmp_path, env=_environment(), stdout=subprocess.PIPE, text=True)
+    try:
+        (url,) = re.findall(r"chat with it at (\S+)/;", server.stdout.readline())
+        page = ROOT / "inference_vlm" / "serving" / "page"
+        for file in page.iterdir():
+            place = "/" if file.name == "index.html" else f"/page/{file.name}"
+            with urllib.request.urlopen(url + place, timeout=60) as response:
+                assert response.status == 200 and response.read() == file.read_bytes(), place
+        question = {"model": "model", "max_tokens": 2, "messages": [said("What is it?", image(0))]}
+        status, answer = ask(f"{url}/v1/chat/completions", question)
+        assert status == 200 and answer["usage"]["prompt_tokens_details"]["image_tokens"] > 0
+        server.send_signal(signal.SIGINT)
+        assert server.wait(60) == 0
+    finally:
+        server.kill()
 
 
 @pytest.mark.slow
