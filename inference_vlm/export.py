@@ -17,12 +17,13 @@ import torch
 import transformers
 from PIL import Image
 from transformers import AutoModelForImageTextToText, AutoProcessor, PreTrainedModel, ProcessorMixin
+from transformers.conversion_mapping import get_model_conversion_mapping
 
 from processing.data_error_vlm import DuetError, in_a_line
 from processing.processing_vlm import VLMProcessor
 
 from .loading import DTYPES, load
-from .native_processor import conversations, differing, inputs_of, leave_out_prefix, native_processor
+from .native_processor import conversations, differing, differing_words, inputs_of, leave_out_prefix, native_processor
 from .program import ended_by, program, show_any_text
 from .whole_folder import check_free, whole_folder
 
@@ -106,19 +107,31 @@ def _picture(processor):
 
 def _fit_ids(name, processor, native, image):
     """See that conversations become the same ids; what had to be changed for it, a sentence."""
-    if not differing(processor, native, image):
-        return []
-    leave_out_prefix(native.tokenizer)
+    changed: list[str] = []
+    if differing(processor, native, image):
+        changed.append(_without_prefix(processor, native))
     if left := differing(processor, native, image):
         raise DuetError(
             f"{name} is not exported: a conversation ({left[0]}) becomes other ids in transformers' own processor than "
             "those that the model learned, because its template is read in other pieces; a template whose pieces end "
             "in control tokens, such as ChatML, can be exported."
         )
-    return [
-        "Its tokenizer no longer puts anything before a text: the library's processor would put it before a "
-        "conversation too, whose template has none."
-    ]
+    if words := differing_words(processor, native):
+        changed.append(
+            f"An earlier answer such as {words[0]!r} is read there together with the template around it, as other ids; "
+            "a template whose pieces end in control tokens keeps them apart."
+        )
+    return changed
+
+
+def _without_prefix(processor, native):
+    leave_out_prefix(native.tokenizer)
+    before = "".join(processor.tokenizer.convert_ids_to_tokens(processor.encoder.text.prefix_ids))
+    return (
+        f"Its tokenizer no longer puts {before} before a text: the library's processor would put it before a "
+        f"conversation too, whose template has none; write it where it is to be, as in '{before}"
+        f"{processor.image_token}', which asks for a caption."
+    )
 
 
 def _as_native(model, form) -> PreTrainedModel:
@@ -132,6 +145,8 @@ def _as_native(model, form) -> PreTrainedModel:
             )
     finally:
         transformers.logging.set_verbosity(verbosity)
+    # Saved under the names of this class's checkpoints on the Hub, each expert by itself: engines read no others.
+    native._weight_conversions = get_model_conversion_mapping(native, add_legacy=False)
     native.generation_config = model.generation_config
     return native
 

@@ -34,6 +34,10 @@ _BEGINNING = """{%- set read = namespace(messages=[]) -%}
 """
 
 
+_WORDS = ("yes.", "No!", "(a) 12", "- one\n- two", '"x", y', "f(x) = 1;", "<b>", "\u4f60\u597d\u3002", "\U0001f642")
+"""Texts that a tokenizer might read together with what a template puts around them."""
+
+
 def native_processor(processor: VLMProcessor, select: str, patch_size: int, prefix_tokens: int) -> LlavaProcessor:
     """
     The library's processor that gives what a composed model's own gives.
@@ -76,6 +80,7 @@ def _image_processor(processor):
             f"image_mode={processor.image_mode} makes images fit as no image processor of transformers' own does "
             "(--image_mode resize, or none at all, can be exported)."
         )
+    images.do_convert_rgb = True  # of which some image processors have nothing, and then read no grey picture
     if getattr(images, "crop_size", None) is None:
         images.crop_size = size  # where `LlavaProcessor` reads what an engine asks it for: tokens by size alone
     return images
@@ -132,12 +137,19 @@ def inputs_of(processor: Any, messages: list[dict[str, Any]]) -> dict[str, Any]:
 
 def differing(processor: VLMProcessor, native: ProcessorMixin, image: Image.Image) -> list[str]:
     """In which of `conversations` two processors give other ids: what is said of them; nothing where all are equal."""
-    said = []
-    for messages in conversations(image, processor):
-        ours, theirs = (inputs_of(one, messages)["input_ids"].tolist() for one in (processor, native))
-        if ours != theirs:
-            said.append(", ".join(message["role"] for message in messages))
-    return said
+    tried = conversations(image, processor)
+    return [", ".join(m["role"] for m in messages) for messages in tried if not _same_ids(processor, native, messages)]
+
+
+def differing_words(processor: VLMProcessor, native: ProcessorMixin) -> list[str]:
+    """Of words that begin and end otherwise, those around which two processors read a dialogue as other ids."""
+    dialogues = {words: [_says("user", words), _says("assistant", words), _says("user", words)] for words in _WORDS}
+    return [w for w, said in dialogues.items() if _takes(processor, said) and not _same_ids(processor, native, said)]
+
+
+def _same_ids(processor, native, messages):
+    ours, theirs = (inputs_of(one, messages)["input_ids"].tolist() for one in (processor, native))
+    return ours == theirs
 
 
 def leave_out_prefix(tokenizer: PreTrainedTokenizerBase) -> None:
@@ -149,4 +161,4 @@ def leave_out_prefix(tokenizer: PreTrainedTokenizerBase) -> None:
     tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(single="$A", special_tokens=[])
 
 
-__all__ = ["conversations", "differing", "inputs_of", "leave_out_prefix", "native_processor"]
+__all__ = ["conversations", "differing", "differing_words", "inputs_of", "leave_out_prefix", "native_processor"]

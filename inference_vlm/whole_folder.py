@@ -6,6 +6,8 @@ import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
+from safetensors import SafetensorError
+
 from processing.data_error_vlm import DuetError, in_a_line
 
 
@@ -14,15 +16,19 @@ _BESIDE = "{}.unfinished"
 
 def check_free(out: Path) -> None:
     """
-    See that nothing is lost by writing a folder.
+    See that a folder can be written, and nothing is lost by it.
 
     Raises:
-        DuetError: it is a file, or holds something.
+        DuetError: it is a file, or holds something, or nothing can be written where it is to lie.
     """
     if out.exists() and not out.is_dir():
         raise DuetError(f"{out} is a file; name a folder.")
     if out.exists() and any(out.iterdir()):
         raise DuetError(f"{out} holds something already; name another folder.")
+    above = next(parent for parent in out.absolute().parents if parent.exists())
+    if not above.is_dir() or not os.access(above, os.W_OK):
+        found = "cannot be written into" if above.is_dir() else "is a file"
+        raise DuetError(f"{out} cannot be made: {above} {found}; name another folder.")
 
 
 @contextlib.contextmanager
@@ -41,7 +47,7 @@ def whole_folder(out: Path) -> Iterator[Path]:
         with contextlib.suppress(FileNotFoundError):
             place.rmdir()
         os.replace(beside, place)
-    except OSError as error:
+    except (OSError, SafetensorError) as error:  # the latter of a full disk, too
         raise DuetError(f"{out} could not be written: {in_a_line(error)}.") from error
     finally:
         shutil.rmtree(beside, ignore_errors=True)

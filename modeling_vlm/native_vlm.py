@@ -107,8 +107,9 @@ def native_weights(model: PreTrainedModel, form: NativeForm) -> dict[str, torch.
 
 def say_native(model: PreTrainedModel) -> str:
     """In a few words, whether a composed model has a native form."""
-    found = misfits(model)
-    return f"not exported natively: {found[0]}" if found else f"exported natively as {native_form(model).architecture}"
+    if found := misfits(model):
+        return f"not exported natively: {'; '.join(found)}"
+    return f"exported natively as {native_form(model).architecture}"
 
 
 def misfits(model: PreTrainedModel) -> list[str]:
@@ -125,12 +126,12 @@ def _of_the_image(model):
     if config.max_tiles > 1:
         found.append("images are cut into tiles as no such class does (--max_tiles 1 can be exported)")
     if config.projector_type not in _PROJECTORS:
-        found.append(f"projector_type={config.projector_type} has no counterpart (mlp and linear can be exported)")
+        found.append(f"projector_type={config.projector_type} has no counterpart (mlp can be exported)")
     if strategy == "cls" or (strategy == "patch" and config.num_prefix_tokens > 1):
         what = "the CLS token alone" if strategy == "cls" else f"all but the first {config.num_prefix_tokens} tokens"
         found.append(f"{what} of the encoder's are read (--vision_feature_select_strategy full can be exported)")
     if len(set(pair_of(config.vision_config.patch_size))) > 1:
-        found.append(f"the encoder's patches are not square ({kind})")
+        found.append(f"the encoder's patches are not square ({kind}; one of square patches can be exported)")
     if "spatial_shapes" in takes:
         return [*found, f"the encoder ({kind}) is given patches that Duet cuts (SigLIP in its place can be exported)"]
     if "interpolate_pos_encoding" in takes and tuple(config.image_size) != own_image_size(config.vision_config):

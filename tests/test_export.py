@@ -7,6 +7,9 @@ import json
 
 import pytest
 import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from tokenizers import Tokenizer, pre_tokenizers
 from transformers import (
     AutoModelForImageTextToText,
     AutoProcessor,
@@ -173,15 +176,35 @@ def test_generation_settings_dtype_and_tokenizer_are_kept(name, made):
     assert native.config.tie_word_embeddings == (name == "siglip-tied")
 
 
-def test_what_a_tokenizer_puts_before_a_text_is_left_out_only_where_a_conversation_would_get_it(made, capsys):
+def test_what_a_tokenizer_puts_before_a_text_is_left_out_only_where_a_conversation_would_get_it(made, image):
     """The Llama's template starts with no bos, and its tokenizer adds one; the library's processor would add it."""
     saved, _ = made("siglip-llama")
     out = saved.parent / "again"
-    assert "no longer puts anything before a text" in export(str(saved), out)
+    said = export(str(saved), out)
+    assert "no longer puts <s> before a text" in said and "as in '<s><image>'" in said
     assert AutoTokenizer.from_pretrained(saved)("a cat")["input_ids"][0] == 1
     assert AutoTokenizer.from_pretrained(out)("a cat")["input_ids"][0] != 1
+    own, other = VLMProcessor.from_pretrained(saved), AutoProcessor.from_pretrained(out)
+    caption = own(images=[image(0)], text="<image>"), other(images=[image(0)], text="<s><image>")
+    assert caption[0]["input_ids"] == caption[1]["input_ids"]
     saved, _ = made("vit-gpt2")
     assert "before a text" not in export(str(saved), saved.parent / "again")
+
+
+@pytest.mark.parametrize("ends", ["\ny", "\n("])
+def test_that_a_tokenizer_reads_an_answer_together_with_what_stands_before_it_is_said(ends, image):
+    """The composed model learned the two apart."""
+    tokenizer = tiny.byte_level_tokenizer()
+    state = json.loads(tokenizer.backend_tokenizer.to_str())
+    state["pre_tokenizer"] |= {"use_regex": False}
+    first, then = (pre_tokenizers.ByteLevel(False, use_regex=False).pre_tokenize_str(c)[0][0] for c in ends)
+    state["model"]["merges"].insert(0, [first, then])
+    state["model"]["vocab"][first + then] = len(tokenizer)
+    tokenizer._tokenizer = Tokenizer.from_str(json.dumps(state))
+    processor = tiny.processor_of(tokenizer, "chatml", image_seq_length=16)
+    native = exporting.native_processor(processor, "full", 8, 0)
+    said = exporting._fit_ids("it", processor, native, image(0))
+    assert len(said) == 1 and "is read there together with the template around it, as other ids" in said[0]
 
 
 @pytest.mark.parametrize("kind", list(VISION))
@@ -202,6 +225,10 @@ def test_pixels_are_the_same_for_pictures_of_any_shape(kind, mode, tmp_path, ima
         picture = image(seed, size)
         assert torch.equal(inputs_of(processor, asked(picture))["pixel_values"],
                            inputs_of(other, asked(picture))["pixel_values"])  # fmt: skip
+    for mode in ("L", "1", "P", "CMYK"):
+        picture = image(5, (50, 30)).convert(mode)
+        own, found = (one(images=picture, text="<image>", return_tensors="pt") for one in (processor, other))
+        assert torch.equal(own["pixel_values"], found["pixel_values"])
     known = other._get_num_multimodal_tokens(image_sizes=[(10, 20), (10000, 10000)])
     assert known.num_image_tokens == [model.config.image_seq_length] * 2 and known.num_image_patches == [1, 1]
 
@@ -271,6 +298,20 @@ def test_a_process_without_this_package_and_without_trust_in_code_answers_the_sa
 # -- how it is written ------------------------------------------------------------------------------------------------
 
 
+def test_weights_have_the_names_of_the_classs_checkpoints_on_the_hub(made):
+    """As engines read them: the parts by their first word, experts one by one."""
+    for name, part in (
+        ("clip-moe", "language_model.model.layers.0.mlp.experts.1.gate_proj.weight"),
+        ("siglip-llama", "language_model.lm_head.weight"),
+        ("dinov2-gpt2", "vision_tower.embeddings.cls_token"),
+    ):
+        names = load_file(made(name)[1] / "model.safetensors").keys()
+        assert part in names
+        assert {name.split(".")[0] for name in names} == {"language_model", "vision_tower", "multi_modal_projector"}
+        inner = "vision_tower.vision_model.embeddings."
+        assert any(name.startswith(inner) for name in names) == (name != "dinov2-gpt2")
+
+
 def test_weights_come_in_files_of_the_size_that_is_asked_for_and_in_another_dtype(made, image):
     saved, _ = made("clip-llama")
     out = saved.parent / "shards"
@@ -320,18 +361,21 @@ def test_adapters_are_merged(tmp_path, image):
         assert (found - plain(**inputs).logits).abs().max() > 1e-2
 
 
-def test_the_folder_appears_whole_or_not_at_all(made, monkeypatch, tmp_path):
+@pytest.mark.parametrize("error", [OSError(28, "No space left on device"), SafetensorError("I/O error: No space left")])
+def test_the_folder_appears_whole_or_not_at_all(error, made, monkeypatch, tmp_path, capsys):
     saved, _ = made("clip-llama")
+    capsys.readouterr()
     out, beside = tmp_path / "out", tmp_path / "out.unfinished"
 
     def full(model, folder, *args, **kwargs):
         folder.mkdir()
         (folder / "model.safetensors").write_text("half of it")
-        raise OSError(28, "No space left on device")
+        raise error
 
     with monkeypatch.context() as broken:
         broken.setattr(LlavaForConditionalGeneration, "save_pretrained", full)
         assert main([str(saved), str(out)]) == 1
+        assert f"error: {out} could not be written: " in capsys.readouterr().err
         assert not out.exists() and not beside.exists()
     beside.mkdir()
     (beside / "left.safetensors").write_text("of a run that was killed")
@@ -406,6 +450,11 @@ def test_composing_says_in_its_line_whether_the_pair_can_be_exported(capsys):
         )
         said = capsys.readouterr().out
         assert expected in said and said.count("\n") == 1
+    VLMForConditionalGeneration.from_backbones(
+        matrix.encoder_of("DINOv2"), config_of(*LANGUAGE_MODELS["Phi"]), vision_feature_layer=-2, max_tiles=2
+    )
+    said = capsys.readouterr().out
+    assert "images are cut into tiles" in said and "head (phi) has a bias" in said
 
 
 @pytest.mark.parametrize("mode", ["pad", "crop"])
@@ -431,17 +480,19 @@ def test_the_empty_folder_that_one_stands_in_can_be_named(made, monkeypatch, tmp
 def test_what_is_no_composed_model_gives_one_line(made, tmp_path, capsys):
     saved, exported = made("clip-llama")
     (tmp_path / "full").mkdir()
-    (tmp_path / "full" / "file").write_text("mine")
+    mine = tmp_path / "full" / "file"
+    mine.write_text("mine")
     capsys.readouterr()
     for name, out, expected in (
         (exported, tmp_path / "out", "is of type llava, which Duet did not compose"),
         (tmp_path / "nowhere", tmp_path / "out", "could not be loaded"),
         (saved, tmp_path / "full", "holds something already"),
+        ("unread", mine / "in" / "it", f"cannot be made: {mine} is a file"),
     ):
         assert main([str(name), str(out)]) == 1
         said = capsys.readouterr().err
         assert said.startswith("error: ") and expected in said and said.count("\n") == 1
-    assert (tmp_path / "full" / "file").read_text() == "mine" and not (tmp_path / "out").exists()
+    assert mine.read_text() == "mine" and not (tmp_path / "out").exists()
 
 
 def test_a_folder_with_the_code_of_an_earlier_duet_names_the_command_that_mends_it(made, monkeypatch, tmp_path, capsys):
