@@ -157,6 +157,22 @@ def test_a_data_set_of_the_library_is_read_as_rows_and_decoded_no_sooner(process
     assert read_rows(rows.to_iterable_dataset()) == read_rows(rows)
 
 
+def test_of_a_data_set_the_rows_are_read_that_were_chosen_and_in_their_order():
+    rows = datasets.Dataset.from_list([{"image": Image.new("RGB", (8, 8)), "caption": str(n)} for n in range(8)])
+    parts = rows.train_test_split(test_size=2, seed=0)
+    for chosen in (
+        rows.select([5, 1, 6]),
+        rows.shuffle(seed=1),
+        parts["test"],
+        rows.filter(lambda row: "3" in row.values()),
+    ):
+        assert [said_of(item) for item in read_rows(chosen)] == list(chosen["caption"])
+
+
+def said_of(item):
+    return item["messages"][-1]["content"][-1]["text"]
+
+
 def test_a_row_of_several_captions_gives_several_conversations_also_in_a_batch(processor, picture):
     row = {"image": str(picture), "captions": ["a cat", "a red cat"]}
     batch = VLMDataCollator(processor, encode=encode_caption)([row, {"image": str(picture), "text": "a dog"}])

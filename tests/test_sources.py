@@ -308,6 +308,29 @@ def test_a_folder_of_images_with_metadata_is_read_undecoded(tmp_path, kind, link
         assert texts == ["A red wall.", "A blue wall."]
 
 
+@pytest.mark.parametrize("streaming", [False, True])
+def test_a_class_is_its_name_and_not_its_number(tmp_path, streaming):
+    for kind, colour in (("cat", "red"), ("a dog", "blue")):
+        (tmp_path / "photos" / kind).mkdir(parents=True)
+        Image.new("RGB", (8, 8), colour).save(tmp_path / "photos" / kind / "1.png")
+    rows = load_rows(tmp_path / "photos", streaming=streaming)
+    assert [row["label"] for row in rows] == ["a dog", "cat"]
+    kinds = datasets.ClassLabel(names=["no", "yes"])
+    features = datasets.Features(
+        one=kinds, some=datasets.List(kinds), inner={"deep": kinds, "text": datasets.Value("string")}
+    )
+    stored = [
+        {"one": 1, "some": [0, 1], "inner": {"deep": 0, "text": "x"}},
+        {"one": -1, "some": None, "inner": {"deep": None, "text": None}},
+    ]
+    datasets.Dataset.from_list(stored, features).to_parquet(tmp_path / "a.parquet")
+    found = [{name: row[name] for name in features} for row in load_rows(tmp_path / "a.parquet", streaming=streaming)]
+    assert found == [
+        {"one": "yes", "some": ["no", "yes"], "inner": {"deep": "no", "text": "x"}},
+        {"one": None, "some": None, "inner": {"deep": None, "text": None}},
+    ]
+
+
 def test_a_saved_dataset_has_its_splits_and_parts_of_them(tmp_path):
     parts = {
         name: datasets.Dataset.from_dict({"text": [f"{name} {k}" for k in range(10)]})

@@ -10,6 +10,7 @@ from typing import Any, TypeAlias
 
 import datasets
 import numpy as np
+import pyarrow as pa
 from datasets.fingerprint import Hasher
 from PIL import Image
 
@@ -139,12 +140,14 @@ def joined(parts: list[Rows]) -> Rows:
 
 
 def undecoded(rows: Rows) -> Rows:
-    """The same rows with every image, in lists too, given as {"bytes", "path"}."""
+    """The same rows with every image, in lists too, given as {"bytes", "path"}, and every class as its name."""
 
     def of_type(feature: Any) -> Any:
         # With the keys in another order it is another type, and every image would be copied.
         if isinstance(feature, datasets.Image) or feature == STORED_IMAGE and [*feature] == [*STORED_IMAGE]:
             return datasets.Image(decode=False)
+        if isinstance(feature, datasets.ClassLabel):
+            return datasets.Value("string")
         if isinstance(feature, (datasets.List, datasets.LargeList)):
             return dataclasses.replace(feature, feature=of_type(feature.feature))
         if isinstance(feature, dict):
@@ -154,13 +157,44 @@ def undecoded(rows: Rows) -> Rows:
     if rows.features is None:  # streamed text, which holds no images
         return rows
     features = datasets.Features(of_type(dict(rows.features)))
+    classes = {name: one for name, one in rows.features.items() if _has_classes(one)}
     if isinstance(rows, datasets.IterableDataset):
-        return rows.decode(False).cast(features)  # images on the Hub may be set to be decoded ahead, by threads
+        rows = rows.decode(False)  # images on the Hub may be set to be decoded ahead, by threads
+        if classes:
+            named = datasets.Features({**rows.features, **{name: features[name] for name in classes}})
+            rows = rows.map(_with_names, fn_kwargs={"classes": classes}, features=named)
+        return rows.cast(features)
     # Only the reading changes, not what is stored: `cast` would copy every image of a list column.
     info = rows.info.copy()
     info.features = features
-    table = rows.data.replace_schema_metadata(features.arrow_schema.metadata)
-    return datasets.Dataset(table, info=info, split=rows.split)
+    table, kinds = rows.data, features.arrow_schema
+    for name, feature in classes.items():
+        names = pa.array([_named(value, feature) for value in table.column(name).to_pylist()], kinds.field(name).type)
+        table = table.set_column(table.column_names.index(name), name, names)
+    table = table.replace_schema_metadata(kinds.metadata)
+    # Of rows that were chosen (`select`, `shuffle`, `train_test_split`) the table is that of all, beside their numbers.
+    return datasets.Dataset(table, info=info, split=rows.split, indices_table=rows._indices)
+
+
+def _has_classes(feature: Any) -> bool:
+    return any(isinstance(leaf, datasets.ClassLabel) for leaf in leaves(feature))
+
+
+def _named(value: Any, feature: Any) -> Any:
+    """A value of a column with the names of its classes in place of their numbers."""
+    if value is None:
+        return None
+    if isinstance(feature, datasets.ClassLabel):
+        return feature.int2str(value) if value >= 0 else None  # -1 where a test's labels are kept back
+    if isinstance(feature, dict):
+        return {key: _named(value[key], inner) for key, inner in feature.items()}
+    if isinstance(feature, (datasets.List, datasets.LargeList)):
+        return [_named(one, feature.feature) for one in value]
+    return value
+
+
+def _with_names(row: dict[str, Any], classes: dict[str, Any]) -> dict[str, Any]:
+    return {name: _named(row[name], feature) for name, feature in classes.items()}
 
 
 def leaves(feature: Any) -> Iterator[Any]:
