@@ -384,8 +384,14 @@ def test_an_unknown_layout_names_its_columns_and_the_nearest_known_ones(names, n
 @pytest.mark.parametrize(
     ("row", "remedy"),
     [
-        ({"image": "/a.jpg", "query": "What?", "verdict": ["x"]}, "--columns answer=NAME"),
-        ({"image_url": "/a.jpg", "description": "A dog."}, "--columns caption=NAME"),
+        ({"image": "/a.jpg", "query": "What?", "verdict": ["x"]}, "--columns answer=verdict"),
+        ({"image_url": "/a.jpg", "description": "A dog."}, "--columns caption=description"),
+        ({"image": "/a.jpg", "tags": "x", "title": "A dog."}, "--columns caption=NAME"),
+        ({"photo": "/a.jpg", "shows": "A dog."}, "--columns image=photo,caption=shows"),
+        ({"pictures": [b"\x89PNG\r\n\x1a\n"], "q": "What?", "a": "x"}, "--columns image=pictures,caption=NAME"),
+        ({"photo": "/a.jpg", "question": "What?", "reply": "x"}, "--columns image=photo,answer=reply"),
+        ({"image": "/a.jpg", "label": "cat", "id": 3}, "--columns caption=label"),
+        ({"image": "/a.jpg"}, "; beside an image has to stand what is learned of it"),
         ({"shot": "/a.jpg", "caption": "A dog."}, "--columns image=shot"),
         ({"prompt": "What?", "chosen": "x", "rejected": "y"}, "--columns completion=NAME"),
     ],

@@ -207,7 +207,7 @@ def test_a_bad_row_may_be_held_out_of_a_stream_and_is_never_in_both_parts(tmp_pa
 
 
 BAD_CSV = {
-    "Latin-1": (b"a.png,caf\xe9", "a text that is no UTF-8"),
+    "Latin-1": (b"a.png,caf\xe9", "a text that is no UTF-8; save the file as UTF-8"),
     "too many cells": (b"a.png,x,y", "3 cells where the header names 2 columns"),
     "an open quote": (b'a.png,"x', "a quote that is opened is not closed"),
     "a NUL byte": (b"a.png,x\0y", "a NUL byte"),
@@ -231,6 +231,22 @@ def test_csv_is_read_as_it_is_written(tmp_path, streaming):
     content = '\ufeffimage,caption\na.png,"two\nlines"\r\n\n  \na.png,"a ""word"""\na.png,"x",\n'
     (tmp_path / "data.csv").write_text(content, newline="")
     assert items_of(tmp_path / "data.csv", streaming) == ["two\nlines", 'a "word"', "x"]
+
+
+@WAYS
+@pytest.mark.parametrize(("name", "mark"), [("data.csv", ";"), ("data.csv", "\t"), ("data.tsv", "\t")])
+def test_a_table_is_read_as_spreadsheets_write_it(tmp_path, name, mark, streaming):
+    table = f'\ufeffimage{mark}caption\r\na.png{mark}"one, and{mark}more"\r\nb.png{mark}two\r\n'
+    (tmp_path / name).write_text(table, newline="", encoding="utf-8")
+    assert items_of(tmp_path / name, streaming) == [f"one, and{mark}more", "two"]
+
+
+@WAYS
+def test_one_column_and_marks_in_a_name_are_no_separator(tmp_path, streaming):
+    (tmp_path / "one.csv").write_text("caption\none; and two\n")
+    (tmp_path / "two.csv").write_text('image,"caption; of it"\na.png,one\n')
+    rows = [list(open_source(tmp_path / name, streaming=streaming).rows) for name in ("one.csv", "two.csv")]
+    assert rows[0][0]["caption"] == "one; and two" and rows[1][0]["caption; of it"] == "one"
 
 
 @WAYS

@@ -166,6 +166,12 @@ def test_what_is_no_mistake_of_a_person_keeps_its_stack_trace(tmp_path):
     assert run.returncode == 1 and "Traceback" in run.stderr and "ValueError: ours" in run.stderr
 
 
+def test_files_of_a_pattern_that_the_shell_resolved_are_told_to_stand_in_quotes(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "1.tar").touch()
+    assert "'1.tar'; a pattern of files stands in quotes" in refusal("--dataset", "0.tar", "1.tar")
+
+
 def test_recipes_are_found_from_any_folder(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     for recipe in RECIPES.glob("*.yaml"):

@@ -397,6 +397,7 @@ def test_images_are_known_in_a_file_that_does_not_say_so(tmp_path, streaming):
 
 UNREADABLE = {
     "data.foo": ("x", "a file of unknown kind; expected one of .parquet"),
+    "data.xlsx": ("x", ".tar, or a folder; save a table as CSV"),
     "data.jsonl": ("no JSON", "not readable as a data set (JSON parse error"),
     "data.parquet": ("x", "not readable as a data set (Parquet file size"),
     "data.csv": ("", "an empty file"),

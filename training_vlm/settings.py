@@ -7,6 +7,7 @@ is run.
 """
 
 import argparse
+import os
 import sys
 from collections.abc import Callable
 from dataclasses import fields
@@ -84,7 +85,8 @@ def parse_arguments(
     namespace, unknown = parser.parse_known_args(others)
     if unknown:
         options = [option for action in parser._actions for option in action.option_strings]
-        raise DuetError(f"unknown argument {unknown[0]!r}{suggest(unknown[0], options)}; --help lists all.")
+        hint = "; a pattern of files stands in quotes" if os.path.exists(unknown[0]) else suggest(unknown[0], options)
+        raise DuetError(f"unknown argument {unknown[0]!r}{hint}; --help lists all.")
     sources |= dict.fromkeys(_told(parser, others), "command line")
     adjust(settings := vars(namespace))
     fill_in(stage, settings, sources)

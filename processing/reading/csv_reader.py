@@ -123,6 +123,13 @@ def csv_header(file: str, sep: str = ",") -> list[str]:
     return csv_rows(file, sep)[0]
 
 
+def csv_separator(file: str, sep: str = ",") -> str:
+    """What stands between the cells of a CSV file: `sep`, or where its header has none, what spreadsheets write."""
+    with _open(file) as opened:
+        first = without_mark(opened.readline(), file).decode(errors="replace")
+    return sep if sep in first else max((sep, ";", "\t"), key=first.count)
+
+
 def csv_rows(file: str, sep: str = ",") -> tuple[list[str], Iterator[list[str] | str]]:
     """The names of a CSV file's columns, and its rows: as many cells each, or what is wrong with them.
 
@@ -165,7 +172,7 @@ def _cells(record: _Record, header: list[str], name: str) -> list[str] | str:
     if any(_NUL in cell for cell in cells):
         return f"{where}: a NUL byte"
     if not is_unicode("".join(cells)):
-        return f"{where}: a text that is no UTF-8"
+        return f"{where}: a text that is no UTF-8; save the file as UTF-8"
     return cells[: len(header)] if spare > 0 else cells + [""] * -spare
 
 

@@ -438,13 +438,13 @@ class Layout(NamedTuple):
         """Whether one of these names is what this layout differs from others by."""
         return any(name in family for name in names for family in self.needs if family is not IMAGE_COLUMNS)
 
-    def likeness(self, names: Iterable[str]) -> tuple[int, float]:
+    def likeness(self, names: Collection[str]) -> tuple[int, bool, float]:
         """How near these names come to what it needs: how much of it they are, and how alike the rest is, up to 1."""
         closest = [
             max(difflib.SequenceMatcher(None, name.lower(), wanted).ratio() for name in names for wanted in family)
             for family in self.needs
         ]
-        return closest.count(1.0), sum(closest) / len(closest)
+        return closest.count(1.0), self.is_named(names), sum(closest) / len(closest)
 
 
 # The first that fits is taken. Captions come last: `text` is a name that a column of any data set may have.
@@ -486,24 +486,34 @@ def find_layout(row: Row, preferred: Collection[str] = ()) -> Layout:
     layout = fitting(present, preferred) or fitting(row.cells, preferred, present)
     if layout is None:
         names = tuple(str(name) for name in row.cells)
-        nearest, missing = _nearest(names)
-        image = next((name for name in row.unread if is_picture(row.cells[name])), "NAME")
+        picture = next((name for name in row.unread if is_picture(_first(row.cells[name]))), "")
+        nearest, missing, known = _nearest(tuple("image" if name == picture else name for name in names))
+        left = [name for name in row.unread if name != picture and name not in known]
+        own = left[0] if len(left) == 1 else "NAME"
+        given = [f"image={picture}"] if picture and picture not in IMAGE_COLUMNS else []
+        given += [f"{name}={own if name != 'image' else 'NAME'}" for name in missing]
+        remedy = f"other names for these are given with --columns {','.join(given)}"
+        if {*row.unread} == {picture}:
+            remedy = "beside an image has to stand what is learned of it"
         raise malformed(
-            f"columns {cut(', '.join(names) or '(none)', 300)}",
-            f"a known layout, such as {nearest}; other names for these are given with --columns "
-            f"{missing}={image if missing == 'image' else 'NAME'}",
+            f"columns {cut(', '.join(names) or '(none)', 300)}", f"a known layout, such as {nearest}; {remedy}"
         )
     return layout
 
 
+def _first(value: Any) -> Any:
+    return value[0] if isinstance(value, list) and value else value
+
+
 @functools.lru_cache(maxsize=64)  # comparing takes milliseconds, and what one row lacks, all of its data set do
-def _nearest(names: tuple[str, ...]) -> tuple[str, str]:
-    """The three layouts that these names come nearest to, in words, and what the first of them lacks."""
+def _nearest(names: tuple[str, ...]) -> tuple[str, list[str], set[str]]:
+    """The three layouts that these names come nearest to, in words, what the first of them lacks, and what it knows."""
     common = [layout for layout in LAYOUTS if layout.is_common]
     nearest = sorted(common, key=lambda layout: layout.likeness(names or ("",)), reverse=True)[:3]
-    missing = next(family for family in nearest[0].needs if not set(family) & set(names))
-    name = "image" if missing is IMAGE_COLUMNS else missing[0]
-    return "; ".join(layout.description for layout in nearest), name
+    missing = [family for family in nearest[0].needs if not set(family) & set(names)]
+    lacks = ["image" if family is IMAGE_COLUMNS else family[0] for family in missing]
+    known = {name for family in nearest[0].needs for name in family}.union(ID_COLUMNS)
+    return "; ".join(layout.description for layout in nearest), lacks, known
 
 
 def fitting(

@@ -26,8 +26,9 @@ from huggingface_hub.utils import httpx
 
 from ..data_error_vlm import DuetError, NotFound, NotReached
 from .binary_readers import ArchiveReader, ImageFolderReader, ParquetReader
+from .captioned import captioned_splits, is_captioned
 from .coco import coco_files, coco_root, coco_rows
-from .csv_reader import CsvReader, csv_header
+from .csv_reader import CsvReader, csv_header, csv_separator
 from .drawn import drawn_splits, with_drawings
 from .json_reader import JsonReader
 from .odd import reason, with_odd, without_odd
@@ -45,8 +46,11 @@ FILE_FORMATS = {
     ".json.gz": "json",
     ".jsonl.gz": "json",
     ".csv": "csv",
+    ".tsv": "csv",
     ".tar": "webdataset",
 }
+
+_TABLES = (".xlsx", ".xls", ".ods", ".numbers")
 
 OWN_SETTINGS = ("README.md", ".huggingface.yaml")
 """Where a data set may say which of its files are what."""
@@ -205,7 +209,9 @@ def _file_splits(where: str, files: list[Path], streaming: bool) -> Splits:
     """The only split of some files of one kind."""
     for file in files:
         if _format(file) is None:
-            raise DuetError(f"{file}: a file of unknown kind; expected one of {', '.join(FILE_FORMATS)}, or a folder")
+            table = "; save a table as CSV" if file.suffix.lower() in _TABLES else ""
+            kinds = f"expected one of {', '.join(FILE_FORMATS)}, or a folder{table}"
+            raise DuetError(f"{file}: a file of unknown kind; {kinds}")
     if not any(file.stat().st_size for file in files):
         raise DuetError(f"{files[0]}: an empty file; expected rows")
     formats = sorted({str(_format(file)) for file in files})
@@ -224,6 +230,8 @@ def _folder_splits(path: Path, name: str | None, streaming: bool) -> Splits:
             _check_own_files(path, _reading(path, partial(_settings, state)))
         _check_own_files(path, _reading(path, partial(_settings, path / "dataset_dict.json")), "splits")  # folders
         return _reading(path, lambda: _saved_splits(datasets.load_from_disk(str(path))))
+    if not any((path / settings).is_file() for settings in OWN_SETTINGS) and is_captioned(path):
+        return _reading(path, partial(captioned_splits, path))
     return _built_splits(path, partial(datasets.load_dataset_builder, str(path), name), streaming)
 
 
@@ -327,8 +335,9 @@ def _text_options(builder: datasets.DatasetBuilder, split: str) -> dict[str, Any
         return {"encoding_errors": "strict"}  # as it is; but what the library's own reader has cached is none of ours
     if not isinstance(builder, CsvReader) or not {".csv", ".tsv"} & set(Path(first).suffixes):
         return {}
-    names = csv_header(first, builder.config.sep)
-    return {"features": with_odd(datasets.Features({name: datasets.Value("string") for name in names}))}
+    sep = csv_separator(first, builder.config.sep)
+    features = datasets.Features({name: datasets.Value("string") for name in csv_header(first, sep)})
+    return {"features": with_odd(features), "sep": sep}
 
 
 def _with_contents(
