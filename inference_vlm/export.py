@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 import transformers
+from huggingface_hub import split_torch_state_dict_into_shards
 from PIL import Image
 from transformers import AutoModelForImageTextToText, AutoProcessor, PreTrainedModel, ProcessorMixin
 from transformers.conversion_mapping import get_model_conversion_mapping
@@ -54,6 +55,11 @@ def export(
     """
     out = Path(out)
     check_free(out)
+    shards: dict[str, Any] = {} if max_shard_size is None else {"max_shard_size": max_shard_size}
+    try:
+        split_torch_state_dict_into_shards({}, **shards)
+    except ValueError as error:
+        raise DuetError(f"max_shard_size={max_shard_size}: expected a number and its unit, such as 5GB.") from error
     model, processor = _load(name, dtype, revision)
     try:
         form = model.native_form()
@@ -66,7 +72,6 @@ def export(
     native = native_processor(processor, form.select, patch_size, model.config.num_prefix_tokens)
     image = _picture(processor)
     changed = _fit_ids(name, processor, native, image)
-    shards: dict[str, Any] = {} if max_shard_size is None else {"max_shard_size": max_shard_size}
     with whole_folder(out) as folder:
         _as_native(model, form).save_pretrained(folder, **shards)
         native.save_pretrained(folder)

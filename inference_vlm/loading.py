@@ -7,6 +7,7 @@ backbones have it. An adapter loads as its base does, and comes on top.
 """
 
 import argparse
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -38,8 +39,9 @@ def load(name: str, revision: str | None = None, **options: Any) -> tuple[PreTra
         **options: of the model's `from_pretrained`.
 
     Raises:
-        DuetError: there is none, or its files cannot be read.
+        DuetError: there is none, or its files cannot be read, or it is a folder and a revision is asked for.
     """
+    check_revision(name, revision)
     try:
         processor = AutoProcessor.from_pretrained(name, revision=revision, trust_remote_code=True)
         if not hasattr(processor, "encode_messages"):
@@ -62,6 +64,17 @@ def load(name: str, revision: str | None = None, **options: Any) -> tuple[PreTra
         if hasattr(module, _WRITES_ANEW):
             setattr(module, _WRITES_ANEW, False)
     return model.eval(), processor
+
+
+def check_revision(name: str, revision: str | None) -> None:
+    """
+    See that a revision is asked of what has some.
+
+    Raises:
+        DuetError: it is asked of a folder.
+    """
+    if revision is not None and Path(name).is_dir():
+        raise DuetError(f"revision={revision}: {name} is a folder, which has no revisions; leave it out.")
 
 
 def place(
@@ -189,4 +202,4 @@ def _saved_whole(name: str) -> bool:
         return False
 
 
-__all__ = ["DTYPES", "add_loading_arguments", "in_few_bits", "load", "loading_of", "place"]
+__all__ = ["DTYPES", "add_loading_arguments", "check_revision", "in_few_bits", "load", "loading_of", "place"]

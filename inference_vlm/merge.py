@@ -21,7 +21,7 @@ from transformers.utils import find_adapter_config_file
 
 from processing.data_error_vlm import DuetError, in_a_line
 
-from .loading import DTYPES
+from .loading import DTYPES, check_revision
 from .program import ended_by, program, show_any_text
 from .whole_folder import check_free, whole_folder
 
@@ -47,6 +47,7 @@ def merge(name: str, out: str | Path, dtype: str | None = None, revision: str | 
     """
     out = Path(out)
     check_free(out)
+    check_revision(name, revision)
     asked = {} if dtype is None else {"dtype": getattr(torch, dtype)}
     try:
         _check_adapter(name, revision)

@@ -11,6 +11,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers import initialization as init
+from transformers.utils import logging
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from .adapters_vlm import find_adapter, from_adapter, is_adapted, push_adapter, save_adapter
@@ -20,6 +21,12 @@ from .loading_vlm import take_saved_weights
 from .own_projector_vlm import trusting
 from .projector_vlm import Resampler
 from .vision_vlm import VLMVisionPair
+
+
+logger = logging.get_logger(__name__)
+
+_NOT_OF_ADAPTERS = {"max_shard_size", "token", "safe_serialization", "save_peft_format", "save_original_format"}
+"""What saving takes that changes nothing where adapters are saved."""
 
 
 class VLMPreTrainedModel(PreTrainedModel):
@@ -95,6 +102,8 @@ class VLMPreTrainedModel(PreTrainedModel):
                 super().save_pretrained(save_directory, is_main_process, state_dict, push_to_hub, *args, **kwargs)
             elif is_main_process:
                 save_adapter(self, save_directory, state_dict)
+                if not push_to_hub and (unheeded := sorted(kwargs.keys() - _NOT_OF_ADAPTERS)):
+                    logger.warning(f"not heeded where adapters are saved: {', '.join(unheeded)}.")
                 if push_to_hub:
                     repository = kwargs.pop("repo_id", Path(save_directory).name)
                     push_adapter(self, repository, state_dict, **kwargs)

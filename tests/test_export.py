@@ -492,6 +492,12 @@ def test_what_is_no_composed_model_gives_one_line(made, tmp_path, capsys):
         assert main([str(name), str(out)]) == 1
         said = capsys.readouterr().err
         assert said.startswith("error: ") and expected in said and said.count("\n") == 1
+    for option, given, expected in (
+        ("--max_shard_size", "much", "max_shard_size=much: expected a number and its unit"),
+        ("--revision", "v2", f"revision=v2: {saved} is a folder, which has no revisions"),
+    ):
+        assert main([str(saved), str(tmp_path / "out"), option, given]) == 1
+        assert expected in capsys.readouterr().err
     assert mine.read_text() == "mine" and not (tmp_path / "out").exists()
 
 

@@ -8,6 +8,7 @@ import pytest
 import torch
 from huggingface_hub import save_torch_state_dict
 from safetensors.torch import load_file, save_file
+from transformers.utils import logging
 
 from inference_vlm.merge import main as merge
 from modeling_vlm import VLMForConditionalGeneration
@@ -81,8 +82,8 @@ def test_an_adapter_of_another_method_or_of_none_is_one_line(first, tmp_path):
 
 
 def test_what_cannot_be_merged_is_one_line(first, tmp_path, capsys, monkeypatch):
-    def said(adapter, out):
-        assert merge([str(adapter), str(out)]) == 1
+    def said(adapter, out, *more):
+        assert merge([str(adapter), str(out), *more]) == 1
         error = capsys.readouterr().err
         assert error.startswith("error: ") and error.count("\n") == 1
         return error
@@ -94,6 +95,7 @@ def test_what_cannot_be_merged_is_one_line(first, tmp_path, capsys, monkeypatch)
     listed, unknown = changed(first, tmp_path / "listed"), changed(first, tmp_path / "unknown", peft_type="LATER")
     (listed / "adapter_config.json").write_text("[]")
     assert "it is no adapter" in said(first / "base", tmp_path / "out")
+    assert "is a folder, which has no revisions" in said(first, tmp_path / "out", "--revision", "main")
     assert "the Hub cannot be reached or has no adapter" in said("no/such", tmp_path / "out")
     assert "is a file" in said(first, tmp_path / "file")
     assert "holds something already" in said(first, first)
@@ -114,6 +116,8 @@ def test_merging_first_what_is_no_adapter_is_one_line(first, folders):
     new = ["--vision_model", str(vision), "--text_model", str(text), "--dataset", "x", "--output_dir", "out"]
     said = error_of(settle_adapter, parse_arguments(SFT, [*new, "--merge_first"]))
     assert "no --model is named; leave it out" in said
+    said = error_of(settle_adapter, told("me/unreached", "--merge_first"))
+    assert "me/unreached is no folder, and the Hub cannot be reached or has no adapter of that name" in said
 
 
 def test_an_adapter_is_saved_by_the_main_process_alone(first, tmp_path):
@@ -123,6 +127,16 @@ def test_an_adapter_is_saved_by_the_main_process_alone(first, tmp_path):
     assert not (tmp_path / "none").exists()
     model.save_pretrained(tmp_path / "saved", True)
     assert (tmp_path / "saved" / "adapter_model.safetensors").is_file()
+
+
+def test_what_saving_an_adapter_does_not_heed_is_said(first, tmp_path, caplog):
+    model = VLMForConditionalGeneration.from_pretrained(first)
+    logging.get_logger("transformers").addHandler(caplog.handler)
+    model.save_pretrained(tmp_path / "saved", max_shard_size="1GB")
+    assert "not heeded" not in caplog.text
+    model.save_pretrained(tmp_path / "again", varient="fp16", selected_adapters=["a"])
+    logging.get_logger("transformers").removeHandler(caplog.handler)
+    assert "not heeded where adapters are saved: selected_adapters, varient." in caplog.text
 
 
 def test_a_loaded_adapter_is_saved_over_another_with_all_of_its_base_and_nothing_of_the_others(first, tmp_path):

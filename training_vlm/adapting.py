@@ -70,8 +70,12 @@ def settle_adapter(arguments: Arguments) -> Adapter | None:
     """
     adapter, tuning = adapter_named(arguments.model), arguments.tuning
     if tuning.merge_first and adapter is None:
-        found = "no --model is named" if arguments.model.model is None else f"{arguments.model.model} is no adapter"
-        raise DuetError(f"merge_first merges the adapter that --model is, and {found}; leave it out.")
+        name, mend = arguments.model.model, "leave it out"
+        found = "no --model is named" if name is None else f"{name} is no adapter"
+        if name is not None and not Path(name).is_dir():
+            found = f"{name} is no folder, and the Hub cannot be reached or has no adapter of that name"
+            mend = f"check the name, the revision and the network, or {mend}"
+        raise DuetError(f"merge_first merges the adapter that --model is, and {found}; {mend}.")
     if adapter is None or tuning.merge_first:
         return None
     config, has = config_of(adapter), sides_in(adapter)
