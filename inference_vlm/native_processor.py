@@ -18,17 +18,17 @@ from processing.processing_vlm import VLMProcessor
 
 _BEGINNING = """{%- set read = namespace(messages=[]) -%}
 {%- for message in messages -%}
-{%- set content = message['content'] -%}
-{%- if content is string and message['role'] in PARTS -%}
-{%- set content = [{'type': 'text', 'text': content}] -%}
-{%- elif content is defined and content is not string and content is iterable and message['role'] not in PARTS -%}
+{%- if message['content'] is string and message['role'] in PARTS -%}
+{%- set message = dict(message, content=[{'type': 'text', 'text': message['content']}]) -%}
+{%- elif message['content'] is defined and message['content'] is iterable and message['content'] is not string
+  and message['role'] not in PARTS -%}
 {%- set text = namespace(value='') -%}
-{%- for part in content -%}
+{%- for part in message['content'] -%}
 {%- set text.value = text.value + (IMAGE if part['type'] in ['image', 'image_url'] else part['text']) -%}
 {%- endfor -%}
-{%- set content = text.value -%}
+{%- set message = dict(message, content=text.value) -%}
 {%- endif -%}
-{%- set read.messages = read.messages + [dict(message, content=content) if content is defined else message] -%}
+{%- set read.messages = read.messages + [message] -%}
 {%- endfor -%}
 {%- set messages = read.messages -%}
 """
@@ -51,7 +51,7 @@ def native_processor(processor: VLMProcessor, select: str, patch_size: int, pref
         DuetError: images are made to fit as no image processor of the library does.
     """
     tokenizer = copy.deepcopy(processor.tokenizer)
-    template = tokenizer.chat_template = _template(processor)
+    template = tokenizer.chat_template = template_of_parts(processor)
     native = LlavaProcessor(
         image_processor=_image_processor(processor),
         tokenizer=tokenizer,
@@ -86,8 +86,12 @@ def _image_processor(processor):
     return images
 
 
-def _template(processor):
-    """The processor's template, made to take a content as a string and as parts, as the processor does."""
+def template_of_parts(processor: VLMProcessor) -> str:
+    """
+    The processor's template, made to take a content as a string and as parts, as the processor does.
+
+    Engines give it parts where it goes through `message['content']` itself; else they join texts by line breaks.
+    """
     template = processor.chat_template
     reads = processor.encoder.reads_parts(template)
     parts = [role for role in ("user", "system", "assistant") if reads.get(role, reads["user"])]
@@ -161,4 +165,12 @@ def leave_out_prefix(tokenizer: PreTrainedTokenizerBase) -> None:
     tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(single="$A", special_tokens=[])
 
 
-__all__ = ["conversations", "differing", "differing_words", "inputs_of", "leave_out_prefix", "native_processor"]
+__all__ = [
+    "conversations",
+    "differing",
+    "differing_words",
+    "inputs_of",
+    "leave_out_prefix",
+    "native_processor",
+    "template_of_parts",
+]

@@ -3,13 +3,16 @@
 No engine was run. What is done here is what their code does (vLLM's `model_executor/models/transformers`, SGLang's
 `srt/models/transformers.py`): they build the headless model without weights under their own attention, put weights
 into it by name, find images by token types or by the offsets of what was replaced, cut every field that the processor
-gives into images, batch images of many requests, and have a head of their own. `transformers serve` is run, where it
-is there.
+gives into images, batch images of many requests, and have a head of their own. vLLM gives the model embeddings; SGLang
+the ids of all requests in one row, with their images. A chat template is given contents as parts where it is seen to go
+through these, and else texts and image tokens that are joined by line breaks. `transformers serve` is run, where it is
+there.
 """
 
 import base64
 import json
 import os
+import re
 import socket
 import subprocess
 import sys
@@ -18,6 +21,7 @@ import urllib.request
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+import jinja2
 import pytest
 import torch
 from accelerate import init_empty_weights
@@ -28,6 +32,7 @@ from transformers.dynamic_module_utils import get_class_from_dynamic_module
 from transformers.utils import import_utils
 
 from inference_vlm.export import export
+from inference_vlm.native_processor import native_processor, template_of_parts
 from modeling_vlm import VLMForConditionalGeneration
 from tests import tiny
 
@@ -35,19 +40,26 @@ from tests import tiny
 NAMES = ["vllm", "sglang"]
 
 
-def attention(module, query, key, value, attention_mask, scaling=None, attention_instances=None, **kwargs):
-    """Causal over one sequence, as both call it: the layer is found by its number, and no mask is made."""
+def attention(
+    module, query, key, value, attention_mask, scaling=None, attention_instances=None, forward_batch=None, **kwargs
+):
+    """
+    Causal, as both call it: the layer is found by its number, and no mask is made.
+
+    `forward_batch` are the lengths of the requests that stand in one row; one where it is missing.
+    """
     assert attention_mask is None
     attention_instances[module.layer_idx] += 1
     key, value = (part.repeat_interleave(query.shape[1] // part.shape[1], dim=1) for part in (key, value))
-    made = nn.functional.scaled_dot_product_attention(query, key, value, is_causal=True, scale=scaling)
-    return made.transpose(1, 2), None
+    requests = zip(*(part.split(forward_batch or part.shape[2], dim=2) for part in (query, key, value)))
+    made = [nn.functional.scaled_dot_product_attention(*one, is_causal=True, scale=scaling) for one in requests]
+    return torch.cat(made, dim=2).transpose(1, 2), None
 
 
 class Engine:
     """A folder, read as an engine reads it."""
 
-    def __init__(self, folder, name):
+    def __init__(self, folder, name, dtype=torch.float32):
         AttentionInterface.register(name, attention)
         config = AutoConfig.from_pretrained(folder, trust_remote_code=True)
         key = next(key for key in config.auto_map if key.startswith("AutoModel"))
@@ -57,24 +69,27 @@ class Engine:
         assert config != self.text_config  # so it is multimodal
         self.text_config._attn_implementation = name
         with init_empty_weights(include_buffers=False):
-            self.model = AutoModel.from_config(config, dtype=torch.float32, trust_remote_code=True)
+            self.model = AutoModel.from_config(config, dtype=dtype, trust_remote_code=True)
         assert {parameter.device.type for parameter in self.model.parameters()} == {"meta"}
         weights = {name: tensor for file in folder.glob("*.safetensors") for name, tensor in load_file(file).items()}
         head = weights.pop("lm_head.weight", None)
         prefix = f"{self.model.base_model_prefix}."
         assert all(name.startswith(prefix) for name in weights)
         self.model.load_state_dict(
-            {name.removeprefix(prefix): tensor for name, tensor in weights.items()}, strict=True, assign=True
+            {name.removeprefix(prefix): tensor.to(dtype) for name, tensor in weights.items()}, strict=True, assign=True
         )
         self.model.eval()
         tied = self.text_config.tie_word_embeddings or config.tie_word_embeddings
-        self.head = self.model.get_input_embeddings().weight if tied else head
+        self.head = self.model.get_input_embeddings().weight if tied else head.to(dtype)
+        # What they compile, skip or quantise apart is found so.
+        assert self.model.get_encoder(modality="image") is self.model.vision_tower
+        assert self.model.get_decoder() is self.model.language_model
         self.calls = dict.fromkeys(range(self.text_config.num_hidden_layers), 0)
         self.processor = AutoProcessor.from_pretrained(folder, trust_remote_code=True)
 
     def by_types(self, text, images):
         """Ids, fields of each image, and where each image stands: from the token types, and the counts by size."""
-        made = self.processor(text=text, images=images, return_mm_token_type_ids=True, return_tensors="pt")
+        made = self.process(text, images, return_mm_token_type_ids=True)
         counts = self.counts(images)
         (ids,) = made.pop("input_ids").tolist()
         types = made.pop("mm_token_type_ids")[0]
@@ -86,9 +101,7 @@ class Engine:
     def by_offsets(self, text, images):
         """The same from what replaces each image token, for a text of image tokens alone."""
         token = self.processor.image_token
-        made = self.processor(
-            text=token * len(images), images=images, return_text_replacement_offsets=True, return_tensors="pt"
-        )
+        made = self.process(token * len(images), images, return_text_replacement_offsets=True)
         offsets = made.pop("text_replacement_offsets")[0]
         assert [entry["type"] for entry in offsets] == ["image"] * len(images)
         tokenizer = self.processor.tokenizer
@@ -105,6 +118,17 @@ class Engine:
                 ids.append(id)
         made.pop("input_ids")
         return ids, self.cut(made, self.counts(images)), places
+
+    def process(self, text, images, **asked):
+        """What the processor makes of them, in the model's precision."""
+        made = self.processor(text=text, images=images, truncation=False, return_tensors="pt", **asked)
+        return {key: value.to(self.model.dtype) if is_float(value) else value for key, value in made.items()}
+
+    def most_tokens(self):
+        """Those that memory is planned for: of a very large image, or of one as the image processor has it."""
+        size = self.processor.image_processor.size
+        sizes = [(10_000, 10_000), *([(size["height"], size["width"])] if "height" in size else [])]
+        return max(self.processor._get_num_multimodal_tokens(image_sizes=sizes)["num_image_tokens"])
 
     def counts(self, images):
         return self.processor._get_num_multimodal_tokens(image_sizes=[(i.height, i.width) for i in images])
@@ -143,6 +167,24 @@ class Engine:
         )[0][0]  # fmt: skip
         assert states.shape == (len(ids), self.text_config.hidden_size)
         return nn.functional.linear(states, self.head)
+
+    @torch.no_grad()
+    def logits_of_row(self, requests):
+        """Those of requests, `(ids, fields of each image, places)`, that stand behind each other, with their pixels."""
+        ids = torch.tensor([id for ids, *_ in requests for id in ids])
+        images = [one for _, cut, _ in requests for one in cut]
+        lengths = [len(ids) for ids, *_ in requests]
+        states = self.model(
+            input_ids=ids[None], inputs_embeds=None, use_cache=False, return_dict=False,
+            position_ids=torch.cat([torch.arange(length) for length in lengths])[None],
+            attention_instances=self.calls, forward_batch=lengths,
+            **{key: torch.cat([image[key] for image in images]) for key in images[0]},
+        )[0][0]  # fmt: skip
+        return nn.functional.linear(states, self.head).split(lengths)
+
+
+def is_float(value):
+    return isinstance(value, torch.Tensor) and value.is_floating_point()
 
 
 KINDS = {"siglip-llama": 1, "siglip-llama-tiles": 4, "vit-gpt2": 1, "vit-gpt2-tiles": 3}
@@ -184,6 +226,88 @@ def test_an_engine_that_reads_a_composed_folder_computes_its_logits(name, read, 
         with torch.no_grad():
             torch.testing.assert_close(found, model(**expected).logits[0], rtol=1e-4, atol=1e-4)
     assert set(engine.calls.values()) == {2}  # every layer, once a request
+    longest = max(len(place) for _, _, places in done for place in places)
+    assert engine.most_tokens() == longest or processor.max_tiles > 1  # of which they know a square image's alone
+
+
+REQUESTS = {
+    "<image>what is it?": [(64, 32)],
+    "no image": [],
+    "what<image>is<image><image>": [(31, 90), (9, 9), (70, 70)],
+}
+
+
+def test_requests_in_one_row_and_pixels_of_all_of_them_give_the_logits_of_each(composed_folder, image):
+    """With a request between them that has no image, and images of other numbers of tiles."""
+    model, processor, folder = composed_folder
+    engine = Engine(folder, "sglang")
+    texts = {text: [image(index, size) for index, size in enumerate(sizes)] for text, sizes in REQUESTS.items()}
+    read = [
+        engine.by_types(*pair) if pair[1] else (processor.tokenizer(pair[0])["input_ids"], [], [])
+        for pair in texts.items()
+    ]
+    for (text, images), found in zip(texts.items(), engine.logits_of_row(read)):
+        expected = processor(text=text, images=images, return_tensors="pt")
+        with torch.no_grad():
+            torch.testing.assert_close(found, model(**expected).logits[0], rtol=1e-4, atol=1e-4)
+
+
+def test_images_are_encoded_in_another_order_and_beside_other_requests_to_the_same_features(composed_folder, image):
+    """Engines keep what the processor made of an image, and encode it with whatever comes along."""
+    engine = Engine(composed_folder[2], "vllm")
+    (_, first, _), (_, then, _) = (
+        engine.by_offsets("<image>" * len(sizes), [image(seed, size) for seed, size in enumerate(sizes)])
+        for sizes in ([(64, 32), (20, 20)], [(31, 90)])
+    )
+    alone = [engine.encode([one])[0] for one in (*first, *then)]
+    mixed = engine.encode([then[0], first[1], first[0]])
+    for one, other in zip(mixed, (alone[2], alone[1], alone[0])):
+        torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-5)
+
+
+def test_an_engine_in_half_precision_computes_what_the_model_does_in_it(composed_folder, image):
+    """They take bfloat16 where the weights have 32 bits."""
+    _, processor, folder = composed_folder
+    engine = Engine(folder, "vllm", torch.bfloat16)
+    half = VLMForConditionalGeneration.from_pretrained(folder, dtype=torch.bfloat16).eval()
+    text, images = "<image>is<image>it?", [image(1, (31, 90)), image(2, (20, 20))]
+    ids, cut, places = engine.by_types(text, images)
+    assert {one["pixel_values"].dtype for one in cut} == {torch.bfloat16}
+    found = engine.logits(ids, engine.encode(cut), places)
+    with torch.no_grad():
+        expected = half(**processor(text=text, images=images, return_tensors="pt").to(torch.bfloat16)).logits[0]
+    assert found.dtype == torch.bfloat16
+    torch.testing.assert_close(found, expected, rtol=0.05, atol=0.05)
+
+
+def gives_parts(template):
+    """Whether engines give a template a content as parts: it goes through `message['content']` of a message itself."""
+    tree = jinja2.Environment().parse(re.sub(r"{%-? *(end)?generation *-?%}", "", template))
+    messages = {
+        loop.target.name for loop in tree.find_all(jinja2.nodes.For) if getattr(loop.iter, "name", None) == "messages"
+    }
+    return any(
+        isinstance(loop.iter, jinja2.nodes.Getitem)
+        and getattr(loop.iter.node, "name", None) in messages
+        and getattr(loop.iter.arg, "value", None) == "content"
+        for loop in tree.find_all(jinja2.nodes.For)
+    )
+
+
+@pytest.mark.parametrize("name", tiny.TEMPLATES)
+def test_engines_give_the_template_made_for_them_parts_which_it_writes_as_the_processor_does(name, image):
+    processor = tiny.processor_of("byte-level", name, image_seq_length=16)
+    template = template_of_parts(processor)
+    assert gives_parts(template) and gives_parts(native_processor(processor, "full", 8, 0).chat_template)
+    parts = [{"type": "text", "text": "is "}, {"type": "image"}, {"type": "text", "text": "it\n?"}]
+    for content in (parts, parts[1:], "is it?"):
+        messages = [{"role": "user", "content": content}]
+        said = processor.tokenizer.apply_chat_template(
+            messages, chat_template=template, tokenize=False, add_generation_prompt=True
+        )
+        assert said == processor.apply_chat_template(messages, add_generation_prompt=True)
+    if name == "chatml":
+        assert not gives_parts(processor.chat_template)  # of a language model that knew texts alone
 
 
 def test_the_engines_headless_model_is_built_only_under_their_attention(composed_folder):
