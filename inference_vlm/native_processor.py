@@ -92,7 +92,7 @@ def template_of_parts(processor: VLMProcessor) -> str:
 
     Engines give it parts where it goes through `message['content']` itself; else they join texts by line breaks.
     """
-    template = processor.chat_template
+    template = processor.chat_template or ""  # which is refused as one that loses texts
     reads = processor.encoder.reads_parts(template)
     parts = [role for role in ("user", "system", "assistant") if reads.get(role, reads["user"])]
     said = ("a", [{"type": "text", "text": "a"}])
