@@ -176,13 +176,18 @@ def duet(attention: str, *savings: str, frozen: str | None = None) -> Callable[.
     return trainer
 
 
-def runners(stage: int, device: str) -> dict[str, Callable[..., Trainer]]:
-    """Name -> what makes its Trainer; the one to compare with first."""
+def installed(device: str) -> list[str]:
+    """The attentions that can be tried; flex attention, which is compiled for each length anew, last."""
     flash = ["flash_attention_2"] if device == "cuda" and is_flash_attn_2_available() else []
+    return [*flash, "sdpa", *(["flex_attention"] if device == "cuda" else [])]
+
+
+def runners(stage: int, attentions: list[str]) -> dict[str, Callable[..., Trainer]]:
+    """Name -> what makes its Trainer; the one to compare with first."""
     savings = ("padding_free", "share_prefix")[: 2 if stage == 1 else 1]
-    found = {f"llava, {attention}": llava(attention) for attention in ["sdpa", *flash]}
+    found = {f"llava, {attention}": llava(attention) for attention in attentions if attention != "flex_attention"}
     found["duet, nothing saved, sdpa"] = duet("sdpa")
-    for attention in [*flash, "sdpa", *(["flex_attention"] if device == "cuda" else [])]:
+    for attention in attentions:
         found[f"duet, {attention}"] = duet(attention, *savings)
         found[f"duet, frozen in bf16, {attention}"] = duet(attention, *savings, frozen="auto")
     return found
@@ -227,10 +232,10 @@ def gemm_peak(device: str) -> float:
     return best
 
 
-def measure(pair: Pair, task: Task, folder: Path, device: str, until: float) -> dict[str, Any]:
+def measure(pair: Pair, task: Task, folder: Path, device: str, attentions: list[str], until: float) -> dict[str, Any]:
     """A case: every runner that there is time for."""
     folder.mkdir()
-    model, processor = compose(pair, folder)
+    model, processor = compose(pair, folder, device)
     rows, _ = make_rows(task, folder, pair.text.vocab_size - len(SPECIAL), pair.vision.image_size)
     encoded = encode_rows(task, rows, folder, processor)
     (folder / "encoded.json").write_text(json.dumps(encoded))
@@ -238,12 +243,13 @@ def measure(pair: Pair, task: Task, folder: Path, device: str, until: float) -> 
     flops = necessary(model, processor, encoded, task.batch)
     config = LlavaForConditionalGeneration.config_class.from_pretrained(folder / "llava")
     workers = 0 if device == "cpu" else min(8, os.cpu_count() or 1)
-    other = LlavaForConditionalGeneration(config)
+    with torch.device(device):
+        other = LlavaForConditionalGeneration(config).cpu()
     at = Setting(task, folder, device, workers, model, processor, other, model.state_dict())
     what = "5 captions an image" if task.stage == 1 else "dialogues"
     told: dict[str, Any] = {"case": f"stage {task.stage}, {what}", "batch": task.batch, "images": task.images}
     told |= {"flops": flops, "peak": gemm_peak(device), "runners": {}, "left out": {}}
-    for name, make in runners(task.stage, device).items():
+    for name, make in runners(task.stage, attentions).items():
         if time.monotonic() > until:
             told["left out"][name] = "no time was left"
             continue
@@ -295,18 +301,20 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--device", choices=["cuda", "cpu"], default="cuda")
     parser.add_argument("--billions", choices=list(LANGUAGE_MODELS), default="0.5", help="of the language model")
     parser.add_argument("--images", type=int, help="of a step; 64 on a GPU")
+    parser.add_argument("--attentions", nargs="+", help="the ones to try; without it all that are installed")
     parser.add_argument("--minutes", type=float, default=7, help="after which no further runner begins")
     args = parser.parse_args(argv)
     os.environ.update(HF_HUB_OFFLINE="1", TOKENIZERS_PARALLELISM="false")
     args.out.mkdir(parents=True, exist_ok=True)
     until, cases = time.monotonic() + args.minutes * 60, []
+    attentions = args.attentions or installed(args.device)
     with tempfile.TemporaryDirectory() as folder:
         for stage in (1, 2):
             images = args.images or (64 if args.device == "cuda" else 2)
             task = Task("gpu", stage, 5 if stage == 1 else 1, images, WARM + MEASURED)
             pair = large_pair(args.billions) if args.device == "cuda" else pairs()["small"]
             half = until - (until - time.monotonic()) / 2 if stage == 1 else until
-            cases.append(measure(pair, task, Path(folder) / str(stage), args.device, half))
+            cases.append(measure(pair, task, Path(folder) / str(stage), args.device, attentions, half))
     card = torch.cuda.get_device_name() if args.device == "cuda" else "no GPU"
     head = f"`python benchmarks/gpu.py`, {card}, {machine()}, {commit()}"
     text = "\n\n".join([head, *map(table, cases)]) + "\n"

@@ -12,6 +12,7 @@ import json
 import multiprocessing
 import sys
 import tempfile
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -83,6 +84,8 @@ def compare(connection, stage, argv: list[str], folder: Path) -> None:
     found = sketch.rehearsed
     model, _ = load_model(stage, arguments, sketch.data)
     asked = rehearsing(arguments, str(folder))._replace(efficiency=arguments.efficiency)
+    if torch.cuda.is_available():  # an estimate is made on the CPU alone
+        asked = asked._replace(training=replace(asked.training, use_cpu=False))
     trainer = build_trainer(asked, model, sketch.encoder, sketch.sample(ROWS), None)
     batches = [batch for batch, _ in zip(trainer.get_train_dataloader(), range(BATCHES))]
     batch = max(batches, key=lambda batch: (batch["account"].run, len(batch["pixel_values"])))

@@ -28,6 +28,7 @@ from transformers import (
 from transformers.utils import logging
 
 from modeling_vlm import VLMForConditionalGeneration
+from modeling_vlm.compose_vlm import composed_config, shape_of
 from processing import VLMDataCollator, VLMProcessor
 from processing.batching.encoding import Encoder, encode_caption, encode_dialogue
 from processing.image_files_vlm import ImagePolicy
@@ -166,7 +167,12 @@ class Writer:
 
 
 def compose(pair: Pair, folder: Path, device: str = "cpu") -> tuple[VLMForConditionalGeneration, VLMProcessor]:
-    """Model and processor of a pair with random weights, on the spot; LLaVA's config lies in `folder/llava`."""
+    """
+    Model and processor of a pair with random weights, on the spot; LLaVA's config lies in `folder/llava`.
+
+    Args:
+        device: where the weights are drawn; elsewhere than on the CPU the pair is not tried.
+    """
     torch.manual_seed(0)
     tokenizer = word_tokenizer(pair.text.vocab_size)
     for name in ("pad_token_id", "bos_token_id", "eos_token_id"):
@@ -180,8 +186,13 @@ def compose(pair: Pair, folder: Path, device: str = "cpu") -> tuple[VLMForCondit
             tie_word_embeddings=pair.text.tie_word_embeddings, **layout,
         )  # fmt: skip
         llava.save_pretrained(folder / "llava")
-    with torch.device(device):
+    if device == "cpu":
         model = VLMForConditionalGeneration.from_backbones(pair.vision, pair.text, tokenizer=tokenizer, **layout)
+    else:
+        config = composed_config(pair.vision, pair.text, tokenizer=tokenizer, **layout)
+        shape_of(VLMForConditionalGeneration, config)
+        with torch.device(device):
+            model = VLMForConditionalGeneration(config).cpu()
     processor = VLMProcessor.from_backbones(pair.vision, pair.text, model.config, tokenizer=tokenizer)
     return model, processor
 

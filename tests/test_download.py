@@ -177,7 +177,9 @@ def test_a_file_of_the_wrong_size_is_not_taken(server, tmp_path):
     assert not (tmp_path / "coco/train2017").exists() and not (tmp_path / "coco/train2017.zip").exists()
 
 
-@pytest.mark.parametrize("content", [b"<html>Log in to this network</html>", zipped({"other/a.jpg": b"x"})])
+@pytest.mark.parametrize(
+    "content", [b"<html>Log in to this network</html>", zipped({"other/a.jpg": b"x"})], ids=["page", "other files"]
+)
 def test_an_archive_that_is_none_is_one_line_and_does_not_stay(server, tmp_path, content):
     server.files["/zips/train2017.zip"] = content
     with pytest.raises(ValueError) as caught:
