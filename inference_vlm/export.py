@@ -61,17 +61,14 @@ def export(
     except ValueError as error:
         raise DuetError(f"max_shard_size={max_shard_size}: expected a number and its unit, such as 5GB.") from error
     model, processor = _load(name, dtype, revision)
+    image = _picture(processor)
     try:
         form = model.native_form()
+        native, changed = _processor_for(form, model, processor, image)
     except ValueError as error:
         if getattr(error, "is_duet_error", False):
             raise DuetError(f"{name} is not exported: {in_a_line(error)}") from error
         raise
-    patch_size = form.config.vision_config.patch_size
-    patch_size = patch_size if isinstance(patch_size, int) else patch_size[0]
-    native = native_processor(processor, form.select, patch_size, model.config.num_prefix_tokens)
-    image = _picture(processor)
-    changed = _fit_ids(name, processor, native, image)
     with whole_folder(out) as folder:
         _as_native(model, form).save_pretrained(folder, **shards)
         native.save_pretrained(folder)
@@ -110,16 +107,35 @@ def _picture(processor):
     return Image.fromarray(noise.to(torch.uint8).numpy())
 
 
-def _fit_ids(name, processor, native, image):
-    """See that conversations become the same ids; what had to be changed for it, a sentence."""
-    changed: list[str] = []
+def hindrance(model: Any, processor: VLMProcessor) -> str | None:
+    """Why a composed model that has a native form is not exported with its processor; `None` where it is."""
+    try:
+        _processor_for(model.native_form(), model, processor, _picture(processor))
+    except ValueError as error:
+        if getattr(error, "is_duet_error", False):
+            return in_a_line(error)
+        raise
+    return None
+
+
+def _processor_for(form, model, processor, image):
+    """The library's processor for a native form, and what had to be changed for it, a sentence each."""
+    patch_size = form.config.vision_config.patch_size
+    patch_size = patch_size if isinstance(patch_size, int) else patch_size[0]
+    native = native_processor(processor, form.select, patch_size, model.config.num_prefix_tokens)
+    return native, _fit_ids(processor, native, image)
+
+
+def _fit_ids(processor, native, image):
+    """See that conversations become the same ids; what had to be changed for it, a sentence each."""
+    changed = []
     if differing(processor, native, image):
         changed.append(_without_prefix(processor, native))
     if left := differing(processor, native, image):
         raise DuetError(
-            f"{name} is not exported: a conversation ({left[0]}) becomes other ids in transformers' own processor than "
-            "those that the model learned, because its template is read in other pieces; a template whose pieces end "
-            "in control tokens, such as ChatML, can be exported."
+            f"a conversation ({left[0]}) becomes other ids in transformers' own processor than those that the model "
+            "learned, because its template is read in other pieces; a template whose pieces end in control tokens, "
+            "such as ChatML, can be exported."
         )
     if words := differing_words(processor, native):
         changed.append(

@@ -31,6 +31,9 @@ from tests import matrix, tiny
 from tests.exporting import BEGIN, END, PAGE, WAYS, compose, difference, encoder_row, native_of, text_row, try_all
 from tests.isolated import run_without_package
 from tests.matrix import ENCODERS, LANGUAGE_MODELS, config_of
+from training_vlm.load import load_model
+from training_vlm.settings import parse_arguments
+from training_vlm.stages import SFT
 
 
 def save_clip(folder):
@@ -203,7 +206,7 @@ def test_that_a_tokenizer_reads_an_answer_together_with_what_stands_before_it_is
     tokenizer._tokenizer = Tokenizer.from_str(json.dumps(state))
     processor = tiny.processor_of(tokenizer, "chatml", image_seq_length=16)
     native = exporting.native_processor(processor, "full", 8, 0)
-    said = exporting._fit_ids("it", processor, native, image(0))
+    said = exporting._fit_ids(processor, native, image(0))
     assert len(said) == 1 and "is read there together with the template around it, as other ids" in said[0]
 
 
@@ -238,7 +241,7 @@ def test_pixels_are_the_same_for_pictures_of_any_shape(kind, mode, tmp_path, ima
 def test_every_template_is_written_and_read_as_by_the_composed_processor(template, tokenizer, image):
     processor = tiny.processor_of(tokenizer, template, image_seq_length=16)
     native = exporting.native_processor(processor, "full", 8, 0)
-    exporting._fit_ids("it", processor, native, image(0))
+    exporting._fit_ids(processor, native, image(0))
     for messages in exporting.conversations(image(0), processor):
         for end in (True, False):
             expected, found = (
@@ -455,6 +458,29 @@ def test_composing_says_in_its_line_whether_the_pair_can_be_exported(capsys):
     )
     said = capsys.readouterr().out
     assert "images are cut into tiles" in said and "head (phi) has a bias" in said
+
+
+@pytest.mark.parametrize("mode, expected", [("pad", "yet not exported natively: image_mode=pad"), ("resize", None)])
+def test_a_run_says_where_the_processor_keeps_a_model_from_being_exported(mode, expected, folders, capsys):
+    vision, text = map(str, folders("siglip-llama"))
+    arguments = parse_arguments(
+        SFT,
+        [
+            "--vision_model",
+            vision,
+            "--text_model",
+            text,
+            "--dataset",
+            "shapes",
+            "--image_mode",
+            mode,
+            "--output_dir",
+            "o",
+        ],
+    )
+    load_model(SFT, arguments, None)
+    said = capsys.readouterr().out
+    assert "; exported natively as " in said and ("yet not" in said) == bool(expected) and (expected or "") in said
 
 
 @pytest.mark.parametrize("mode", ["pad", "crop"])

@@ -8,14 +8,17 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
+from accelerate import PartialState
 from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError, RevisionNotFoundError
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
+from inference_vlm.export import hindrance
 from modeling_vlm import VLMConfig, VLMForConditionalGeneration
 from modeling_vlm.adapters_vlm import CONFIG, WEIGHTS, base_of
 from modeling_vlm.backbones_vlm import find_image_token_id, load_backbone_config
 from modeling_vlm.files_vlm import TEXT_FILES, VISION_FILES, check_files
+from modeling_vlm.native_vlm import misfits
 from processing import VLMProcessor
 from processing.data_error_vlm import DuetError, in_a_line
 from processing.tokenizer import train_tokenizer
@@ -257,7 +260,10 @@ def _compose(stage, model_args, data_args, data, dtype):
         text.eos_token_id = tokenizer.eos_token_id
     shared = model_args.joining_kwargs(tokenizer)
     model = VLMForConditionalGeneration.from_backbones(vision, text, dtype=dtype, **model_args.composition(), **shared)
-    return model, new_processor(model_args, vision, text, model.config, shared)
+    processor = new_processor(model_args, vision, text, model.config, shared)
+    if PartialState().is_main_process and not misfits(model) and (reason := hindrance(model, processor)):
+        print(f"yet not exported natively: {reason}")  # which the model alone could not know
+    return model, processor
 
 
 def new_processor(
