@@ -70,9 +70,9 @@ class Deletion(NamedTuple):
         return statistics.fmean(self.areas)
 
     @property
-    def spread(self) -> float:
-        """The standard deviation of `areas`."""
-        return statistics.pstdev(self.areas)
+    def spread(self) -> float | None:
+        """The standard deviation of `areas`; one has none."""
+        return statistics.pstdev(self.areas) if len(self.areas) > 1 else None
 
 
 class Explanation(NamedTuple):
@@ -80,13 +80,15 @@ class Explanation(NamedTuple):
     An answer, and what it hangs on.
 
     `falls` is `(patches, tokens)`: what the log-probability of each token loses, in nats, where the patch is hidden;
-    less than 0 where the model then finds it likelier. `log_probs` are those of the pictures as they are; `rounding`
-    is by how much they differ with what is read together, and `shares` whether the prompt before a picture was read
-    once for all patches.
+    less than 0 where the model then finds it likelier. `ended` is whether the model ended the answer, which is else cut
+    short by `max_new_tokens` or for want of positions. `log_probs` are those of the pictures as they are; `rounding` is
+    by how much they differ with what is read together, and `shares` whether the prompt before a picture was read once
+    for all patches.
     """
 
     question: str | None
     answer: str
+    ended: bool
     pieces: list[Piece]
     log_probs: list[float]
     pictures: list[Image.Image]
@@ -172,6 +174,7 @@ def explain(
     return Explanation(
         question=question,
         answer=text_of(processor, answer),
+        ended=answer[-1] in _ends(config),
         pieces=pieces_of(processor.tokenizer, answer, _ends(config)),
         log_probs=whole.tolist(),
         pictures=list(pictures),
@@ -230,6 +233,7 @@ def as_json(explanation: Explanation, name: str, images: Sequence[str]) -> dict[
         "model": name,
         "question": explanation.question,
         "answer": explanation.answer,
+        "ended": explanation.ended,
         "tokens": [
             {"id": piece.id, "text": piece.text, "shown": piece.label, "part": piece.part, "log_prob": log_prob}
             for piece, log_prob in zip(explanation.pieces, explanation.log_probs)
@@ -260,11 +264,15 @@ def _named(given):
     return "/".join(Path(given).resolve().parts[-2:]) if os.path.isdir(given) else Path(given).name
 
 
-def _writable(path: Path | None) -> None:
-    """Refuse a file that could not be written, before anything is computed."""
-    if path is not None and (path.is_dir() or not path.parent.is_dir()):
+def _writable(path: Path | None, others: Sequence[str | Path | None]) -> None:
+    """Refuse a file that could not be written, or would take the place of others, before anything is computed."""
+    if path is None:
+        return
+    if path.is_dir() or not path.parent.is_dir():
         found = "is a folder" if path.is_dir() else f"lies in {path.parent}, which is no folder"
         raise DuetError(f"{path} {found}; expected the name of a file that can be written.")
+    if path.resolve() in [Path(other).resolve() for other in others if other is not None]:
+        raise DuetError(f"{path} is named for two things, and would be written over; give each a name of its own.")
 
 
 def _write(path, text):
@@ -280,9 +288,9 @@ def _run(args: argparse.Namespace) -> str:
         if getattr(args, option) < least:
             raise DuetError(f"{option}={getattr(args, option)}: expected {least} or more.")
     grid = None if args.grid is None else _grid(args.grid)
-    for path in (args.out, args.json):
-        _writable(path)
     images, question = pictures_and_question(args.inputs, args.question)
+    _writable(args.out, [*images, args.json])
+    _writable(args.json, images)
     question = read_question(question)
     if not images:
         raise DuetError("there is no picture to explain an answer by; name one behind the model.")
@@ -309,8 +317,11 @@ def _run(args: argparse.Namespace) -> str:
     if args.json is not None:
         _write(args.json, json.dumps(as_json(found, name, images), ensure_ascii=False, indent=1) + "\n")
     of = f"what each of {len(found.pieces)} tokens hangs on, of {len(found.patches)} patches"
-    area = f"the strongest first cost {found.deletion.area:+.2f} nats more than in random orders"
-    return f"{printable(found.answer)}\n{args.out}: {of}; {area} (± {found.deletion.spread:.2f})."
+    of += "" if found.ended else ", cut short there"
+    area, spread = found.deletion.area, found.deletion.spread
+    cost = f"the strongest first cost {abs(area):.2f} nats {'more' if area >= 0 else 'less'} than in random orders"
+    cost += "" if spread is None else f" (± {spread:.2f})"
+    return f"{printable(found.answer)}\n{args.out}: {of}; {cost}."
 
 
 def main(argv: list[str] | None = None) -> int:

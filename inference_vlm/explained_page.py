@@ -16,6 +16,7 @@ from .page_parts import HEAD, picture_uri, shown_text
 
 PICTURE_SIDE = 1024
 _SMALL = 256  # a picture whose pixels are to be seen
+_FEW = 3  # random orders; a map that says nothing is before two of them in one case of three
 
 _PAGE = string.Template(
     HEAD
@@ -167,6 +168,7 @@ const nats = x => Math.abs(x) < 5e-5 ? "0" : Math.abs(x) < .1 ? x.toPrecision(1)
 const signed = x => (x > 0 ? "+" : x < 0 ? "\u2212" : "") + nats(Math.abs(x));
 const percent = logProb => {
   const share = 100 * Math.exp(Math.min(0, logProb));
+  if (share === 0) return "under 1e-300 %";
   if (share < .01 || share > 99.9) return share < 1 ? share.toExponential(0) + " %" : "over 99.9 %";
   return share.toFixed(share < 10 ? 2 : 1) + " %";
 };
@@ -275,8 +277,8 @@ def write_page(explanation: Any, name: str, images: Sequence[str]) -> str:
     strengths = found.strengths.tolist()
     most = max((abs(value) for value in strengths), default=0.0)
     caption = "What is in the picture?" if len(found.pictures) == 1 else "What is in the pictures?"
-    hidden = f"{len(found.patches)} patches, each hidden once under its picture's mean colour"
-    facts = [name, f"{len(found.pieces)} tokens", hidden]
+    hidden = f"{_counted(found.patches, 'patch', 'es')}, each hidden once under its picture's mean colour"
+    facts = [name, _counted(found.pieces, "token") + ("" if found.ended else ", cut short there"), hidden]
     if found.around:
         facts[-1] += f", with {found.around} on every side of it"
     if found.rounding > 1e-3:
@@ -299,7 +301,7 @@ def write_page(explanation: Any, name: str, images: Sequence[str]) -> str:
         pictures="\n".join(_figure(found, number, name, strengths, most) for number, name in enumerate(images)),
         low=f"\u2212{most:.2g}" if most else "0",
         high=f"+{most:.2g}" if most else "0",
-        verdict=shown_text(verdict(deletion)),
+        verdict=verdict(deletion),
         curve=_curve(deletion, len(found.patches)),
         data=json.dumps(numbers, ensure_ascii=False, separators=(",", ":")).replace("<", "\\u003c"),
     )
@@ -309,12 +311,19 @@ def verdict(deletion: Any) -> str:
     """What a deletion curve says of the map, in words."""
     area, spread = deletion.area, deletion.spread
     beaten = sum(of_order > 0.01 for of_order in deletion.areas)
-    orders = f"{len(deletion.chance)} random order{'s' * (len(deletion.chance) != 1)}"
+    orders = _counted(deletion.chance, "random order")
     figures = f"Hidden in the order of the map, patches cost the answer {abs(area):.2f} nats "
-    figures += f"{'more' if area >= 0 else 'less'} than in {orders} (±\u00a0{spread:.2f})"
+    figures += f"{'more' if area >= 0 else 'less'} than in {orders}"
+    figures += "" if spread is None else f" (±\u00a0{spread:.2f})"
+    if len(deletion.areas) < _FEW:
+        return f"{figures}: too few orders to tell by."
     if beaten == len(deletion.areas):
         return f"{figures}, and more than in each: it hangs on what the map shows."
     return f"{figures}, and more than in {beaten} of them: little beyond chance, so read the map with care."
+
+
+def _counted(things, what, plural="s"):
+    return f"{len(things)} {what}{plural if len(things) != 1 else ''}"
 
 
 def _direction(text):

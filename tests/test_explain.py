@@ -282,7 +282,10 @@ def test_the_area_is_that_between_the_curves_over_all_shares():
     deletion = Deletion([0, 1, 4], [0.0, -8.0, -8.0], [[0.0, -2.0, -8.0], [0.0, -8.0, -8.0]])
     assert deletion.areas == [(1 * 3 + 3 * 3) / 4, 0.0]
     assert (deletion.area, deletion.spread) == (1.5, 1.5)
-    assert "more than in 1 of them" in verdict(deletion)
+    assert verdict(deletion).endswith("(±\u00a01.50): too few orders to tell by.")
+    assert "more than in 2 of them" in verdict(deletion._replace(chance=[*deletion.chance, deletion.chance[0]]))
+    one = deletion._replace(chance=deletion.chance[:1])
+    assert one.spread is None and "±" not in verdict(one)
 
 
 def test_what_is_around_a_patch_is_hidden_with_it(seeing, image):
@@ -368,6 +371,7 @@ def test_the_page_needs_nothing_else_and_holds_every_value(seeing, image):
     asked = "</script><b>\u4f60\u597d \u0645\u0627 \u202e\U0001f600"
     found = explain(model, processor, [image(1), image(2)], asked, max_new_tokens=3, grid=(2, 3), seeds=2)
     page = page_of(found, "me/<model>", ["a<b>.png", "\u202eb.png"])
+    assert "(\u00b1\u00a0" in page
     assert not re.search(r"https?://|<link|@import|url\((?!#)", page) and page.count("</script>") == 2
     assert (
         "&lt;/script&gt;&lt;b&gt;\u4f60\u597d \u0645\u0627" in page and "<b>.png" not in page and "\u202e" not in page
@@ -411,6 +415,9 @@ def test_the_command_writes_a_page_and_the_same_as_json(saved, image, tmp_path, 
     assert [len(of["patches"]) for of in found["images"]] == [6, 6] and len(found["deletion"]["chance"]) == 2
     assert len(found["tokens"]) == len(found["images"][0]["patches"][0]["falls"]) <= 3
     page = out.read_text(encoding="utf-8")
+    assert not found["ended"] and len(found["tokens"]) == 3
+    assert "of 3 tokens hangs on, of 12 patches, cut short there; " in " ".join(printed.out.split())
+    assert "3 tokens, cut short there" in page
     assert "what is it?" in page and str(tmp_path) not in page + json.dumps(found) and str(saved) not in page
     assert command.main([str(saved), str(tmp_path / "0.png"), "--out", str(out), "--grid", "1"]) == 0
     assert "What is in the picture?" in out.read_text(encoding="utf-8")
@@ -425,6 +432,8 @@ def test_the_command_writes_a_page_and_the_same_as_json(saved, image, tmp_path, 
         (["--around", "-1"], "around=-1: expected 0 or more"),
         (["--out", "nowhere/page.html"], "which is no folder"),
         (["--json", "."], "is a folder"),
+        (["--out", "a.png"], "a.png is named for two things"),
+        (["--json", "./explained.html"], "is named for two things"),
         (["gone.png", "--question", "what?"], "gone.png"),
         (["http://127.0.0.1:9/a.png", "--question", "what?"], "is a URL, and none is fetched here"),
         (["--question", " "], "the question is empty"),
@@ -452,6 +461,15 @@ def test_a_question_without_a_picture_and_a_batch_that_does_not_fit_are_one_line
     monkeypatch.setattr(command, "explain", full)
     assert command.main([str(saved), str(tmp_path / "a.png"), "--out", str(tmp_path / "a.html")]) == 1
     assert "error: batch_size=8 is more than fits in memory; give less.\n" in capsys.readouterr().err
+
+
+def test_an_answer_that_ends_itself_is_not_called_cut_short(seeing, image):
+    model, processor = seeing
+    ends = list(range(model.config.text_config.vocab_size))
+    model.generation_config.eos_token_id = ends
+    found = explain(model, processor, [image(1)], "what?", max_new_tokens=3, grid=(1, 2), seeds=1)
+    assert found.ended and len(found.pieces) == 1
+    assert "1 token · " in page_of(found) and "cut short" not in page_of(found)
 
 
 def test_an_answer_is_as_long_as_there_is_room_for(folders, image):
@@ -501,7 +519,8 @@ key("m"); key("s");
 const before = said.textContent;
 flat[3].dispatchEvent(new PointerEvent("pointerenter", {pointerType: "mouse"}));
 document.title = JSON.stringify({states: seenStates, map: document.body.classList.contains("map"),
-  width: document.documentElement.scrollWidth, room: innerWidth, patch: said.textContent, before});
+  width: document.documentElement.scrollWidth, room: innerWidth, patch: said.textContent, before,
+  hardly: percent(-2000)});
 </script></body>"""
 
 
@@ -522,5 +541,6 @@ def test_the_page_works_in_a_browser_by_keys_and_in_a_narrow_window(seeing, imag
     assert [state[0] for state in states] == [-1, 0, 1, 0, count - 1, count - 1, -1, 1]
     assert [state[2] for state in states] == [state[0] + 1 for state in states]
     assert states[0][1].startswith("The whole answer: ") and states[0][1] == states[6][1] != states[1][1]
+    assert title["hardly"] == "under 1e-300 %"
     assert not title["map"] and title["width"] <= max(420, title["room"])
     assert title["patch"].startswith("picture 1, row 2, column 1 hidden: ") and title["patch"] != title["before"]
