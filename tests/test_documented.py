@@ -6,10 +6,13 @@ Commands of other programs (pip, vllm, curl) are theirs to check.
 import argparse
 import ast
 import importlib
+import json
 import re
 import shlex
+import tarfile
 from pathlib import Path
 
+import datasets
 import pytest
 import torch
 import yaml
@@ -207,6 +210,79 @@ def test_a_first_model_of_ones_own_photographs_is_made_as_its_page_says(tmp_path
             else:
                 _run(module, argv)
     assert Path("model/samples.html").is_file() and Path("judged/results.json").is_file()
+
+
+def test_what_people_have_is_read_as_the_page_of_a_first_model_says(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    page = ROOT / "docs" / "first_model.md"
+    [table] = re.findall(r"\| what there is .*?\n\n", page.read_text(encoding="utf-8"), re.S)
+    lines = [
+        re.findall(r"`((?:dataset|image_dir|columns): [^`]+)`", row.rpartition(" | ")[2]) for row in table.splitlines()
+    ]
+    model = yaml.safe_load(blocks(page, "yaml")[0])
+    model = {name: model[name] for name in ("vision_model", "text_model")}
+    ways = list(filter(None, (re.findall(r"`((?:dataset|image_dir|columns): [^`]+)`", cell) for cell in cells)))
+    assert len(ways) == len(PEOPLE)
+    for (name, write), given in zip(PEOPLE.items(), ways):
+        folder = tmp_path / name
+        (folder / "photos").mkdir(parents=True)
+        monkeypatch.chdir(folder)
+        write()
+        Path("mine.yaml").write_text("\n".join([*given, yaml.safe_dump(model)]), encoding="utf-8")
+        _run("training_vlm.inspect_data.__main__", ["--config", "mine.yaml", "--n", "2"])
+        said = capsys.readouterr().out
+        assert "a·red·one" in said and "cannot be read" not in said and "dropped" not in said, (name, said[-900:])
+
+
+def _photo(place="photos/1.jpg", size=32):
+    Path(place).parent.mkdir(parents=True, exist_ok=True)
+    Image.new("RGB", (size, size), "red").save(place)
+    return Path(place)
+
+
+def _sorted_photos():
+    _photo("photos/a red one/1.jpg"), _photo("photos/a red one/2.jpg"), _photo("photos/none/3.jpg")
+
+
+def _texts():
+    for number in range(3):
+        _photo(f"photos/{number}.jpg").with_suffix(".txt").write_text("a red one\n")
+
+
+def _table():
+    _photo()
+    Path("table.csv").write_text("photo;what\n" + "1.jpg;a red one\n" * 3)
+
+
+def _llava():
+    turns = [{"from": "human", "value": "<image>\nWhat is it?"}, {"from": "gpt", "value": "a red one"}]
+    paths = ["1.jpg", str(_photo().absolute()), "1.jpg"]
+    Path("llava.json").write_text(json.dumps([{"image": path, "conversations": turns} for path in paths]))
+
+
+def _parquet():
+    Path("data").mkdir()
+    rows = [{"image": {"bytes": _photo().read_bytes(), "path": None}, "caption": "a red one"}] * 3
+    datasets.Dataset.from_list(rows).to_parquet("data/0.parquet")
+
+
+def _shards():
+    Path("shards").mkdir()
+    _photo().with_suffix(".txt").write_text("a red one")
+    with tarfile.open("shards/0.tar", "w") as tar:
+        for number in range(3):
+            for end in ("jpg", "txt"):
+                tar.add(f"photos/1.{end}", f"{number}.{end}")
+
+
+PEOPLE = {
+    "sorted": _sorted_photos,
+    "texts": _texts,
+    "table": _table,
+    "llava": _llava,
+    "parquet": _parquet,
+    "shards": _shards,
+}
 
 
 def test_every_page_is_reached_from_the_readme_and_every_link_leads_somewhere():

@@ -218,6 +218,13 @@ def test_where_nothing_can_be_learned_the_samples_are_shown_all_the_same(data, b
     assert "training would end here" in Page(tmp_path / "page.html").text
 
 
+def test_images_that_are_not_there_are_told_of_before_training(inspected, data, backbones):
+    page, said = inspected(*dialogues(data), *backbones, "--n", "1")
+    line = "1 of 5 images that were looked at cannot be read (such as "
+    assert line in said and line in page.text and "missing.png: no such image file" in said
+    assert "cannot be read" not in inspected(str(data / "captions.jsonl"), "--image_dir", str(data), *backbones)[1]
+
+
 def test_a_caption_of_stage_1_has_no_prompt_but_its_image(inspected, data, backbones):
     page, said = inspected(
         str(data / "captions.jsonl"), "--image_dir", str(data), *backbones, "--stage", "pretrain", "--n", "2"

@@ -28,10 +28,11 @@ IMAGES_CHECKED = 200
 
 
 class Survey(NamedTuple):
-    """What a first look at a data set found: an account, and of what, if not of everything."""
+    """What a first look at a data set found: an account, of what, if not of everything, and what images are no good."""
 
     account: Account
     sampled: bool
+    images: str = ""
 
 
 def survey_data(
@@ -52,13 +53,15 @@ def survey_data(
     first = training_args.process_index == 0
     surveys = {"training": survey_training(stage, train, encoder, data_args)}
     if first:
-        _check_images(train, data_args.on_bad_sample)
+        bad = _check_images(train, data_args.on_bad_sample)
+        surveys["training"] = surveys["training"]._replace(images=bad)
     if evaluation is not None:
         surveys["evaluation"] = _survey(evaluation, encoder)
         if evaluation_is_asked(data_args, training_args):
             _check_account(evaluation, surveys["evaluation"], "evaluate on")
             if first:
-                _check_images(evaluation, data_args.on_bad_sample)
+                bad = _check_images(evaluation, data_args.on_bad_sample)
+                surveys["evaluation"] = surveys["evaluation"]._replace(images=bad)
     if test is not None:
         surveys["test"] = Survey(_without_bad_images(test, encoder) if first else test.account, sampled=False)
         _check_account(test, surveys["test"], "ask")
@@ -179,34 +182,40 @@ def _check_questions(stage: Stage, survey: Survey, data_args: DataArguments) -> 
         )
 
 
-def _check_images(dataset, on_bad_sample: str) -> None:
-    """Open the headers of some images, so that a wrong folder is known now and not in the first epoch."""
-    failed: dict[str | None, BadImage] = {}
-    readable = set()
+def _check_images(dataset, on_bad_sample: str) -> str:
+    """Open the headers of some images, so that a wrong folder is known now; a line that says how many are no good."""
+    failed: dict[str | None, list[BadImage]] = {}
+    readable, looked_at = set(), 0
     for item in some_items(dataset, IMAGES_CHECKED):
         source = item.get("source")
         for reference in item.get("images") or ():
-            if is_url(reference) or (source in readable and on_bad_sample == "skip"):
+            if is_url(reference):
                 continue
+            looked_at += 1
             try:
                 check_image(reference)
             except BadImage as error:
                 if on_bad_sample == "error":
                     raise
-                failed.setdefault(source, error)
+                failed.setdefault(source, []).append(error)
             else:
                 readable.add(source)
-    for source, first in failed.items():
+    for source, errors in failed.items():
         if source not in readable:
-            raise first
+            raise errors[0]
+    bad = [error for errors in failed.values() for error in errors]
+    if not bad:
+        return ""
+    found = f"{len(bad):,} of {looked_at:,} images that were looked at cannot be read"
+    return f"{found} (such as {bad[0]}); a sample without its image is dropped when its turn comes"
 
 
 def report_data(surveys: dict[str, Survey]) -> str:
     """What will be learned from, in lines for a terminal."""
     lines = []
-    for name, (account, sampled) in surveys.items():
+    for name, (account, sampled, images) in surveys.items():
         note = f" (a sample of {account.total['samples']:,})" if sampled else ""
-        lines += [f"{name} data{note}", account.table(), ""]
+        lines += [f"{name} data{note}", account.table(), *([images] if images else []), ""]
     return "\n".join(lines)
 
 
