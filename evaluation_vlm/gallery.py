@@ -7,7 +7,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from PIL import Image, ImageDraw
+from PIL import Image, ImageDraw, features
+
+from processing.data_error_vlm import JOINERS
 
 from .files import replace_image
 from .fonts import Fonts
@@ -86,8 +88,9 @@ def _texts(shown: Shown) -> list[tuple[str, str]]:
 
 def _cell(shown: Shown, fonts: Fonts) -> Image.Image:
     lines: list[tuple[str, str]] = []
+    kept = f"\n{JOINERS}" if features.check("raqm") else "\n"  # without it each would be drawn, as a box
     for text, colour in _texts(shown):
-        text = "".join(c if c.isprintable() or c == "\n" else " " for c in text)
+        text = "".join(c if c.isprintable() or c in kept else " " for c in text)
         wrapped = fonts.wrap(text[: 100 * MOST_LINES], TEXT_WIDTH - 3 * MARGIN)
         lines += [(line, colour) for line in wrapped[:MOST_LINES]]
         if len(wrapped) > MOST_LINES:

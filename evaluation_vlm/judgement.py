@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 from accelerate import PartialState
 from accelerate.utils import broadcast_object_list
 
-from processing.data_error_vlm import DuetError
+from processing.data_error_vlm import JOINERS, DuetError
 
 from .metrics import Metric
 from .predictions import Prediction, Scores
@@ -173,7 +173,7 @@ _LOOK_ALIKE = str.maketrans({"`": "'", "<": "\u2039", ">": "\u203a"})
 
 def _label(name: str) -> str:
     """What a data set calls a kind, as it can stand in a line of a terminal or a card."""
-    line = " ".join("".join(c if c.isprintable() else " " for c in name).translate(_LOOK_ALIKE).split())
+    line = " ".join("".join(c if c.isprintable() or c in JOINERS else " " for c in name).translate(_LOOK_ALIKE).split())
     return line if len(line) <= 40 else f"{line[:37]}..."
 
 

@@ -5,16 +5,23 @@ import json
 import sys
 
 import pytest
-from PIL import Image
+from PIL import Image, features
 
 import train_pretrain
 from evaluation_vlm.__main__ import main as evaluate
+from evaluation_vlm.fonts import Fonts
 from evaluation_vlm.gallery import Shown
+from evaluation_vlm.gallery import _cell as draw_cell
 from evaluation_vlm.gallery_page import write_page
+from evaluation_vlm.judgement import _label as label_of_kind
 from inference_vlm import ask, explain, export, merge, serve, update
 from inference_vlm.program import ended_by, program
+from processing.batching.account import Record
 from processing.data_error_vlm import printable
 from tests import tiny
+from training_vlm.inspect_data.page import write_page as inspected_page
+from training_vlm.inspect_data.samples import Piece, Sample
+from training_vlm.model_card import _cell as cell_of_card
 
 
 FAMILY = "\U0001f469\u200d\U0001f469\u200d\U0001f467"
@@ -85,6 +92,24 @@ def test_a_page_joins_emoji_and_runs_each_text_in_its_own_direction():
     page = write_page(WORDS, "", {}, [shown])
     assert f'<p class="asked" dir="auto">{QUESTION}</p>' in page and page.count(f'<dd dir="auto">{ANSWER}</dd>') == 2
     assert "\u202e" not in write_page("\u202e", "", {}, [])
+
+
+def test_the_inspectors_page_runs_each_text_in_its_own_direction_and_nothing_turns_its_neighbours():
+    sample = Sample(Record(ANSWER, 0), [], [Piece("prompt", QUESTION, 0, [5], [-100], 1.0)])
+    page = inspected_page(WORDS, ["\u202e"], [sample], "")
+    assert f'<h1 dir="auto">{WORDS}</h1>' in page and f"<bdi>{sample.name}</bdi>" in page and ANSWER in sample.name
+    assert '<div class="tokens" dir="auto"><span class="prompt"' in page and "\u202e" not in page
+
+
+@pytest.mark.skipif(not features.check("raqm"), reason="nothing joins letters here")
+def test_emoji_and_letters_stay_joined_in_the_samples_of_a_run_and_in_its_card(monkeypatch):
+    drawn = []
+    monkeypatch.setattr(Fonts, "draw", lambda self, pen, place, text, fill: drawn.append(text))
+    shown = Shown(image=None, asked="", expected=(), answer=f"{FAMILY}\u202e", kind="", score=None, written="")
+    draw_cell(shown, Fonts())
+    assert f"generated: {FAMILY}" in drawn
+    assert FAMILY in cell_of_card(f"{FAMILY}\u202e") and "\u202e" not in cell_of_card("\u202e")
+    assert label_of_kind(FAMILY) == FAMILY
 
 
 def test_what_turns_a_line_is_written_out_and_what_joins_letters_is_not():

@@ -24,6 +24,7 @@ from evaluation_vlm.judgement import Judgement, mean_of
 from modeling_vlm.adapters_vlm import BASE, is_adapted
 from modeling_vlm.configuration_vlm import DUET_VERSION
 from processing.batching.account import Account, number_of
+from processing.data_error_vlm import JOINERS
 from processing.reading.settings import SourceSettings
 
 from .learning.adapters import composed
@@ -391,6 +392,6 @@ _LONGEST = 600
 
 def _cell(text: Any) -> str:
     """A text of the data, or a model's, as it can stand in a table: in one line, and nothing but text."""
-    line = " ".join("".join(c if c.isprintable() else " " for c in str(text)).split())
+    line = " ".join("".join(c if c.isprintable() or c in JOINERS else " " for c in str(text)).split())
     line = line if len(line) <= _LONGEST else f"{line[: _LONGEST - 3]}..."
     return line.translate(_MARKS).replace("www.", "www&#46;")

@@ -7,6 +7,8 @@ import re
 import string
 from collections.abc import Iterator
 
+from inference_vlm.page_parts import shown_text
+
 from .samples import KINDS, Sample, counted, runs_of
 
 
@@ -49,7 +51,7 @@ pre { margin: 10px 0 0; overflow-x: auto; font: 13px/1.6 ui-monospace, "SF Mono"
 </style>
 </head>
 <body>
-<h1>$title</h1>
+<h1 dir="auto">$title</h1>
 $lines
 <div class="legend">$legend</div>
 $samples
@@ -64,8 +66,8 @@ def write_page(title: str, lines: list[str], samples: list[Sample], account: str
     legend = (f'<span><b class="{kind}">{kind}</b> {html.escape(look.meaning)}</span>' for kind, look in KINDS.items())
     sections = (_section(sample, f"{number} of {len(samples)}") for number, sample in enumerate(samples, start=1))
     return _PAGE.substitute(
-        title=html.escape(title),
-        lines="\n".join(f"<p>{html.escape(line)}</p>" for line in lines),
+        title=shown_text(title),
+        lines="\n".join(f'<p dir="auto">{shown_text(line)}</p>' for line in lines),
         colours="\n".join(f".{kind} {{ background: {look.colour}; }}" for kind, look in KINDS.items()),
         legend="\n".join(legend),
         samples="\n".join(sections),
@@ -74,7 +76,7 @@ def write_page(title: str, lines: list[str], samples: list[Sample], account: str
 
 
 def _section(sample, number):
-    head = f"<h2>{number}: {html.escape(sample.name)}</h2><p>{html.escape(sample.facts)}</p>"
+    head = f'<h2>{number}: <bdi>{shown_text(sample.name)}</bdi></h2><p dir="auto">{shown_text(sample.facts)}</p>'
     if not sample.pieces:
         return f'<section class="dropped">{head}</section>'
     figures = "".join(
@@ -83,7 +85,7 @@ def _section(sample, number):
     )
     images = f'<div class="images">{figures}</div>' if figures else ""
     tokens = "".join(_spans(sample.pieces))
-    return f'<section>{head}<div class="sample">{images}<div class="tokens">{tokens}</div></div></section>'
+    return f'<section>{head}<div class="sample">{images}<div class="tokens" dir="auto">{tokens}</div></div></section>'
 
 
 def _spans(pieces) -> Iterator[str]:
