@@ -216,9 +216,7 @@ def test_what_people_have_is_read_as_the_page_of_a_first_model_says(tmp_path, mo
     monkeypatch.chdir(tmp_path)
     page = ROOT / "docs" / "first_model.md"
     [table] = re.findall(r"\| what there is .*?\n\n", page.read_text(encoding="utf-8"), re.S)
-    lines = [
-        re.findall(r"`((?:dataset|image_dir|columns): [^`]+)`", row.rpartition(" | ")[2]) for row in table.splitlines()
-    ]
+    cells = [row.rpartition(" | ")[2] for row in table.splitlines()]
     model = yaml.safe_load(blocks(page, "yaml")[0])
     model = {name: model[name] for name in ("vision_model", "text_model")}
     ways = list(filter(None, (re.findall(r"`((?:dataset|image_dir|columns): [^`]+)`", cell) for cell in cells)))
