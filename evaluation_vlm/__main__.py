@@ -261,7 +261,7 @@ def main(argv: list[str] | None = None) -> int:
         PartialState(cpu=not torch.accelerator.is_available())
         evaluate(args)
         PartialState().destroy_process_group()
-    except Exception as error:
+    except (Exception, KeyboardInterrupt) as error:
         return ended_by(error)
     return 0
 

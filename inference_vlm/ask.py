@@ -31,11 +31,11 @@ from .answering import Answerer, Prepared
 from .asked import opened, reference_of
 from .folder import PICTURES, Asked, answer_folder, plan_folder
 from .loading import add_loading_arguments, loading_of
-from .program import ended_by, program, show_any_text
+from .program import INTERRUPTED, ended_by, program, show_any_text
 from .sampled import Settings, check_settings
 
 
-ERROR, SOME_NOT_READ, INTERRUPTED = 1, 3, 130
+ERROR, SOME_NOT_READ = 1, 3
 """Exit codes."""
 
 BATCH_SIZE = 8

@@ -29,7 +29,7 @@ from processing.data_error_vlm import DuetError, in_a_line, printable
 from processing.image_files_vlm import ImagePolicy, image_name
 
 from .answering import Answerer, Prepared, text_of
-from .ask import ERROR, INTERRUPTED, pictures_and_question, read_question
+from .ask import ERROR, pictures_and_question, read_question
 from .asked import opened, reference_of
 from .explained_page import write_page
 from .loading import add_loading_arguments, loading_of
@@ -347,13 +347,10 @@ def main(argv: list[str] | None = None) -> int:
     show_any_text()
     try:
         print(_run(args))
-    except KeyboardInterrupt:
-        print(file=sys.stderr)
-        return INTERRUPTED
     except torch.OutOfMemoryError:
         print(f"error: batch_size={args.batch_size} is more than fits in memory; give less.", file=sys.stderr)
         return ERROR
-    except Exception as error:
+    except (Exception, KeyboardInterrupt) as error:
         return ended_by(error)
     return 0
 

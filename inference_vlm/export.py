@@ -67,7 +67,9 @@ def export(
         native, changed = _processor_for(form, model, processor, image)
     except ValueError as error:
         if getattr(error, "is_duet_error", False):
-            raise DuetError(f"{name} is not exported: {in_a_line(error)}") from error
+            raise DuetError(
+                f"{name} is not exported: {in_a_line(error)} What can be is composed and trained in that way."
+            ) from error
         raise
     with whole_folder(out) as folder:
         _as_native(model, form).save_pretrained(folder, **shards)
@@ -200,7 +202,7 @@ def _check(name: str, folder: Path, model: PreTrainedModel, processor: VLMProces
 
 
 def main(argv: list[str] | None = None) -> int:
-    """The command line; 1 where it could not be done."""
+    """The command line; 1 where it could not be done, 130 after Ctrl-C."""
     parser = argparse.ArgumentParser(prog=program("inference_vlm.export"), description=(__doc__ or "").splitlines()[0])
     parser.add_argument("model", help="a folder that Duet saved, an adapter's too, or a name on the Hub")
     parser.add_argument("out", type=Path, help="the folder that is written")
@@ -211,7 +213,7 @@ def main(argv: list[str] | None = None) -> int:
     show_any_text()
     try:
         print(export(args.model, args.out, args.dtype, args.revision, args.max_shard_size))
-    except Exception as error:
+    except (Exception, KeyboardInterrupt) as error:
         return ended_by(error)
     return 0
 

@@ -90,7 +90,7 @@ def _check_adapter(name: str, revision: str | None) -> None:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """The command line; 1 where it could not be done."""
+    """The command line; 1 where it could not be done, 130 after Ctrl-C."""
     parser = argparse.ArgumentParser(prog=program("inference_vlm.merge"), description=(__doc__ or "").splitlines()[0])
     parser.add_argument("adapter", help="a folder of a run with adapters, a checkpoint of it, or a name on the Hub")
     parser.add_argument("out", type=Path, help="the folder that is written")
@@ -100,7 +100,7 @@ def main(argv: list[str] | None = None) -> int:
     show_any_text()
     try:
         print(merge(args.adapter, args.out, args.dtype, args.revision))
-    except Exception as error:
+    except (Exception, KeyboardInterrupt) as error:
         return ended_by(error)
     return 0
 

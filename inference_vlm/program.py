@@ -8,6 +8,10 @@ import sys
 from pathlib import Path
 
 
+INTERRUPTED = 130
+"""The exit code of a command that Ctrl-C ends, as shells have it."""
+
+
 def program(module: str) -> str:
     """The name of a command that is installed as `duet-...` and can be run as a module too."""
     name = Path(sys.argv[0]).stem  # on Windows it ends in .exe
@@ -21,13 +25,16 @@ def show_any_text() -> None:
             stream.reconfigure(errors="replace")
 
 
-def ended_by(error: Exception) -> int:
+def ended_by(error: BaseException) -> int:
     """
-    The exit code of a command that a person's mistake ends, said in one line on stderr.
+    The exit code of a command that Ctrl-C ends, or a person's mistake, said in one line on stderr.
 
     Raises:
-        Exception: what was given, where it is a mistake of our own, or `DUET_TRACEBACK` asks where it was found.
+        BaseException: what was given, where it is a mistake of our own, or `DUET_TRACEBACK` asks where it was found.
     """
+    if isinstance(error, KeyboardInterrupt):
+        print(file=sys.stderr)
+        return INTERRUPTED
     if not getattr(error, "is_duet_error", False) or os.environ.get("DUET_TRACEBACK"):
         raise error
     print(f"error: {' '.join(str(error).split())}", file=sys.stderr)

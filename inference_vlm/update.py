@@ -181,7 +181,7 @@ def main(argv: list[str] | None = None) -> int:
         if args.out is not None:
             folder = download(args.model, args.out, args.revision)
         print("\n".join(update(folder)))
-    except Exception as error:
+    except (Exception, KeyboardInterrupt) as error:
         return ended_by(error)
     return 0
 

@@ -253,6 +253,20 @@ def test_every_template_is_written_and_read_as_by_the_composed_processor(templat
     assert native.apply_chat_template(strings) == processor.apply_chat_template(strings)
 
 
+def test_an_exported_folder_learns_from_the_same_loss_and_gradients(made, image):
+    saved, exported = made("clip-llama")
+    (model, _), (native, other) = ours(saved), theirs(exported)
+    inputs = inputs_of(other, [*asked(image(0)), {"role": "assistant", "content": [{"type": "text", "text": "a cat"}]}])
+    labels = torch.where(inputs["input_ids"] == other.image_token_id, -100, inputs["input_ids"])
+    losses = [one.train()(**inputs, labels=labels).loss for one in (model, native)]
+    torch.testing.assert_close(losses[1], losses[0], rtol=1e-6, atol=1e-6)
+    for loss in losses:
+        loss.backward()
+    found = {name: parameter.grad for name, parameter in native.named_parameters()}
+    for name, parameter in model.named_parameters():
+        torch.testing.assert_close(found[name], parameter.grad, rtol=1e-5, atol=1e-6)
+
+
 # -- in a process without this package --------------------------------------------------------------------------------
 
 CHILD = """
@@ -491,7 +505,8 @@ def test_an_image_mode_that_the_library_has_not_is_refused(mode, made, tmp_path,
     model.save_pretrained(tmp_path / "saved")
     processor.save_pretrained(tmp_path / "saved")
     assert main([str(tmp_path / "saved"), str(tmp_path / "out")]) == 1
-    assert f"image_mode={mode} makes images fit as no image processor" in capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert f"image_mode={mode} makes images fit as no image processor" in said and "and trained in that way." in said
     assert not (tmp_path / "out").exists()
 
 

@@ -135,6 +135,13 @@ def test_a_mistake_ends_every_command_in_the_same_way(monkeypatch, capsys):
                 monkeypatch.setattr(module, name, lambda *args, **kwargs: (_ for _ in ()).throw(told("no\nmodel")))
         assert module.main(["it", "there", "what?"][: 1 if module in (update, serve) else 2]) == 1
         assert capsys.readouterr().err == "error: no model\n", module
+    for module in (merge, export, update, explain):
+        for name in ("merge", "export", "update", "_run"):
+            if hasattr(module, name):
+                monkeypatch.setattr(module, name, lambda *args, **kwargs: (_ for _ in ()).throw(KeyboardInterrupt))
+        assert module.main(["it", "there", "what?"][: 1 if module is update else 2]) == 130
+        assert capsys.readouterr().err == "\n", module
     monkeypatch.setenv("DUET_TRACEBACK", "1")
+    monkeypatch.setattr(update, "update", lambda *args, **kwargs: (_ for _ in ()).throw(told("no\nmodel")))
     with pytest.raises(told):
         update.main(["it"])
