@@ -31,6 +31,7 @@ from .loading import load, place
 from .sampled import WARPERS, Settings, check_settings, drawing, fresh_seed
 from .spoken import Listening, Spoken
 from .streaming import Either, Finish, Flag, Stream
+from .turns import Turns, begin_anew, ropes_that_grow
 from .weighing import Weighing
 
 
@@ -42,7 +43,7 @@ _BATCHES_NEAR = 8  # batches of prompts among which those of like length are put
 
 class Answerer:
     """
-    A composed model that answers; one prompt at a time, whoever asks waits for those before.
+    A composed model that answers; one prompt at a time, unless its turns are shared: then a step of each in turn.
 
     Args:
         model: a composed model, with adapters in it or without, where it is to answer.
@@ -51,6 +52,8 @@ class Answerer:
 
     Attributes:
         max_positions (`int`): those that the language model was made for; `None` for any number.
+        turns (`Turns`): who may use the model, and when; `turns.share(4)` has four answers written at the same time,
+            each as it is alone.
 
     Raises:
         DuetError: the model's code is of an earlier Duet, and this transformers needs today's.
@@ -61,7 +64,8 @@ class Answerer:
         self._composed = _composed(model)
         _refuse_old_code(self._composed)
         self.max_positions: int | None = self._composed.model.max_positions or _context(self._text_config)
-        self._lock = threading.Lock()
+        self.turns = Turns(self._composed)
+        self._reading = threading.Lock()  # what encodes texts remembers some
 
     @classmethod
     def load(
@@ -124,7 +128,8 @@ class Answerer:
             DuetError: messages that the chat template cannot render, or more positions than there are.
         """
         messages = with_parts(messages)
-        ids, _ = self.processor.encode_messages(messages, add_generation_prompt=True)
+        with self._reading:
+            ids, _ = self.processor.encode_messages(messages, add_generation_prompt=True)
         named = [image_of(part) for part in all_parts(messages) if part["type"] == "image"]
         policy = ImagePolicy(allow_urls=allow_urls, allow_local_urls=allow_local_urls, own_paths=True)
         turns = sum(message.get("role") == "user" for message in messages)
@@ -136,7 +141,9 @@ class Answerer:
         """Images as the prompt for a caption, without a question; all that a model of stage 1 can do. See `read`."""
         policy = ImagePolicy(allow_urls=allow_urls, allow_local_urls=allow_local_urls, own_paths=True)
         references = [reference_of(image, policy, True) for image in images]
-        return self._prepared(Prompt(caption_ids(self.processor, len(images)), references), 1)
+        with self._reading:
+            ids = caption_ids(self.processor, len(images))
+        return self._prepared(Prompt(ids, references), 1)
 
     def _prepared(self, prompt: Prompt, turns: int) -> Prepared:
         images = [opened(reference) for reference in prompt.images]
@@ -243,8 +250,11 @@ class Answerer:
             DuetError: an empty stop string.
         """
         seeds = None if settings is None or settings.seed is None else [settings.seed]
-        with self._alone(cancelled) as ended:
-            return self._write([prepared], settings, stop, seeds, ended, lambda _, piece: tell(piece), conversation)[0]
+        ended = _ended_by(cancelled)
+        with self.turns.place(ended) as pause:
+            return self._write(
+                [prepared], settings, stop, seeds, ended, pause, lambda _, piece: tell(piece), conversation
+            )[0]
 
     def write_together(
         self,
@@ -274,33 +284,22 @@ class Answerer:
         for number, one in enumerate(prepared):
             of_room.setdefault(self._room(one, most), []).append(number)
         found: dict[int, Finish] = {}
+        ended = _ended_by(cancelled)
         for numbers in of_room.values():
-            with self._alone(cancelled) as ended:
+            with self.turns.place(ended) as pause:
                 finishes = self._write(
                     [prepared[number] for number in numbers], settings, stop,
-                    None if seeds is None else [seeds[number] for number in numbers], ended,
+                    None if seeds is None else [seeds[number] for number in numbers], ended, pause,
                     lambda row, piece, numbers=numbers: tell(numbers[row], piece),
                 )  # fmt: skip
             found.update(zip(numbers, finishes))
         return [found[number] for number in range(len(prepared))]
 
-    @contextlib.contextmanager
-    def _alone(self, cancelled: Flag | None) -> Iterator[Callable[[], bool]]:
-        """While no other thread writes; what tells that nobody waits any more."""
-        ended = (lambda: False) if cancelled is None else cancelled.is_set
-        while not (mine := self._lock.acquire(timeout=0.05)) and not ended():
-            pass
-        try:
-            yield ended
-        finally:
-            if mine:
-                self._lock.release()
-
     def _room(self, prepared: Prepared, most: int) -> int:
         return most if self.max_positions is None else min(most, self.max_positions - prepared.prompt_tokens)
 
     @torch.no_grad()
-    def _write(self, prepared, settings, stop, seeds, ended, tell, conversation=None) -> list[Finish]:
+    def _write(self, prepared, settings, stop, seeds, ended, pause, tell, conversation=None) -> list[Finish]:
         _check_stops(stop)
         if ended():  # while it waited, perhaps without a turn of its own
             return [Finish("cancelled", one.prompt_tokens, one.image_tokens, 0, 0) for one in prepared]
@@ -317,12 +316,13 @@ class Answerer:
         if cache is not None:
             inputs[CACHE] = cache
         spoken = [Spoken(processor.tokenizer, ends, stop) for _ in rows]
-        listening = Listening(spoken, inputs["input_ids"].shape[1], tell, ended)
-        with _generating(self._composed, config):
-            found = self.model.generate(
-                **inputs, max_new_tokens=room, eos_token_id=ends, stop_strings=None, logits_processor=drawn,
-                return_dict_in_generate=True, stopping_criteria=StoppingCriteriaList([listening]),
-            )  # fmt: skip
+        listening = Listening(spoken, inputs["input_ids"].shape[1], tell, ended, pause)
+        writer = copy.copy(self._composed)  # the same modules, adapters among them, with settings of its own
+        writer.generation_config = config
+        found = writer.generate(
+            **inputs, max_new_tokens=room, eos_token_id=ends, stop_strings=None, logits_processor=drawn,
+            return_dict_in_generate=True, stopping_criteria=StoppingCriteriaList([listening]),
+        )  # fmt: skip
         if conversation is not None:
             marks[0] += found.sequences[0, len(rows[0]) :].tolist()
             conversation.keep(found.get(CACHE), marks[0], self._text_config)
@@ -342,6 +342,10 @@ class Answerer:
         shown = {name: image for one in prepared for name, image in zip(one.names, one.images)}
         images.encode({name: shown[name] for name in new})
         return images.take(new)
+
+
+def _ended_by(cancelled: Flag | None) -> Callable[[], bool]:
+    return (lambda: False) if cancelled is None else cancelled.is_set
 
 
 def _composed(model: Any) -> Any:
@@ -431,16 +435,18 @@ def answer(
     images = EncodedImages(model, processor, names, cache)
     asking = _Asking(prompts, names, images, processor, composed.model.max_positions, config.max_new_tokens)
     answers: list[str | None] = [None] * len(prompts)
-    was_training = model.training
+    was_training, ropes = model.training, ropes_that_grow(composed)
     model.eval()
     try:
         bar = tqdm(total=len(prompts), unit="question", disable=not progress, leave=False, file=sys.stderr)
         with _generating(composed, config), bar:
             for batch, room, encodes in _rounds(asking.batches(batch_size), images, in_step):
+                begin_anew(ropes)
                 written = _written(model, processor, images, batch, room, encodes, in_step)
                 for index, ids in zip(batch.indices if batch else (), written):
                     answers[index] = text_of(processor, ids)
                 if weighing is not None:
+                    begin_anew(ropes)
                     indices, rows, shown = ([], [], []) if batch is None else (batch.indices, batch.rows, batch.names)
                     features = [images.of(names) for names in shown]
                     weighing.weigh(model, processor, indices, rows, features, asking.limit, in_step)

@@ -89,6 +89,7 @@ class Listening(StoppingCriteria):
         length: positions of the prompts.
         tell: is given the number of a row and a piece of its text.
         ended: whether to write no more, asked after each step.
+        pause: called after each step behind which there is another.
     """
 
     def __init__(
@@ -97,8 +98,9 @@ class Listening(StoppingCriteria):
         length: int,
         tell: Callable[[int, str], None] = lambda row, piece: None,
         ended: Callable[[], bool] = lambda: False,
+        pause: Callable[[], None] = lambda: None,
     ):
-        self.spoken, self.heard, self.tell, self.ended = spoken, length, tell, ended
+        self.spoken, self.heard, self.tell, self.ended, self.pause = spoken, length, tell, ended, pause
 
     def __call__(self, input_ids: torch.Tensor, scores: Any, **kwargs: Any) -> torch.Tensor:
         for row, ids in enumerate(input_ids[:, self.heard :].tolist()):
@@ -106,6 +108,8 @@ class Listening(StoppingCriteria):
                 if piece := self.spoken[row].add(id):
                     self.tell(row, piece)
         self.heard = input_ids.shape[1]
+        if not all(spoken.ended for spoken in self.spoken) and not self.ended():
+            self.pause()
         done = [self.ended() or spoken.ended for spoken in self.spoken]
         return torch.tensor(done, device=input_ids.device)
 

@@ -382,8 +382,8 @@ def test_an_interrupted_answer_ends_the_writing_and_gives_its_own_code(saved, pi
 
     monkeypatch.setattr(program, "_harmless", interrupted)
     assert main([name, str(pictures / "a.png"), "what is it?", "--max_new_tokens", "40"]) == 130
-    assert answerer._lock.acquire(timeout=5)
-    answerer._lock.release()
+    assert answerer.turns._places.acquire(timeout=5)
+    answerer.turns._places.release()
 
 
 def test_a_full_memory_is_one_line(saved, pictures, capsys, monkeypatch):

@@ -341,7 +341,7 @@ def stream(server, text, source=None, **options):
 
 def test_a_client_that_goes_away_frees_its_place_at_once(answerer):
     slow = Slow(answerer)
-    with serving(slow) as server:
+    with serving(slow, at_once=1) as server:
         first, second = stream(server, "first"), None
         response = first.getresponse()
         assert response.status == 200 and response.readline()
@@ -352,7 +352,7 @@ def test_a_client_that_goes_away_frees_its_place_at_once(answerer):
         response.close()
         first.close()
         assert until(lambda: server.service.worker.inside == 0 and server.service.bodies.held == 0, 2)
-        assert until(lambda: server.service.worker._running is None, 2)
+        assert until(lambda: not server.service.worker._running, 2)
         slow.go.set()
         body = {"model": "tiny", "messages": [said("third")], "max_tokens": 2}
         assert ask(f"{server.url}/v1/chat/completions", body)[0] == 200
@@ -361,7 +361,7 @@ def test_a_client_that_goes_away_frees_its_place_at_once(answerer):
 
 def test_who_comes_when_the_line_is_full_is_told_when_to_come_again(answerer):
     slow = Slow(answerer)
-    with serving(slow, max_waiting=1) as server:
+    with serving(slow, max_waiting=1, at_once=1) as server:
         waiting = [stream(server, "one")]
         assert waiting[0].getresponse().readline()
         waiting.append(stream(server, "two"))
@@ -379,7 +379,7 @@ def test_who_comes_when_the_line_is_full_is_told_when_to_come_again(answerer):
 def test_who_fills_the_line_keeps_nobody_out(answerer):
     """A client is an address; of this machine there are many."""
     slow = Slow(answerer)
-    with serving(slow, max_waiting=3) as server:
+    with serving(slow, max_waiting=3, at_once=1) as server:
         first = stream(server, "first")
         assert first.getresponse().readline()
         flood = []
@@ -468,7 +468,7 @@ def test_a_request_that_takes_too_long_gets_what_there_is(answerer):
 
 def test_a_request_whose_turn_does_not_come_is_told_so(answerer):
     slow = Slow(answerer)
-    with serving(slow, request_seconds=1) as server:
+    with serving(slow, request_seconds=1, at_once=1) as server:
         first = stream(server, "one")
         assert first.getresponse().readline()
         time.sleep(0.5)  # so that the first ends before the second does

@@ -106,7 +106,9 @@ class Service:
         self.examples, self.is_captioner = examples, is_captioner
         self.bodies = Bodies(settings)
         self.completing = Completing(answerer, settings)
-        self.worker = Worker()
+        self.keeper: str | None = answerer.turns.share(settings.at_once)
+        """What of the model has one answer written at a time, whatever the settings say."""
+        self.worker = Worker(answerer.turns.at_once)
         self.readers = ThreadPoolExecutor(READERS, "requests")
         self._turns: WeakValueDictionary[str, asyncio.Lock] = WeakValueDictionary()  # of each client, to be read
         self.since = int(time.time())
@@ -146,10 +148,11 @@ class Service:
                 "megapixels": settings.max_megapixels,
                 "body_bytes": self.bodies.most,
                 "waiting": settings.max_waiting,
+                "at_once": self.answerer.turns.at_once,
                 "seconds": settings.request_seconds,
                 "urls": settings.allow_urls,
             },
-            "waiting": max(0, self.worker.inside - 1),
+            "waiting": self.worker.waiting,
             "defaults": self.completing.defaults(),
             "examples": self.examples,
             "captions": self.is_captioner,

@@ -1,9 +1,10 @@
-"""What the thread does with a request: read its messages, answer, and say what it sees on the way.
+"""What a thread does with a request: read its messages, answer, and say what it sees on the way.
 
 What is special: of the latest conversations the keys and values stay in memory, within a bound. A request goes on from
 the one that shares most with its prompt, if it shares enough; nobody has to name it.
 """
 
+import threading
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -37,7 +38,7 @@ class Ended:
 
 class Completing:
     """
-    Answers requests, one after the other.
+    Answers requests, in as many threads as call it.
 
     Args:
         answerer: an `Answerer`.
@@ -47,6 +48,7 @@ class Completing:
     def __init__(self, answerer: Answerer, settings: ServingSettings):
         self.answerer, self.settings = answerer, settings
         self._kept: list[tuple[str, Conversation]] = []  # with whose they are, the latest last
+        self._keeping = threading.Lock()
 
     def defaults(self) -> dict[str, Any]:
         """The settings of an answer whose request says nothing."""
@@ -102,21 +104,23 @@ class Completing:
     def _conversation(self, client: str, prepared: Prepared) -> Conversation:
         """The client's own that the prompt goes on with, or repeats half of; else a new one."""
         marks = marks_of(prepared.row, self.answerer.processor.image_token_id, prepared.names, prepared.counts)
-        own = [kept for kept in self._kept if kept[0] == client]
-        best = max(own, key=lambda kept: kept[1].known(marks), default=None)
-        if best is None or best[1].known(marks) * 2 < len(best[1]):
-            return Conversation()
-        self._kept.remove(best)
+        with self._keeping:
+            own = [kept for kept in self._kept if kept[0] == client]
+            best = max(own, key=lambda kept: kept[1].known(marks), default=None)
+            if best is None or best[1].known(marks) * 2 < len(best[1]):
+                return Conversation()
+            self._kept.remove(best)  # so that no other request goes on with it meanwhile
         return best[1]
 
     def _keep(self, client: str, conversation: Conversation) -> None:
-        if len(conversation):
-            self._kept.append((client, conversation))
-        while self._kept and (
-            len(self._kept) > self.settings.conversations
-            or sum(kept.nbytes for _, kept in self._kept) > self.settings.conversations_mb * 1e6
-        ):
-            del self._kept[0]
+        with self._keeping:
+            if len(conversation):
+                self._kept.append((client, conversation))
+            while self._kept and (
+                len(self._kept) > self.settings.conversations
+                or sum(kept.nbytes for _, kept in self._kept) > self.settings.conversations_mb * 1e6
+            ):
+                del self._kept[0]
 
 
 __all__ = ["Begun", "Completing", "Ended"]

@@ -21,6 +21,9 @@ class ServingSettings:
     allow_hosts: tuple[str, ...] = _said((), "names by which the server is reached, besides localhost and addresses")
     allow_origins: tuple[str, ...] = _said((), "web pages of others that may use it, such as https://example.org")
     max_new_tokens: int = _said(1024, "the longest answer, and the length of one whose request does not say", least=1)
+    at_once: int = _said(
+        4, "answers that are written at the same time, a token of each in turn; each has its cache in memory", least=1
+    )
     max_waiting: int = _said(64, "requests that wait for their turn; others are refused with 503")
     max_body_mb: float = _said(32, "the largest request, in millions of bytes, its images included")
     max_characters: int = _said(1_000_000, "the longest text of a request, all messages together")

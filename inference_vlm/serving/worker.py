@@ -1,15 +1,15 @@
-"""One thread that answers, and those who wait for it.
+"""The threads that answer, and those who wait for them.
 
-What is special: a model answers one request at a time, whole, so that nothing of one request can change the answer of
-another. Clients take turns: whoever asks many things at once waits behind those who ask one. A request whose client has
-gone leaves the line at once, and the thread before its next token.
+What is special: clients take turns: whoever asks many things at once waits behind those who ask one, and where several
+answers are written at the same time leaves a place for others. A request whose client has gone leaves the line at once,
+and its thread before its next token.
 """
 
 import asyncio
 import logging
 import threading
 import time
-from collections import OrderedDict, deque
+from collections import Counter, OrderedDict, deque
 from collections.abc import Callable
 from typing import Any
 
@@ -64,30 +64,48 @@ class Job:
 
 
 class Worker:
-    """The thread, and the line before it."""
+    """
+    The threads, and the line before them.
 
-    def __init__(self):
+    Args:
+        at_once: how many threads there are.
+    """
+
+    def __init__(self, at_once: int = 1):
         self._line: OrderedDict[str, deque[Job]] = OrderedDict()  # by whose turn it is
         self._changed = threading.Condition()
-        self._running: Job | None = None
+        self._running: list[Job] = []
         self._closed = False
-        self._thread = threading.Thread(target=self._run, name="answers", daemon=True)
-        self._thread.start()
+        self._of_one = at_once // 2 + 1
+        """How many of a client's requests are answered at the same time."""
+        self._threads = [
+            threading.Thread(target=self._run, name=f"answers-{number}", daemon=True) for number in range(at_once)
+        ]
+        for thread in self._threads:
+            thread.start()
 
     @property
     def is_alive(self) -> bool:
         """Whether requests are answered."""
-        return self._thread.is_alive()
+        return all(thread.is_alive() for thread in self._threads)
+
+    @property
+    def waiting(self) -> int:
+        """Requests in the line."""
+        with self._changed:
+            return self._waiting()
 
     @property
     def inside(self) -> int:
         """Requests that are answered, or wait for it; not those whose answer only has to be sent."""
         with self._changed:
-            return self._inside()
+            return self._answered() + self._waiting()
 
-    def _inside(self):
-        is_busy = self._running is not None and not self._running.is_set()
-        return is_busy + sum(map(len, self._line.values()))
+    def _answered(self):
+        return sum(not job.is_set() for job in self._running)
+
+    def _waiting(self):
+        return sum(map(len, self._line.values()))
 
     def add(self, job: Job, most: int, refusal: ApiError) -> None:
         """
@@ -101,7 +119,7 @@ class Worker:
             ApiError: the refusal, where nobody has more in the line than its client.
         """
         with self._changed:
-            if self._inside() > most:
+            if self._answered() + self._waiting() >= most + len(self._threads):
                 longest = max(self._line.values(), key=len, default=deque())
                 if len(longest) < 2 + len(self._line.get(job.client, ())):
                     raise refusal
@@ -125,26 +143,38 @@ class Worker:
         """End what is being answered, and the thread."""
         with self._changed:
             self._closed = True
-            if self._running is not None:
-                self._running.give_up()
-            self._changed.notify()
-        self._thread.join(seconds)
+            for job in self._running:
+                job.give_up()
+            self._changed.notify_all()
+        until = time.monotonic() + seconds
+        for thread in self._threads:
+            thread.join(max(0, until - time.monotonic()))
 
-    def _next(self) -> Job | None:
+    def _next(self, last: Job | None) -> Job | None:
+        """What a thread does now that it has done the last."""
         with self._changed:
-            self._running = None
-            while not self._line and not self._closed:
+            if last is not None:
+                self._running.remove(last)
+                self._changed.notify_all()  # another of its client's may begin
+            while (client := self._first()) is None and not self._closed:
                 self._changed.wait()
-            if self._closed:
+            if client is None or self._closed:
                 return None
-            client, jobs = self._line.popitem(last=False)
-            job = self._running = jobs.popleft()
+            jobs = self._line.pop(client)
+            job = jobs.popleft()
+            self._running.append(job)
             if jobs:
                 self._line[client] = jobs  # behind the others
             return job
 
+    def _first(self) -> str | None:
+        """The first client in the line who has not all the places that one may have."""
+        of = Counter(job.client for job in self._running)
+        return next((client for client in self._line if of[client] < self._of_one), None)
+
     def _run(self) -> None:
-        while (job := self._next()) is not None:
+        job: Job | None = None
+        while (job := self._next(job)) is not None:
             try:
                 if not job.is_set():
                     job.work(job)
