@@ -250,7 +250,7 @@ class Answerer:
             DuetError: an empty stop string.
         """
         seeds = None if settings is None or settings.seed is None else [settings.seed]
-        ended = _ended_by(cancelled)
+        ended = Either(cancelled).is_set
         with self.turns.place(ended) as pause:
             return self._write(
                 [prepared], settings, stop, seeds, ended, pause, lambda _, piece: tell(piece), conversation
@@ -275,16 +275,20 @@ class Answerer:
         Raises:
             DuetError: an empty stop string.
         """
-        # Each has its own room for an answer, so those with less than the rest are answered apart.
-        of_room: dict[int, list[int]] = {}
+        # Each has its own room for an answer, so those with less than the rest are answered apart; and so is one whose
+        # length would change how the positions of the others are turned.
+        of_room: dict[tuple[int, int | None], list[int]] = {}
+        together = self.turns.most_together
         settings = settings or self.settings()
         if seeds is None and settings.seed is not None:
             seeds = range(settings.seed, settings.seed + len(prepared))
         most = settings.config.max_new_tokens
         for number, one in enumerate(prepared):
-            of_room.setdefault(self._room(one, most), []).append(number)
+            room = self._room(one, most)
+            apart = together is not None and one.prompt_tokens + room > together
+            of_room.setdefault((room, number if apart else None), []).append(number)
         found: dict[int, Finish] = {}
-        ended = _ended_by(cancelled)
+        ended = Either(cancelled).is_set
         for numbers in of_room.values():
             with self.turns.place(ended) as pause:
                 finishes = self._write(
@@ -342,10 +346,6 @@ class Answerer:
         shown = {name: image for one in prepared for name, image in zip(one.names, one.images)}
         images.encode({name: shown[name] for name in new})
         return images.take(new)
-
-
-def _ended_by(cancelled: Flag | None) -> Callable[[], bool]:
-    return (lambda: False) if cancelled is None else cancelled.is_set
 
 
 def _composed(model: Any) -> Any:

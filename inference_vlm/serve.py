@@ -61,8 +61,11 @@ def serve(model: str, host: str, port: int, settings: ServingSettings, **loading
             f"{settings.name} answers at {_url(place)}/v1; chat with it at {_url(place)}/; Ctrl-C ends it.", flush=True
         )
         if keeper := app.state.service.keeper:
-            print(f"Answers are written one at a time, not {settings.at_once}: {keeper} of the model keeps what was "
-                  "written last.", flush=True)
+            print(
+                f"Answers are written one at a time, not {settings.at_once}: the language model keeps something of "
+                f"what it wrote in {keeper}.",
+                flush=True,
+            )
         if not ipaddress.ip_address(place.getsockname()[0].partition("%")[0]).is_loopback:
             who = "with the key" if settings.api_key else f"at all: there is no --api_key or {KEY}"
             print(f"Other machines reach it too, anyone {who}.", flush=True)

@@ -35,6 +35,11 @@ class Turns:
         self._line = _Line()
         self._kept = _Kept(composed)
 
+    @property
+    def most_together(self) -> int | None:
+        """The positions up to which what is written as one batch is what each would be alone; `None` for any number."""
+        return min((rope.original_max_seq_len for rope in self._kept.ropes), default=None)
+
     def share(self, at_once: int) -> str | None:
         """
         Have so many answers written at the same time, from now on; not while one is being written.
@@ -169,12 +174,12 @@ class _Kept:
             self.composed.set_experts_implementation(experts)
 
 
-def ropes_that_grow(model: nn.Module) -> list[nn.Module]:
+def ropes_that_grow(model: nn.Module) -> list[Any]:
     """Modules whose frequencies depend on the longest text that they have seen (dynamic rotary scaling)."""
     return [module for module in model.modules() if "dynamic" in str(getattr(module, "rope_type", ""))]
 
 
-def begin_anew(ropes: list[nn.Module]) -> None:
+def begin_anew(ropes: list[Any]) -> None:
     """Have the library forget the longest text, as it does by itself at a short one."""
     for rope in ropes:
         first = torch.zeros(1, 1, dtype=torch.long, device=next(rope.buffers()).device)

@@ -65,7 +65,10 @@ FAMILIES = ["Gemma 3 text", "Granite 4", "Falcon-H1", "Qwen3-MoE", "LFM2"]
 
 @pytest.mark.parametrize(
     "name",
-    [*FAMILIES, *(pytest.param(name, marks=pytest.mark.slow) for name in matrix.LANGUAGE_MODELS if name not in FAMILIES)],
+    [
+        *FAMILIES,
+        *(pytest.param(name, marks=pytest.mark.slow) for name in matrix.LANGUAGE_MODELS if name not in FAMILIES),
+    ],
 )
 def test_so_they_are_with_every_language_model(name, image, tmp_path):
     check(answerer_of(name, tmp_path), image, people=4)
@@ -81,13 +84,18 @@ def test_rotary_frequencies_that_grow_with_a_text_are_that_texts_alone(folders, 
     (rope,) = answerer.turns._kept.ropes
     assert rope.max_seq_len_cached == 64
     long, short = [user("a red circle " * 12)], [user("what is it?")]
+    middle = [user("a red circle " * 3)]  # which grows beyond the 64 behind the long one
     settings = {"temperature": 0, "max_new_tokens": 30}
-    alone = [say(answerer, short, **settings), say(answerer, long, **settings), say(answerer, short, **settings)]
-    assert alone[0] == alone[2] and rope.max_seq_len_cached < alone[1][1].prompt_tokens > 64
+    alone = [say(answerer, asked, **settings) for asked in (middle, short, long, middle)]
+    assert alone[0] == alone[3] and 64 < rope.max_seq_len_cached < alone[2][1].prompt_tokens
     check(answerer, image)
     with ThreadPoolExecutor(4) as threads:
-        together = list(threads.map(lambda asked: say(answerer, asked, **settings), [long, short, long, short]))
-    assert together == [alone[1], alone[0]] * 2
+        together = list(threads.map(lambda asked: say(answerer, asked, **settings), [long, middle, short, middle]))
+    assert together == [alone[2], alone[0], alone[1], alone[0]]
+    pieces = [[], [], []]  # as one batch, in which the longest turns the positions of all
+    prepared = [answerer.read(asked) for asked in (long, middle, short)]
+    answerer.write_together(prepared, answerer.settings(**settings), tell=lambda row, piece: pieces[row].append(piece))
+    assert ["".join(row) for row in pieces] == ["".join(alone[number][0]) for number in (2, 0, 1)]
 
 
 def stepping(answerer):

@@ -2,13 +2,13 @@
 
 import argparse
 import dataclasses
-import math
+import sys
 from dataclasses import dataclass, field
 from typing import Any
 
 
-def _said(default: Any, help: str, least: int = 0) -> Any:
-    return field(default=default, metadata={"help": help, "least": least})
+def _said(default: Any, help: str, least: int = 0, most: float = sys.float_info.max) -> Any:
+    return field(default=default, metadata={"help": help, "least": least, "most": most})
 
 
 @dataclass(frozen=True)
@@ -22,8 +22,9 @@ class ServingSettings:
     allow_origins: tuple[str, ...] = _said((), "web pages of others that may use it, such as https://example.org")
     max_new_tokens: int = _said(1024, "the longest answer, and the length of one whose request does not say", least=1)
     at_once: int = _said(
-        4, "answers that are written at the same time, a token of each in turn; each has its cache in memory", least=1
-    )
+        4, "answers that are written at the same time, a token of each in turn; each has its cache in memory",
+        least=1, most=256,
+    )  # fmt: skip
     max_waiting: int = _said(64, "requests that wait for their turn; others are refused with 503")
     max_body_mb: float = _said(32, "the largest request, in millions of bytes, its images included")
     max_characters: int = _said(1_000_000, "the longest text of a request, all messages together")
@@ -48,7 +49,7 @@ def add_settings(parser: argparse.ArgumentParser) -> None:
             kind = int if setting.type is int else float
             parser.add_argument(
                 option,
-                type=_amount(kind, setting.metadata["least"]),
+                type=_amount(kind, setting.metadata["least"], setting.metadata["most"]),
                 default=default,
                 help=f"{about} (default: {default})",
             )
@@ -62,14 +63,15 @@ def settings_of(options: argparse.Namespace, **others: Any) -> ServingSettings:
     return ServingSettings(**{name: getattr(options, name) for name in names} | others)
 
 
-def _amount(kind: type, least: int) -> Any:
+def _amount(kind: type, least: int, most: float) -> Any:
     def read(text: str):
         value = kind(text)
-        if not least <= value < math.inf:
+        if not least <= value <= most:
             raise ValueError
         return value
 
-    read.__name__ = f"number of {least} or more"  # as argparse names it
+    bound = "or more" if most > sys.maxsize else f"to {most}"
+    read.__name__ = f"number of {least} {bound}"  # as argparse names it
     return read
 
 

@@ -1,0 +1,152 @@
+"""Several requests are answered at the same time: who asks for a word does not wait for somebody's page of text."""
+
+import asyncio
+import json
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+
+
+pytest.importorskip("fastapi")
+
+from inference_vlm import serve  # noqa: E402
+from inference_vlm.answering import Answerer  # noqa: E402
+from inference_vlm.serving.errors import ApiError  # noqa: E402
+from inference_vlm.serving.settings import ServingSettings  # noqa: E402
+from inference_vlm.serving.worker import Job, Worker  # noqa: E402
+from tests import tiny  # noqa: E402
+from tests.serving import ask, said, serving, until  # noqa: E402
+from tests.test_at_once import Remembers  # noqa: E402
+from tests.test_conversing import talkative  # noqa: E402
+from tests.test_serving import stream  # noqa: E402
+
+
+@pytest.fixture
+def answerer(folders):
+    model, processor = tiny.compose(*folders("siglip-llama"), "patch")
+    model.generation_config.eos_token_id = None
+    return Answerer(talkative(model), processor)
+
+
+def test_a_short_answer_is_there_while_a_long_one_is_being_written(answerer):
+    answerer.model.register_forward_pre_hook(lambda *given: time.sleep(0.01))
+    with serving(answerer) as server:
+        connection = stream(server, "a long one, please", max_tokens=200)
+        long = connection.getresponse()
+        assert long.status == 200 and long.readline()
+        body = {"model": "tiny", "messages": [said("a short one")], "max_tokens": 3}
+        assert ask(f"{server.url}/v1/chat/completions", body)[0] == 200
+        assert server.service.worker.inside == 1 and b"[DONE]" not in long.read1()  # it is being written still
+        long.close()
+        connection.close()
+        assert until(lambda: not server.service.worker._running, 2)
+
+
+def test_many_clients_at_once_get_to_the_byte_what_each_gets_alone(answerer, image):
+    """Pictures, seeds, stop strings, and turns whose cache is kept."""
+    words = "what cat red circle picture left User colour square blue objects large".split()
+
+    def talk(url, number):
+        first = f"{words[number]} and a {words[-number]}"  # so that nobody goes on with what another began
+        messages = [said(first, *[image(number)] * (number % 3))]
+        body = {"model": "tiny", "max_tokens": 6 + number, "temperature": number % 2 * 1.2, "seed": number}
+        body |= {"stop": [["a"], None][number % 2]}
+        found = []
+        for _ in range(2):
+            status, answer = ask(f"{url}/v1/chat/completions", {**body, "messages": messages})
+            assert status == 200
+            found.append((answer["choices"], answer["usage"]))
+            text = answer["choices"][0]["message"]["content"]
+            messages = [*messages, said(text or ".", role="assistant"), said("and then?")]
+        return found
+
+    with serving(answerer, at_once=1, conversations=20) as server:
+        alone = [talk(server.url, number) for number in range(12)]
+    assert any(usage["prompt_tokens_details"]["cached_tokens"] for _, (_, usage) in alone)
+    with serving(answerer, at_once=4, conversations=20) as server, ThreadPoolExecutor(12) as clients:
+        assert answerer.turns.at_once == 4
+        assert list(clients.map(lambda number: talk(server.url, number), range(12))) == alone
+
+
+def test_whoever_asks_much_leaves_a_place_for_others_and_no_more_are_answered_than_have_one():
+    async def jobs():
+        worker, go, begun = Worker(4), threading.Event(), []
+        made = []
+
+        def add(client):
+            def work(job):
+                begun.append(client)
+                go.wait(10)
+                job.tell(client)
+
+            made.append(Job(work, client, time.monotonic() + 30))
+            worker.add(made[-1], 9, ApiError("full", 503))
+
+        async def settled():
+            await asyncio.sleep(0.1)
+            return sorted(begun)
+
+        for client in "aaaaaa":
+            add(client)
+        assert await settled() == ["a"] * 3 and worker.waiting == 3 and worker.inside == 6
+        add("b")
+        add("c")
+        assert await settled() == ["a"] * 3 + ["b"] and worker.inside == 8
+        go.set()
+        assert [await job.next() for job in made] == [*"aaaaaabc"]
+        worker.close()
+        assert not worker.is_alive
+        return begun
+
+    begun = asyncio.run(jobs())
+    assert begun.index("c") in (4, 5)  # before all but one of the first client's others
+
+
+def test_the_line_is_full_when_all_places_and_it_are_taken():
+    async def jobs():
+        worker, go = Worker(2), threading.Event()
+        try:
+            for number in range(5):
+                worker.add(Job(lambda job: go.wait(10), str(number), time.monotonic() + 30), 3, ApiError("full", 503))
+                await asyncio.sleep(0.05)
+            with pytest.raises(ApiError):
+                worker.add(Job(lambda job: None, "more", time.monotonic() + 30), 3, ApiError("full", 503))
+        finally:
+            go.set()
+            worker.close()
+
+    asyncio.run(jobs())
+
+
+def test_a_server_says_where_a_model_writes_one_answer_at_a_time(folders, tmp_path, capsys, monkeypatch):
+    model, processor = tiny.compose(*folders("siglip-llama"), "patch")
+    layers = model.model.language_model.layers
+    layers[1].mlp = Remembers(layers[1].mlp, "attribute")
+    monkeypatch.setattr(Answerer, "load", lambda *args, **options: Answerer(model, processor))
+    monkeypatch.setattr("inference_vlm.serving.running.server_of", lambda app: Ended())
+    serve.serve(str(tmp_path), "127.0.0.1", 0, ServingSettings("tiny"))
+    lines = capsys.readouterr().out.splitlines()
+    assert [line for line in lines if "one at a time" in line and "layers.1.mlp.seen" in line]
+    with serving(Answerer(model, processor)) as server:
+        assert ask(f"{server.url}/info")[1]["limits"]["at_once"] == 1
+        status, answer = ask(
+            f"{server.url}/v1/chat/completions", json.dumps({"model": "tiny", "messages": [said("hi")]}).encode()
+        )
+        assert status == 200 and answer["choices"]
+
+
+class Ended:
+    """A server that was told to end."""
+
+    def run(self, sockets):
+        pass
+
+
+def test_a_place_more_than_there_can_be_threads_is_refused(capsys):
+    for many in ("0", "-1", "100000", "x"):
+        with pytest.raises(SystemExit) as error:
+            serve.main(["x", "--at_once", many])
+        assert error.value.code == 2
+    assert "--at_once" in capsys.readouterr().err
