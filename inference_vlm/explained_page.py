@@ -16,6 +16,7 @@ from .page_parts import HEAD, picture_uri, shown_text
 
 PICTURE_SIDE = 1024
 _SMALL = 256  # a picture whose pixels are to be seen
+_TRACE = 0.005  # nats; what is less has no colour, as it may be rounding
 _FEW = 3  # random orders; a map that says nothing is before two of them in one case of three
 
 _PAGE = string.Template(
@@ -58,7 +59,7 @@ p { margin: 6px 0 0; overflow-wrap: anywhere; }
 .pictures.several { grid-template-columns: repeat(auto-fit, minmax(min(100%, 240px), 1fr)); }
 figure { margin: 0; }
 .picture { position: relative; overflow: hidden; border-radius: 8px; border: 1px solid var(--line); margin: 0 auto; }
-.picture img { display: block; width: 100%; height: auto; }
+.picture img { display: block; width: 100%; height: auto; min-height: 40px; max-height: 80vh; }
 .picture img.small { image-rendering: pixelated; }
 .picture svg { position: absolute; inset: 0; width: 100%; height: 100%; }
 .map .picture.grey img, .map.grey .picture img { filter: grayscale(1) contrast(.85); }
@@ -160,7 +161,11 @@ const switches = Object.fromEntries(["map", "grey", "own"].map(name => [name, do
 const flat = cells.flat(), count = data.log_probs.length, several = cells.length > 1;
 const wholes = data.falls.map(of => of.reduce((sum, fall) => sum + fall, 0));
 const fallsOf = token => token < 0 ? wholes : data.falls.map(of => of[token]);
-const mostOf = falls => falls.reduce((most, fall) => Math.max(most, Math.abs(fall)), 0);
+const trace = $trace;
+const mostOf = falls => {
+  const most = falls.reduce((most, fall) => Math.max(most, Math.abs(fall)), 0);
+  return most < trace ? 0 : most;
+};
 const shared = Math.max(...data.log_probs.map((_, token) => mostOf(fallsOf(token))));
 let chosen = -1, seen = -1;
 
@@ -188,7 +193,7 @@ function show(token) {
   });
   const at = flat[best], picture = data.patches[best][0];
   bests.forEach((frame, number) => {
-    frame.style.display = number === picture && falls[best] > 0 ? "" : "none";
+    frame.style.display = number === picture && falls[best] >= trace ? "" : "none";
     for (const side of ["x", "y", "width", "height"])
       for (const rect of frame.children) rect.setAttribute(side, at.getAttribute(side));
   });
@@ -201,7 +206,7 @@ function words(token, falls, best) {
   const name = document.createElement("bdi"), strong = document.createElement("b");
   name.append(token < 0 ? "The whole answer" : data.labels[token]);
   strong.append(name);
-  const rest = `: $${percent(logProb)} likely; ` + (falls[best] < .005
+  const rest = `: $${percent(logProb)} likely; ` + (falls[best] < trace
     ? "no single patch makes more than a trace of difference."
     : `$${percent(logProb - falls[best])} with $${placed(best)} hidden, a fall of $${nats(falls[best])} nats.`);
   return [strong, rest];
@@ -276,6 +281,7 @@ def write_page(explanation: Any, name: str, images: Sequence[str]) -> str:
     found, deletion = explanation, explanation.deletion
     strengths = found.strengths.tolist()
     most = max((abs(value) for value in strengths), default=0.0)
+    most = 0.0 if most < _TRACE else most
     caption = "What is in the picture?" if len(found.pictures) == 1 else "What is in the pictures?"
     hidden = f"{_counted(found.patches, 'patch', 'es')}, each hidden once under its picture's mean colour"
     facts = [name, _counted(found.pieces, "token") + ("" if found.ended else ", cut short there"), hidden]
@@ -301,6 +307,7 @@ def write_page(explanation: Any, name: str, images: Sequence[str]) -> str:
         pictures="\n".join(_figure(found, number, name, strengths, most) for number, name in enumerate(images)),
         low=f"\u2212{most:.2g}" if most else "0",
         high=f"+{most:.2g}" if most else "0",
+        trace=_TRACE,
         verdict=verdict(deletion),
         curve=_curve(deletion, len(found.patches)),
         data=json.dumps(numbers, ensure_ascii=False, separators=(",", ":")).replace("<", "\\u003c"),
@@ -355,7 +362,7 @@ def _figure(found, number, name, strengths, most):
                 f'style="fill:var(--{colour});fill-opacity:{0.82 * share:.3f}"/>'
             )
     # As tall as a screen shows it.
-    style = f"max-width:min(100%, {round(72 * width / height, 1)}vh)"
+    style = f"max-width:max(40px, min(100%, {round(72 * width / height, 1)}vh))"
     small = ' class="small"' if max(picture.size) <= _SMALL else ""
     source = picture_uri(picture, PICTURE_SIDE, exact=_SMALL, quality=88)
     return (
@@ -408,8 +415,8 @@ def _curve(deletion, patches):
 
 
 def _step(span):
-    """A round number of which about four make a span."""
-    if span < 1e-9:
+    """A round number of which about four make a span, which is more than what rounding makes."""
+    if span < 1e-3:
         return 1.0
     power = 10.0 ** math.floor(math.log10(span / 4))
     return next(power * times for times in (1, 2, 5, 10) if power * times * 4 >= span)

@@ -16,7 +16,7 @@ from transformers import FalconH1Config, LlamaConfig, MixtralConfig, SiglipVisio
 from inference_vlm import explain as command
 from inference_vlm.answering import Answerer, greedy
 from inference_vlm.explain import Deletion, Explanation
-from inference_vlm.explained_page import verdict, write_page
+from inference_vlm.explained_page import _curve, verdict, write_page
 from inference_vlm.occlusion import Occlusion, Patch, patches_of
 from inference_vlm.pieces import pieces_of
 from modeling_vlm import VLMForConditionalGeneration
@@ -278,6 +278,21 @@ def test_falls_add_up_and_every_deletion_begins_and_ends_alike(seeing, image):
     assert again.deletion == found.deletion
 
 
+def test_what_rounding_alone_makes_has_no_colour(seeing):
+    model, processor = seeing
+    flat = Image.new("RGB", (40, 30), (90, 120, 30))
+    found = explain(model, processor, [flat], "what is it?", max_new_tokens=2, grid=(2, 2), seeds=3)
+    page = page_of(found._replace(falls=found.falls + torch.tensor([[1e-6], [0.0], [0.0], [0.0]])))
+    assert page.count("fill-opacity:0.000") == 4 and '<span id="high">0</span>' in page
+
+
+def test_rounding_alone_is_drawn_as_a_flat_line():
+    drawn = _curve(Deletion([0, 1], [-7.5, -7.5000001], [[-7.5, -7.5000001]]), 1)
+    heights = set(re.findall(r"[\d.]+,([\d.]+)", re.search('class="first" points="([^"]+)"', drawn)[1]))
+    labels = re.findall('text-anchor="end">([^<]+)</text>', drawn)
+    assert len(heights) == 1 and len(set(labels)) == len(labels)
+
+
 def test_the_area_is_that_between_the_curves_over_all_shares():
     deletion = Deletion([0, 1, 4], [0.0, -8.0, -8.0], [[0.0, -2.0, -8.0], [0.0, -8.0, -8.0]])
     assert deletion.areas == [(1 * 3 + 3 * 3) / 4, 0.0]
@@ -520,18 +535,19 @@ const before = said.textContent;
 flat[3].dispatchEvent(new PointerEvent("pointerenter", {pointerType: "mouse"}));
 document.title = JSON.stringify({states: seenStates, map: document.body.classList.contains("map"),
   width: document.documentElement.scrollWidth, room: innerWidth, patch: said.textContent, before,
-  hardly: percent(-2000)});
+  hardly: percent(-2000), sides: [...document.querySelectorAll(".picture")].map(one => one.getBoundingClientRect())
+    .flatMap(box => [box.width, box.height])});
 </script></body>"""
 
 
 @pytest.mark.skipif(BROWSER is None, reason="no browser")
 def test_the_page_works_in_a_browser_by_keys_and_in_a_narrow_window(seeing, image, tmp_path):
     model, processor = seeing
-    pictures = [image(1), image(2, (900, 300))]
-    found = explain(model, processor, pictures, "what is it?" * 8, max_new_tokens=4, grid=(2, 3), seeds=1)
+    pictures = [image(1), image(2, (900, 3)), image(3, (2, 700))]
+    found = explain(model, processor, pictures, "what is it?" * 4, max_new_tokens=4, grid=(2, 3), seeds=1)
     count = len(found.pieces)
     file = tmp_path / "page.html"
-    file.write_text(page_of(found, "m" * 90, ["n" * 90, "b.png"]).replace("</body>", DRIVE), encoding="utf-8")
+    file.write_text(page_of(found, "m" * 90, ["n" * 90, "b.png", "c.png"]).replace("</body>", DRIVE), encoding="utf-8")
     command = [BROWSER, "--headless", "--no-sandbox", "--disable-gpu", f"--user-data-dir={tmp_path / 'user'}"]
     run = subprocess.run(
         [*command, "--window-size=420,900", "--dump-dom", file.as_uri()], capture_output=True, text=True, timeout=120
@@ -541,6 +557,7 @@ def test_the_page_works_in_a_browser_by_keys_and_in_a_narrow_window(seeing, imag
     assert [state[0] for state in states] == [-1, 0, 1, 0, count - 1, count - 1, -1, 1]
     assert [state[2] for state in states] == [state[0] + 1 for state in states]
     assert states[0][1].startswith("The whole answer: ") and states[0][1] == states[6][1] != states[1][1]
+    assert all(38 < side < 900 for side in title["sides"])
     assert title["hardly"] == "under 1e-300 %"
     assert not title["map"] and title["width"] <= max(420, title["room"])
     assert title["patch"].startswith("picture 1, row 2, column 1 hidden: ") and title["patch"] != title["before"]
