@@ -128,8 +128,9 @@ def _of_the_image(model):
     if config.projector_type not in _PROJECTORS:
         found.append(f"projector_type={config.projector_type} has no counterpart (mlp can be exported)")
     if strategy == "cls" or (strategy == "patch" and config.num_prefix_tokens > 1):
-        what = "the CLS token alone" if strategy == "cls" else f"all but the first {config.num_prefix_tokens} tokens"
-        found.append(f"{what} of the encoder's are read (--vision_feature_select_strategy full can be exported)")
+        others = f"all but the first {config.num_prefix_tokens} tokens of the encoder's are"
+        what = "the CLS token alone of the encoder's is" if strategy == "cls" else others
+        found.append(f"{what} read (--vision_feature_select_strategy full can be exported)")
     if len(set(pair_of(config.vision_config.patch_size))) > 1:
         found.append(f"the encoder's patches are not square ({kind}; one of square patches can be exported)")
     if "spatial_shapes" in takes:
