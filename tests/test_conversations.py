@@ -391,7 +391,7 @@ def test_an_unknown_layout_names_its_columns_and_the_nearest_known_ones(names, n
         ({"pictures": [b"\x89PNG\r\n\x1a\n"], "q": "What?", "a": "x"}, "--columns image=pictures,caption=NAME"),
         ({"photo": "/a.jpg", "question": "What?", "reply": "x"}, "--columns image=photo,answer=reply"),
         ({"image": "/a.jpg", "label": "cat", "id": 3}, "--columns caption=label"),
-        ({"image": "/a.jpg"}, "; beside an image has to stand what is learned of it"),
+        ({"image": "/a.jpg"}, "the folder of its images with --image_dir"),
         ({"shot": "/a.jpg", "caption": "A dog."}, "--columns image=shot"),
         ({"prompt": "What?", "chosen": "x", "rejected": "y"}, "--columns completion=NAME"),
     ],

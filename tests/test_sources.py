@@ -397,7 +397,10 @@ def test_images_are_known_in_a_file_that_does_not_say_so(tmp_path, streaming):
 
 UNREADABLE = {
     "data.foo": ("x", "a file of unknown kind; expected one of .parquet"),
-    "data.xlsx": ("x", ".tar, or a folder; save a table as CSV"),
+    "data.xlsx": ("x", ".tar, or a folder; save a table as CSV, with the name .csv"),
+    "data.txt": ("image,caption", "; save a table as CSV, with the name .csv"),
+    "headless.csv": ("a/1.jpg,A dog.\n", "its first line is no header, as a/1.jpg stands in it"),
+    "mapping.json": (json.dumps({f"{n}.jpg": "A dog." for n in range(1000)}), "...; expected COCO captions"),
     "data.jsonl": ("no JSON", "not readable as a data set (JSON parse error"),
     "data.parquet": ("x", "not readable as a data set (Parquet file size"),
     "data.csv": ("", "an empty file"),

@@ -12,7 +12,7 @@ from datasets.fingerprint import Hasher
 
 from ..data_error_vlm import DuetError, NotFound
 from ..image_files_vlm import inside
-from .cells import short
+from .cells import cut, short
 from .conversations import ODD
 from .odd import is_unicode, with_odd
 
@@ -144,7 +144,7 @@ def _list(content: dict[str, Any], key: str, file: Path) -> list[Any]:
         raise DuetError(f"{file}: a JSON {type(content).__name__}; expected COCO's object of images and annotations")
     if not isinstance(content.get(key), list):
         raise DuetError(
-            f"{file}: one JSON object with the keys {', '.join(content)}; "
+            f"{file}: one JSON object with the keys {cut(', '.join(content), 100)}; "
             "expected COCO captions (lists under images and annotations), a list of rows, or a row in each line"
         )
     return content[key]

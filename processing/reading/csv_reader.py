@@ -21,6 +21,7 @@ from datasets.packaged_modules.csv.csv import Csv
 from datasets.utils.file_utils import xopen
 
 from ..data_error_vlm import DuetError
+from .cells import cut, is_picture
 from .conversations import ODD
 from .odd import UNREADABLE, base_name, is_alone, is_unicode, odd_column, spared, without_mark
 
@@ -119,8 +120,19 @@ def csv_table(rows: list[list[str] | str], header: list[str], features: datasets
 
 
 def csv_header(file: str, sep: str = ",") -> list[str]:
-    """The names of a CSV file's columns."""
-    return csv_rows(file, sep)[0]
+    """
+    The names of a CSV file's columns.
+
+    Raises:
+        DuetError: the first line is no header.
+    """
+    names = csv_rows(file, sep)[0]
+    if pictures := [name for name in names if is_picture(name)]:
+        raise DuetError(
+            f"{file}: its first line is no header, as {cut(pictures[0], 100)} stands in it; expected the names of the "
+            "columns, such as image,caption"
+        )
+    return names
 
 
 def csv_separator(file: str, sep: str = ",") -> str:

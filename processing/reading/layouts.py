@@ -494,7 +494,10 @@ def find_layout(row: Row, preferred: Collection[str] = ()) -> Layout:
         given += [f"{name}={own if name != 'image' else 'NAME'}" for name in missing]
         remedy = f"other names for these are given with --columns {','.join(given)}"
         if {*row.unread} == {picture}:
-            remedy = "beside an image has to stand what is learned of it"
+            remedy = (
+                "beside an image has to stand what is learned of it; a file that says it is named with --dataset, and "
+                "the folder of its images with --image_dir"
+            )
         raise malformed(
             f"columns {cut(', '.join(names) or '(none)', 300)}", f"a known layout, such as {nearest}; {remedy}"
         )

@@ -50,7 +50,7 @@ FILE_FORMATS = {
     ".tar": "webdataset",
 }
 
-_TABLES = (".xlsx", ".xls", ".ods", ".numbers")
+_TABLES = (".xlsx", ".xls", ".ods", ".numbers", ".txt")
 
 OWN_SETTINGS = ("README.md", ".huggingface.yaml")
 """Where a data set may say which of its files are what."""
@@ -209,7 +209,7 @@ def _file_splits(where: str, files: list[Path], streaming: bool) -> Splits:
     """The only split of some files of one kind."""
     for file in files:
         if _format(file) is None:
-            table = "; save a table as CSV" if file.suffix.lower() in _TABLES else ""
+            table = "; save a table as CSV, with the name .csv" if file.suffix.lower() in _TABLES else ""
             kinds = f"expected one of {', '.join(FILE_FORMATS)}, or a folder{table}"
             raise DuetError(f"{file}: a file of unknown kind; {kinds}")
     if not any(file.stat().st_size for file in files):
