@@ -28,6 +28,8 @@ from accelerate import init_empty_weights
 from safetensors.torch import load_file
 from torch import nn
 from transformers import AttentionInterface, AutoConfig, AutoModel, AutoProcessor
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import WeightRenaming
 from transformers.dynamic_module_utils import get_class_from_dynamic_module
 from transformers.utils import import_utils
 
@@ -35,6 +37,7 @@ from inference_vlm.export import export
 from inference_vlm.native_processor import native_processor, template_of_parts
 from modeling_vlm import VLMForConditionalGeneration
 from tests import tiny
+from tests.test_export import VISION
 
 
 NAMES = ["vllm", "sglang"]
@@ -56,6 +59,22 @@ def attention(
     return torch.cat(made, dim=2).transpose(1, 2), None
 
 
+def read_weights(folder, model):
+    """A folder's weights under the names that vLLM's backend finds for them in a headless model, and its head."""
+    renamings = [one for one in get_model_conversion_mapping(model) if isinstance(one, WeightRenaming)]
+    children = "|".join([name for name, _ in (*model.named_children(), *model.named_parameters(recurse=False))])
+    found = {}
+    for file in folder.glob("*.safetensors"):
+        for name, tensor in load_file(file).items():
+            for renaming in renamings:
+                name, _ = renaming.rename_source_key(name)
+            name = re.sub(rf"^(?!model\.)(({children}).*)", r"model.\1", name)
+            name = re.sub(rf"^(model\.)((?!{children}).+)", r"\2", name)
+            name = re.sub(r"^model\.(.+\.)*(lm_head.+)", r"\2", name)
+            found[name.removeprefix("model.")] = tensor
+    return found
+
+
 class Engine:
     """A folder, read as an engine reads it."""
 
@@ -71,12 +90,12 @@ class Engine:
         with init_empty_weights(include_buffers=False):
             self.model = AutoModel.from_config(config, dtype=dtype, trust_remote_code=True)
         assert {parameter.device.type for parameter in self.model.parameters()} == {"meta"}
-        weights = {name: tensor for file in folder.glob("*.safetensors") for name, tensor in load_file(file).items()}
+        with torch.device("meta"):  # once more, to see what is compiled
+            assert type(AutoModel.from_config(config, trust_remote_code=True)) is type(self.model)
+        weights = read_weights(folder, self.model)
         head = weights.pop("lm_head.weight", None)
-        prefix = f"{self.model.base_model_prefix}."
-        assert all(name.startswith(prefix) for name in weights)
         self.model.load_state_dict(
-            {name.removeprefix(prefix): tensor.to(dtype) for name, tensor in weights.items()}, strict=True, assign=True
+            {name: tensor.to(dtype) for name, tensor in weights.items()}, strict=True, assign=True
         )
         self.model.eval()
         tied = self.text_config.tie_word_embeddings or config.tie_word_embeddings
@@ -332,6 +351,22 @@ def test_grids_once_a_view_are_read_as_those_of_images_in_generation_too(folders
     for beams in (1, 2):
         greedy = {"max_new_tokens": 4, "do_sample": False, "num_beams": beams}
         assert torch.equal(model.generate(**plain, **greedy), model.generate(**asked, **greedy))
+
+
+@pytest.mark.parametrize("encoder", ["siglip", "clip", "dinov2"])
+def test_the_weights_of_an_exported_folder_are_found_by_name(encoder, folders, tmp_path):
+    """By the backend above; vLLM's own LLaVA and SGLang's look for the first words and for the Hub's inner ones."""
+    VISION[encoder](tmp_path / "vision")
+    size = {"image_size": 32} if encoder == "dinov2" else {}
+    model, processor = tiny.compose(tmp_path / "vision", folders("siglip-llama")[1], vision_feature_layer=-2, **size)
+    model.save_pretrained(tmp_path / "saved")
+    processor.save_pretrained(tmp_path / "saved")
+    export(str(tmp_path / "saved"), tmp_path / "exported")
+    headless = AutoModel.from_pretrained(tmp_path / "exported")
+    weights = read_weights(tmp_path / "exported", headless)
+    assert torch.equal(weights.pop("lm_head.weight"), model.lm_head.weight)
+    held = headless.state_dict()
+    assert weights.keys() == held.keys() and all(torch.equal(weights[name], held[name]) for name in held)
 
 
 # -- a native folder, served ------------------------------------------------------------------------------------------
