@@ -19,6 +19,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
+from urllib.parse import urlsplit
 
 import torch
 from PIL import Image
@@ -26,7 +27,7 @@ from tqdm import tqdm
 from transformers.utils import logging
 
 from processing.data_error_vlm import DuetError, in_a_line, printable
-from processing.image_files_vlm import ImagePolicy, image_name
+from processing.image_files_vlm import ImagePolicy, image_name, is_url
 
 from .answering import Answerer, Prepared, text_of
 from .ask import ERROR, pictures_and_question, read_question
@@ -259,6 +260,9 @@ def _grid(text):
 
 def _named(given):
     """What a model or a picture is called where others may read it: of a path what tells nothing of the machine."""
+    if is_url(given):
+        found = urlsplit(given)  # what is before an @ or behind a ? may be a password
+        return image_name(f"{found.scheme}://{found.hostname}{found.path}")
     if not os.path.exists(given):
         return image_name(given)
     return "/".join(Path(given).resolve().parts[-2:]) if os.path.isdir(given) else Path(given).name

@@ -281,7 +281,8 @@ def write_page(explanation: Any, name: str, images: Sequence[str]) -> str:
     found, deletion = explanation, explanation.deletion
     strengths = found.strengths.tolist()
     most = max((abs(value) for value in strengths), default=0.0)
-    most = 0.0 if most < _TRACE else most
+    trace = max(_TRACE, found.rounding)
+    most = 0.0 if most < trace else most
     caption = "What is in the picture?" if len(found.pictures) == 1 else "What is in the pictures?"
     hidden = f"{_counted(found.patches, 'patch', 'es')}, each hidden once under its picture's mean colour"
     facts = [name, _counted(found.pieces, "token") + ("" if found.ended else ", cut short there"), hidden]
@@ -307,7 +308,7 @@ def write_page(explanation: Any, name: str, images: Sequence[str]) -> str:
         pictures="\n".join(_figure(found, number, name, strengths, most) for number, name in enumerate(images)),
         low=f"\u2212{most:.2g}" if most else "0",
         high=f"+{most:.2g}" if most else "0",
-        trace=_TRACE,
+        trace=f"{trace:.4g}",
         verdict=verdict(deletion),
         curve=_curve(deletion, len(found.patches)),
         data=json.dumps(numbers, ensure_ascii=False, separators=(",", ":")).replace("<", "\\u003c"),

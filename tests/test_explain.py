@@ -283,6 +283,9 @@ def test_what_rounding_alone_makes_has_no_colour(seeing):
     flat = Image.new("RGB", (40, 30), (90, 120, 30))
     found = explain(model, processor, [flat], "what is it?", max_new_tokens=2, grid=(2, 2), seeds=3)
     page = page_of(found._replace(falls=found.falls + torch.tensor([[1e-6], [0.0], [0.0], [0.0]])))
+    few_bits = found._replace(falls=found.falls + torch.tensor([[0.1], [0.0], [0.0], [0.0]]), rounding=0.3)
+    assert page_of(few_bits).count("fill-opacity:0.000") == 4
+    assert page_of(few_bits._replace(rounding=0.01)).count("fill-opacity:0.000") == 3
     assert page.count("fill-opacity:0.000") == 4 and '<span id="high">0</span>' in page
 
 
@@ -436,6 +439,10 @@ def test_the_command_writes_a_page_and_the_same_as_json(saved, image, tmp_path, 
     assert "what is it?" in page and str(tmp_path) not in page + json.dumps(found) and str(saved) not in page
     assert command.main([str(saved), str(tmp_path / "0.png"), "--out", str(out), "--grid", "1"]) == 0
     assert "What is in the picture?" in out.read_text(encoding="utf-8")
+
+
+def test_a_picture_of_the_net_is_called_without_what_may_be_a_password():
+    assert command._named("https://me:pass@example.org:8443/a/b.png?token=1#x") == "https://example.org/a/b.png"
 
 
 @pytest.mark.parametrize(
