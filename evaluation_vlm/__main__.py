@@ -172,7 +172,7 @@ def _judged(name: str, dataset: ConversationDataset, args: argparse.Namespace) -
     if not questions:
         raise DuetError(
             f"{args.dataset}: no question was found in {len(dataset):,} rows; expected rows with an answer, and images "
-            f"that can be read (python -m training_vlm.inspect_data {args.dataset} shows what they are)."
+            f"that can be read ({program('training_vlm.inspect_data')} {args.dataset} shows what they are)."
         )
     metrics = choose_metrics(questions, args.metrics)
     weighs, config = any(metric.likelihoods for metric in metrics), greedy(model, processor, args.max_new_tokens)

@@ -28,6 +28,7 @@ from .asked import Prepared, Prompt, PromptTooLong, caption_ids, image_of, opene
 from .conversation import CACHE, Conversation, marks_of
 from .encoded_images import EncodedImages, name_of
 from .loading import load, place
+from .program import program
 from .sampled import WARPERS, Settings, check_settings, drawing, fresh_seed
 from .spoken import Listening, Spoken
 from .streaming import Either, Finish, Flag, Stream
@@ -470,7 +471,7 @@ def _refuse_old_code(composed):
     if not own and not hasattr(GenerationMixin, "_expand_multimodal_outputs"):
         raise DuetError(
             "the model carries the code of an earlier Duet, with which this release of transformers cannot answer from "
-            "encoded images; bring it up to date with `python -m inference_vlm.update FOLDER`, or update transformers."
+            f"encoded images; run `{program('inference_vlm.update')} FOLDER` on it, or update transformers."
         )
 
 

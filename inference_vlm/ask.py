@@ -12,7 +12,7 @@ some pictures of a folder could not be read, and 130 after Ctrl-C.
 """
 
 import argparse
-import json
+import contextlib
 import os
 import sys
 import time
@@ -29,9 +29,9 @@ from processing.image_files_vlm import ImagePolicy, is_url
 
 from .answering import Answerer, Prepared
 from .asked import opened, reference_of
-from .folder import PICTURES, Asked, answer_folder, plan_folder
+from .folder import PICTURES, Asked, answer_folder, plan_folder, written_by_one
 from .loading import add_loading_arguments, loading_of
-from .program import INTERRUPTED, ended_by, program, show_any_text
+from .program import INTERRUPTED, ended_by, json_line, program, show_any_text
 from .sampled import Settings, check_settings
 
 
@@ -113,7 +113,7 @@ def ask(answerer: Answerer, prepared: Prepared, settings: Settings, stop: Sequen
         seconds = round(time.perf_counter() - started, 3)
         counts = {name: value for name, value in finish._asdict().items() if name != "reason"}
         found = {**asked, "answer": answer, "finish_reason": finish.reason, **counts, "seconds": seconds}
-        print(json.dumps(found, ensure_ascii=False))
+        print(json_line(found))
         return
     for piece in stream:
         print(_harmless(piece), end="", flush=True)
@@ -168,7 +168,7 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _run(args: argparse.Namespace) -> int:
+def _run(args: argparse.Namespace, held: contextlib.ExitStack) -> int:
     pictures, question = pictures_and_question(args.inputs, args.question)
     question = read_question(question)
     if not pictures and question is None:
@@ -192,6 +192,7 @@ def _run(args: argparse.Namespace) -> int:
         numbers = {name: getattr(args, name) or None for name in ("dtype", "load_in_4bit", "load_in_8bit")}
         asked = {**given, "stop": args.stop or None, **numbers}
         known = {name: value for name, value in asked.items() if value is not None}
+        held.enter_context(written_by_one(args.out))
         plan = plan_folder(folders[0], Asked(args.model, question, known), args.out)
         if not plan.left:
             return 0
@@ -228,7 +229,8 @@ def main(argv: list[str] | None = None) -> int:
     args = _parser().parse_intermixed_args(argv)
     show_any_text()
     try:
-        return _run(args)
+        with contextlib.ExitStack() as held:
+            return _run(args, held)
     except KeyboardInterrupt:
         print(file=sys.stderr)
         return INTERRUPTED

@@ -1,11 +1,12 @@
 """One question about every picture of a folder, in a file with a line for each answer.
 
 What is special: the file is the memory of what was asked. What is in it is not asked again, unless it was another
-question, model or setting; a line that a kill left half written is taken out. A picture that cannot be read has a line
-that says why, and is tried again the next time. Each picture is answered as if it were asked alone, whatever is
-answered beside it, and draws with a seed of its own.
+question, model, setting or picture; a line that a kill left half written is taken out. A picture that cannot be read
+has a line that says why, and is tried again the next time. Each picture is answered as if it were asked alone, whatever
+is answered beside it, and draws with a seed of its own.
 """
 
+import contextlib
 import hashlib
 import json
 import os
@@ -16,19 +17,39 @@ from typing import Any, NamedTuple
 
 from PIL import Image
 from tqdm import tqdm
+from transformers.utils import cached_file
+from transformers.utils.hub import extract_commit_hash
 
 from processing.data_error_vlm import DuetError, NotFound
 from processing.image_files_vlm import FORMATS, BadImage
 
 from .answering import Answerer, Prepared
 from .asked import PromptTooLong
+from .program import json_line
 from .sampled import Settings, fresh_seed
 
+
+try:
+    import fcntl
+except ImportError:
+    fcntl = None  # type: ignore[assignment]
 
 PICTURES = tuple(sorted(ending for ending, kind in Image.registered_extensions().items() if kind in FORMATS))
 """What the names of pictures end in."""
 
-_WEIGHTS = ("*.safetensors", "config.json")
+_ADAPTER, _BASE = "adapter_config.json", "base"
+
+_READ = (
+    "*.safetensors",
+    "config.json",
+    "generation_config.json",
+    _ADAPTER,
+    "*processor_config.json",
+    "tokenizer*.json",
+    "*.jinja",
+)
+"""Files of a model on which its answers depend."""
+
 _BEGINNING = b'{"image": '
 
 
@@ -54,14 +75,15 @@ class Plan(NamedTuple):
     What is to be asked.
 
     Attributes:
-        names: the pictures of the folder, as paths from there; `left` those without an answer.
+        names: the pictures of the folder, as paths from there, with what tells each from itself after a change; `left`
+            those without an answer.
         unread: pictures with what the file says is wrong with them.
     """
 
     folder: Path
     out: Path
     asked: Asked
-    names: list[str]
+    names: dict[str, str | None]
     left: list[str]
     unread: set[tuple[str, str]]
 
@@ -74,7 +96,7 @@ def plan_folder(folder: str | os.PathLike, asked: Asked, out: Path) -> Plan:
         DuetError: there is no picture, or the file is another program's or cannot be read.
     """
     names, others = _pictures(Path(folder), out)
-    done, unread = _answered(out, asked.as_json())
+    done, unread = _answered(out, asked.as_json(), names)
     left = [name for name in names if name not in done]
     if others:
         print(f"note: {others:,} other files of {folder} are no pictures by their names.", file=sys.stderr)
@@ -102,7 +124,6 @@ def answer_folder(answerer: Answerer, plan: Plan, settings: Settings, stop: Sequ
     seed = fresh_seed() if settings.seed is None else settings.seed
     count = 0
     try:
-        out.parent.mkdir(parents=True, exist_ok=True)
         with (
             open(out, "a", encoding="utf-8", errors="surrogatepass") as lines,
             tqdm(total=len(plan.left), unit="picture") as bar,
@@ -113,7 +134,8 @@ def answer_folder(answerer: Answerer, plan: Plan, settings: Settings, stop: Sequ
                         count += 1
                         bar.write(f"left out: {line['error']}", file=sys.stderr)
                     if (line["image"], line.get("error")) not in plan.unread:
-                        lines.write(json.dumps({**line, **about}, ensure_ascii=False) + "\n")
+                        state = plan.names[line["image"]]
+                        lines.write(json_line({**line, "picture": state, **about}) + "\n")
                     bar.update()
                 lines.flush()
     except OSError as error:
@@ -123,22 +145,54 @@ def answer_folder(answerer: Answerer, plan: Plan, settings: Settings, stop: Sequ
     return count
 
 
-def _pictures(folder: Path, out: Path) -> tuple[list[str], int]:
+@contextlib.contextmanager
+def written_by_one(out: Path) -> Iterator[None]:
+    """
+    While no other run writes a file.
+
+    Raises:
+        DuetError: one does, or the file cannot be written.
+    """
+    is_new = not out.exists()
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        file = open(out, "ab")
+    except OSError as error:
+        raise DuetError(f"{out} could not be written: {error}.") from error
+    with file:
+        if fcntl is not None:  # Windows has none
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError as error:
+                raise DuetError(
+                    f"{out} is being written by another run; wait for its end, or name another file."
+                ) from error
+            except OSError:  # a file system without locks
+                pass
+        try:
+            yield
+        finally:
+            if is_new and not out.stat().st_size:
+                out.unlink()
+
+
+def _pictures(folder: Path, out: Path) -> tuple[dict[str, str | None], int]:
     """The pictures of a folder and of those in it, as paths from there, and how many other files there are."""
-    found, others = [], 0
+    found, others = {}, 0
     for at, folders, files in os.walk(folder):
         folders[:] = [name for name in folders if not name.startswith(".")]
         for name in files:
             if name.lower().endswith(PICTURES) and not name.startswith("."):
-                found.append((Path(at) / name).relative_to(folder).as_posix())
+                file = Path(at) / name
+                found[file.relative_to(folder).as_posix()] = _state([file])
             else:
                 others += (Path(at) / name).absolute() != out.absolute()
     if not found:
         raise NotFound(f"{folder} holds no picture; expected files that end in {', '.join(PICTURES)}.")
-    return sorted(found), others
+    return dict(sorted(found.items())), others
 
 
-def _answered(out: Path, about: dict[str, Any]) -> tuple[set[str], set[tuple[str, str]]]:
+def _answered(out: Path, about: dict[str, Any], names: dict[str, str | None]) -> tuple[set[str], set[tuple[str, str]]]:
     """The pictures that a file has answers about, and those with what is wrong; what was asked otherwise is told."""
     done: set[str] = set()
     unread: set[tuple[str, str]] = set()
@@ -154,12 +208,12 @@ def _answered(out: Path, about: dict[str, Any]) -> tuple[set[str], set[tuple[str
     for number, text in enumerate(whole, start=1):
         try:
             line = json.loads(text)
-            name, wrong = line["image"], line.get("error")
+            name, wrong, state = line["image"], line.get("error"), line.get("picture")
             if not {"answer", "error"} & line.keys() or "model" not in line or not isinstance(name, str):
                 raise ValueError  # a data set's
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise _no_answer(out, number) from error
-        if any(line.get(key) != value for key, value in about.items()):
+        if any(line.get(key) != value for key, value in about.items()) or state != names.get(name, state):
             otherwise += 1
         elif wrong is None:
             done.add(name)
@@ -173,8 +227,8 @@ def _answered(out: Path, about: dict[str, Any]) -> tuple[set[str], set[tuple[str
             raise DuetError(f"{out} could not be written: {error}.") from error
     if otherwise:
         print(
-            f"note: {otherwise:,} lines of {out} are answers to another question, of another model or with other "
-            "settings; they stay, and their pictures are asked again.",
+            f"note: {otherwise:,} lines of {out} are answers to another question, of another model, with other "
+            "settings or about pictures that have changed; they stay, and their pictures are asked again.",
             file=sys.stderr,
         )
     return done, unread
@@ -234,12 +288,36 @@ def _seed_of(seed: int, name: str) -> int:
 
 
 def _stamp(model: str) -> str | None:
-    """What tells the weights of a folder from those that a later training writes there."""
-    files = sorted(file for pattern in _WEIGHTS for file in Path(model).glob(pattern))
-    if not files:  # a name on the Hub
+    """What tells a model from what a later training, or hand, makes of it: its own files, and those of its base."""
+    folder = Path(model)
+    if not folder.is_dir():
+        return _commit(model, None)
+    files = sorted(file for pattern in _READ for file in folder.glob(pattern))
+    stamps = [_state(files)]
+    if (folder / _ADAPTER).is_file():
+        with contextlib.suppress(OSError, ValueError, AttributeError):  # which loading it will tell
+            settings = json.loads((folder / _ADAPTER).read_text(encoding="utf-8"))
+            named, revision = settings.get("base_model_name_or_path") or _BASE, settings.get("revision")
+            bases = [base for base in (folder / named, folder / _BASE, folder.parent / _BASE) if base.is_dir()]
+            stamps += [_stamp(str(base)) for base in bases if base != folder] or [_commit(named, revision)]
+    return stamps[0] if len(stamps) == 1 else hashlib.blake2b(str(stamps).encode(), digest_size=8).hexdigest()
+
+
+def _commit(name: str, revision: str | None) -> str | None:
+    """The commit that a name on the Hub stands for; `None` where it cannot be had, as loading the model will tell."""
+    for file in ("config.json", _ADAPTER):
+        with contextlib.suppress(OSError, ValueError):
+            return extract_commit_hash(cached_file(name, file, revision=revision), None)
+    return None
+
+
+def _state(files: list[Path]) -> str | None:
+    """What tells files from themselves after a change, with none of them read."""
+    try:
+        states = [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in files]
+    except OSError:  # a link that leads nowhere
         return None
-    states = [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in files]
     return hashlib.blake2b(json.dumps(states).encode(), digest_size=8).hexdigest()
 
 
-__all__ = ["PICTURES", "Asked", "Plan", "answer_folder", "plan_folder"]
+__all__ = ["PICTURES", "Asked", "Plan", "answer_folder", "plan_folder", "written_by_one"]

@@ -22,6 +22,7 @@ from processing.images_vlm import MOST_STRETCHED
 from processing.processing_vlm import VLMProcessor
 
 from .conversation import CACHE
+from .program import program
 
 
 Box = tuple[int, int, int, int]
@@ -141,7 +142,7 @@ class Occlusion:
         if not hasattr(self.model.model, "encode_views"):
             raise DuetError(
                 "the model carries the code of an earlier Duet, which cannot be explained; bring it up to date with "
-                "`python -m inference_vlm.update FOLDER`."
+                f"`{program('inference_vlm.update')} FOLDER`."
             )
         self.processor, self.pictures, self.batch_size = processor, list(pictures), batch_size
         self.answer = torch.tensor(answer)

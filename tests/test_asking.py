@@ -12,7 +12,7 @@ from PIL import Image
 
 from inference_vlm import ask as program
 from inference_vlm import folder as folders_of
-from inference_vlm.answering import Answerer, Prompt, answer
+from inference_vlm.answering import Answerer, Finish, Prompt, answer
 from inference_vlm.ask import main, pictures_and_question
 from processing.data_error_vlm import DuetError
 from tests import tiny
@@ -289,6 +289,79 @@ def test_another_question_model_or_setting_is_asked_anew_and_said(saved, picture
         assert len(lines_of(out)) == 4 * (number + 1)
 
 
+def test_a_picture_that_has_changed_is_asked_about_anew_and_no_other(saved, pictures, tmp_path, image, capsys):
+    out = tmp_path / "answers.jsonl"
+    words = [saved[0], str(pictures), "what is it?", "--out", str(out), *GREEDY]
+    assert main(words) == 0
+    image(7, size=(50, 20)).save(pictures / "c.PNG")
+    (pictures / "a.png").unlink()
+    capsys.readouterr()
+    assert main(words) == 0
+    assert "1 lines of" in (err := capsys.readouterr().err) and "pictures that have changed" in err
+    assert [line["image"] for line in lines_of(out)] == ["a.png", "b.jpg", "c.PNG", "more/d.png", "c.PNG"]
+    assert main(words) == 0 and len(lines_of(out)) == 5
+
+
+def test_whatever_an_answer_depends_on_tells_a_model_from_another(tmp_path, monkeypatch):
+    """Its weights and settings, an adapter's base wherever that is, and the commit of a name on the Hub."""
+    model, base, other = tmp_path / "run" / "sft", tmp_path / "run" / "base", tmp_path / "elsewhere"
+    files = [model / "adapter_model.safetensors", model / "generation_config.json", model / "chat_template.jinja"]
+    files += [
+        model / "tokenizer.json",
+        model / "processor_config.json",
+        base / "model.safetensors",
+        other / "config.json",
+    ]
+    for file in files:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text("1")
+    (model / "adapter_config.json").write_text(json.dumps({"base_model_name_or_path": str(other)}))
+    stamps = [folders_of._stamp(str(model))]
+    for file in files:
+        file.write_text("22")
+        stamps.append(folders_of._stamp(str(model)))
+    (model / "results.json").write_text("{}")  # of an evaluation
+    assert len(set(stamps)) == len(files) + 1 and folders_of._stamp(str(model)) == stamps[-1]
+    commits = iter(["a" * 40, "b" * 40])
+    monkeypatch.setattr(
+        folders_of,
+        "cached_file",
+        lambda name, *given, **more: f"/hub/models--{name}/snapshots/{next(commits)}/config.json",
+    )
+    assert [folders_of._stamp("you/it") for _ in range(2)] == ["a" * 40, "b" * 40]
+
+
+def test_a_name_that_is_nowhere_has_no_commit_and_is_told_when_it_is_loaded(pictures, tmp_path, capsys):
+    out = tmp_path / "made" / "answers.jsonl"
+    assert main(["nobody/nothing", str(pictures), "what is it?", "--out", str(out)]) == 1
+    assert "could not be loaded" in capsys.readouterr().err and not out.exists()
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="files have no such locks there")
+def test_a_file_is_written_by_one_run_at_a_time(saved, pictures, tmp_path, capsys, loaded_once):
+    out = tmp_path / "answers.jsonl"
+    words = [saved[0], str(pictures), "what is it?", "--out", str(out), *GREEDY]
+    with folders_of.written_by_one(out):
+        assert main(words) == 1
+        (line,) = capsys.readouterr().err.splitlines()
+        assert line.startswith(f"error: {out} is being written by another run") and loaded_once == []
+    assert main(words) == 0 and len(lines_of(out)) == 4
+
+
+def test_what_a_model_wrote_steers_no_terminal_and_ends_no_line(saved, pictures, capsys, monkeypatch):
+    steers = "a\x9b31mb\x85c\u2028d\x1be\x7ff"
+    monkeypatch.setattr(saved[1], "stream", lambda *given, **more: Told([steers]))
+    line = printed(capsys, saved[0], pictures / "a.png", "what?", "--json")
+    assert line.isascii() and len(line.splitlines()) == 1 and json.loads(line)["answer"] == steers
+    assert printed(capsys, saved[0], pictures / "a.png", "猫\x9b?", "--json").count("猫") == 1
+
+
+class Told(list):
+    """A stream of which this is the one piece."""
+
+    finish = Finish("stop", 1, 1, 1, 0)
+
+
 def test_pictures_that_cannot_be_read_are_lines_are_counted_and_tried_again(saved, pictures, tmp_path, image, capsys):
     out = tmp_path / "answers.jsonl"
     (pictures / "b.jpg").write_text("no picture")
@@ -341,7 +414,7 @@ def test_what_is_wrong_is_one_line_before_a_model_is_loaded(saved, pictures, tmp
         ([str(pictures), "what?", *out, "--json"], "leave out one of them"),
         ([str(tmp_path / "none"), "what?", *out], "holds no picture; expected files that end in"),
         ([str(pictures), "what?", "--out", str(tmp_path / "other.jsonl")], "line 1, is no answer about a picture"),
-        ([str(pictures), "what?", "--out", str(tmp_path)], "could not be read"),
+        ([str(pictures), "what?", "--out", str(tmp_path)], "could not be written"),
         ([str(pictures), "what?", *out, "--batch_size", "0"], "batch_size=0: expected 1 or more"),
         ([str(tmp_path / "gone.png"), "what?"], "no such image file; give another image"),
         ([str(pictures / "large.png"), "what?"], "more pixels than the limit"),

@@ -25,6 +25,7 @@ from tests import tiny
 from tests.test_house import ROOT
 from tests.test_wheel import MODULES
 from training_vlm import settings
+from training_vlm.finish import _say_goodbye
 from training_vlm.stages import SFT
 
 
@@ -306,5 +307,6 @@ def test_every_example_is_named_in_the_readme():
     assert not [name for name in examples if name != "rows.py" and name not in readme]
 
 
-def test_stage_1_names_the_command_that_follows_as_it_can_be_run_anywhere():
-    assert train_pretrain.PRETRAIN.next[1].startswith("python -m train_sft ")
+def test_stage_1_names_the_command_that_follows_as_it_can_be_run_anywhere(capsys):
+    _say_goodbye(train_pretrain.PRETRAIN, "out")
+    assert "    python -m train_sft --model out " in capsys.readouterr().out

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import signal
 
 import pytest
 import torch
@@ -229,6 +230,28 @@ def test_the_estimate_is_told_in_full(made, capsys):
     for part in ("Stage 2", "projector", "optimizer", "activations", "logits", "at the peak", "Not in it", "cached",
                  "TFLOP for 8,000 conversations", "hours at 50% of 1 TFLOP/s on each of 2 devices"):  # fmt: skip
         assert part in shown
+
+
+def test_what_ends_the_command_is_not_taken_for_a_step_that_cannot_be_run(made, monkeypatch, capsys):
+    """SIGTERM is whoever's it was before, as there is nothing to be saved, and Ctrl-C ends it with its code."""
+
+    class Told(BaseException):
+        pass
+
+    def told(*given):
+        raise Told
+
+    monkeypatch.setattr(rehearsal._Between, "on_step_end", lambda *given, **more: signal.raise_signal(number))
+    former, number = signal.signal(signal.SIGTERM, told), signal.SIGTERM
+    try:
+        with pytest.raises(Told):
+            main(options(made))
+    finally:
+        signal.signal(signal.SIGTERM, former)
+    number = signal.SIGINT
+    with pytest.raises(SystemExit) as ended:
+        main(options(made))
+    assert ended.value.code == 130 and "shapes alone" not in capsys.readouterr().err
 
 
 def test_stage_2_is_estimated_before_stage_1_has_run(made, tmp_path, capsys):

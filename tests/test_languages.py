@@ -1,8 +1,10 @@
 """Folders, pictures, questions and answers in any script, and emoji: read, asked, learned and shown as they are."""
 
+import configparser
 import io
 import json
 import sys
+from pathlib import Path
 
 import pytest
 from PIL import Image, features
@@ -121,6 +123,16 @@ def test_a_command_calls_itself_as_it_was_called(monkeypatch):
     for called, name in names.items():
         monkeypatch.setattr(sys, "argv", [called])
         assert program("ask") == name
+
+
+def test_a_command_calls_the_others_by_the_names_that_they_are_installed_under(monkeypatch):
+    settings = configparser.ConfigParser()
+    settings.read(Path(__file__).parents[1] / "setup.cfg")
+    installed = settings["options.entry_points"]["console_scripts"].split("\n")
+    names = dict(line.replace(" ", "").split("=") for line in installed if line.strip())
+    monkeypatch.setattr(sys, "argv", ["/usr/bin/duet-export"])
+    for name, place in names.items():
+        assert program(place.removesuffix(":main").removesuffix(".__main__")) == name
 
 
 def test_a_mistake_ends_every_command_in_the_same_way(monkeypatch, capsys):

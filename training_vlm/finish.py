@@ -22,6 +22,7 @@ from evaluation_vlm.predictions import Prediction
 from evaluation_vlm.showing import Wording, shown_of
 from evaluation_vlm.while_training import PAGE, PICTURE, ask, write_judgement
 from inference_vlm.answering import greedy
+from inference_vlm.program import program
 from processing.batching.collator import VLMDataCollator
 from processing.batching.dataset import ConversationDataset
 from processing.data_error_vlm import DuetError
@@ -232,9 +233,9 @@ def _say_goodbye(stage, folder):
     print(f"The model, its processor, its card, samples.html and training.png are in {folder}. Load them with\n")
     print(f'    AutoModelForImageTextToText.from_pretrained("{folder}", trust_remote_code=True)')
     print(f'    AutoProcessor.from_pretrained("{folder}", trust_remote_code=True)\n')
-    sentence, command = stage.next
+    sentence, module, given = stage.next
     print(f"{sentence}:\n")
-    print(f"    {command.format(folder=folder)}\n")
+    print(f"    {program(module)} {given.format(folder=folder)}\n")
 
 
 __all__ = ["Attempts", "finish"]

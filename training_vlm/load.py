@@ -14,6 +14,7 @@ from torch import nn
 from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
 from inference_vlm.export import hindrance
+from inference_vlm.program import program
 from modeling_vlm import VLMConfig, VLMForConditionalGeneration
 from modeling_vlm.adapters_vlm import CONFIG, WEIGHTS, base_of
 from modeling_vlm.backbones_vlm import find_image_token_id, load_backbone_config
@@ -186,9 +187,9 @@ def _check_folder(folder: Path, weights: bool) -> None:
         checkpoints = sorted(found, key=lambda name: (len(name), name))  # as numbers
         if checkpoints:
             raise DuetError(
-                f"{folder} holds {', '.join(checkpoints[:3])} of a run that has not come to its end, and no model; go "
-                f"on with it, `python -m train_pretrain --output_dir {folder} --resume_from_checkpoint auto ...`, or "
-                f"take a checkpoint, --model {folder / checkpoints[-1]}."
+                f"{folder} holds {', '.join(checkpoints[:3])} of a run that has not come to its end, and no model; "
+                f"go on with it, `{program('train_pretrain')} --output_dir {folder} --resume_from_checkpoint auto "
+                f"...`, or take a checkpoint, --model {folder / checkpoints[-1]}."
             )
         state = "holds no config.json" if any(folder.iterdir()) else "is empty"
         raise DuetError(f"there is no model in {folder}, which {state}; {_run_stage_1(folder)}")
@@ -213,8 +214,8 @@ def _is_composed(folder):
 
 def _run_stage_1(name):
     return (
-        f"expected the output folder of stage 1: run `python -m train_pretrain --output_dir {name} ...` first, or name "
-        "the folder that it wrote."
+        f"expected the output folder of stage 1: run `{program('train_pretrain')} --output_dir {name} ...` first, or "
+        "name the folder that it wrote."
     )
 
 

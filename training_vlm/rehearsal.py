@@ -5,6 +5,7 @@ checkpointing, on a model of which only shapes are there. So no formula is made 
 pass.
 """
 
+import contextlib
 import copy
 import tempfile
 from collections import Counter
@@ -204,6 +205,7 @@ def _steps(trainer: VLMTrainer, batch: dict[str, Any], cached: bool) -> tuple[Co
     accumulated = trainer.args.gradient_accumulation_steps
     batches = cast(DataLoader, [batch] * (2 * accumulated))
     trainer.get_train_dataloader = lambda: batches  # type: ignore[method-assign]  # this one trainer's own
+    trainer.stop.listening = contextlib.nullcontext  # type: ignore  # there is nothing to be saved
     model: VLMForConditionalGeneration = composed(trainer.model)
     unread = {id(tensor) for tensor in _tensors(model.model.vision_tower)} if cached else set()
     watch = Watch(model, [tensor for tensor in _tensors(model) if id(tensor) not in unread])

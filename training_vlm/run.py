@@ -14,7 +14,7 @@ from transformers import TrainerCallback, set_seed
 from transformers.trainer_utils import TrainOutput
 from transformers.utils import logging
 
-from inference_vlm.program import show_any_text
+from inference_vlm.program import ended_by, show_any_text
 from modeling_vlm import VLMForConditionalGeneration
 from modeling_vlm.generation_vlm import savable
 from processing import VLMDataCollator
@@ -48,13 +48,19 @@ from .training_arguments import VLMTrainingArguments, precision_of
 
 
 def one_line_errors(main):
-    """Print what a person did wrong as one line and exit with 1; `DUET_TRACEBACK=1` shows where it was found."""
+    """
+    Print what a person did wrong as one line and exit with 1, and after Ctrl-C with 130.
+
+    `DUET_TRACEBACK=1` shows where it was found.
+    """
 
     @functools.wraps(main)
     def wrapped(*args, **kwargs):
         show_any_text()
         try:
             return main(*args, **kwargs)
+        except KeyboardInterrupt as error:
+            sys.exit(ended_by(error))
         except Exception as error:
             if not getattr(error, "is_duet_error", False) or os.environ.get("DUET_TRACEBACK"):
                 raise  # what is our own mistake keeps its stack trace

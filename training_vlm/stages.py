@@ -27,7 +27,7 @@ class Stage:
         encode: how a conversation becomes ids and labels.
         asks: whether a caption answers a question.
         ask: how its model is asked about an image, in Python.
-        next: what comes after it, as a sentence and a command with a place for the model's folder.
+        next: what comes after it: a sentence, a module, and what it is given, with a place for the model's folder.
     """
 
     section: str
@@ -36,7 +36,7 @@ class Stage:
     encode: Encode
     asks: bool
     ask: str
-    next: tuple[str, str]
+    next: tuple[str, str, str]
 
     def encoder(self, processor: VLMProcessor, data_args: "DataArguments", max_length: int) -> Encoder:
         """How conversations are encoded, with what the arguments say about it; `max_length` is the model's to say."""
@@ -50,7 +50,7 @@ PRETRAIN = Stage(
     encode=encode_caption,
     asks=False,
     ask="""inputs = processor(images=Image.open("photo.jpg"), text="<image>", return_tensors="pt")""",
-    next=("Next, teach it to answer", "python -m train_sft --model {folder} --dataset DIALOGUES --output_dir FOLDER"),
+    next=("Next, teach it to answer", "train_sft", "--model {folder} --dataset DIALOGUES --output_dir FOLDER"),
 )
 SFT = Stage(
     section="sft",
@@ -62,7 +62,7 @@ SFT = Stage(
     {"type": "image", "image": Image.open("photo.jpg")}, {"type": "text", "text": "What is in the picture?"}]}]
 inputs = processor.apply_chat_template(
     messages, add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt")""",
-    next=("Next, ask it about an image", 'python -m inference_vlm.ask {folder} IMAGE "What is in the picture?"'),
+    next=("Next, ask it about an image", "inference_vlm.ask", '{folder} IMAGE "What is in the picture?"'),
 )
 STAGES = {stage.section: stage for stage in (PRETRAIN, SFT)}
 
