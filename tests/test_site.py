@@ -28,6 +28,15 @@ def test_the_navigation_has_every_page_once():
     assert {path.name for path in (ROOT / "docs").glob("*.md")} <= {*pages}
 
 
+def test_a_list_or_table_stands_alone_as_the_site_needs_it():
+    """GitHub draws one that follows a line of text; the site takes it for that text's next line."""
+    wrong = []
+    for page in [*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md"), ROOT / "benchmarks" / "results.md"]:
+        text = re.sub(r"^```.*?^```", "", page.read_text(encoding="utf-8"), flags=re.S | re.M)
+        wrong += [(page.name, two) for two in re.findall(r"^[^\s|#-][^\n]*\n(?:- |\d+\. |\|)[^\n]*", text, re.M)]
+    assert not [(name, two) for name, two in wrong if not re.match(r"\d+\. ", two)], wrong
+
+
 @pytest.mark.slow
 def test_the_site_is_built_without_a_warning_and_every_link_on_it_leads_somewhere(tmp_path):
     if any(importlib.util.find_spec(name) is None for name in ("mkdocs", "material", "mkdocstrings_handlers")):
