@@ -21,6 +21,7 @@ from transformers import AutoModelForImageTextToText, AutoProcessor, PreTrainedM
 from transformers.conversion_mapping import get_model_conversion_mapping
 
 from processing.data_error_vlm import DuetError, in_a_line
+from processing.fitting_vlm import in_pillow
 from processing.processing_vlm import VLMProcessor
 
 from .loading import DTYPES, load
@@ -184,6 +185,7 @@ def _check(name: str, folder: Path, model: PreTrainedModel, processor: VLMProces
     """
     theirs = AutoModelForImageTextToText.from_pretrained(folder).eval()
     native: ProcessorMixin = AutoProcessor.from_pretrained(folder)
+    native.image_processor = in_pillow(native.image_processor)  # torchvision's resizes to other pixels, if hardly
     greatest = 0.0
     for messages in conversations(image, processor):
         asked, found = (inputs_of(one, messages) for one in (processor, native))

@@ -93,6 +93,19 @@ def load_image_processor(
     )
 
 
+def in_pillow(processor: Any) -> Any:
+    """
+    An image processor of the library in its Pillow form, which `load_image_processor` gives; others as they are.
+
+    Where torchvision is installed the library reads a saved one in another form, which resizes to other pixels.
+    """
+    kind = type(processor)
+    pillow = getattr(transformers, kind.__name__.removesuffix("Fast") + "Pil", None)
+    if pillow is None or getattr(transformers, kind.__name__, None) is not kind:
+        return processor
+    return pillow.from_dict(processor.to_dict())
+
+
 def _of_settings(kind, settings):
     names = ("do_resize", "size", "resample", "do_center_crop", "crop_size", "do_rescale", "rescale_factor")
     names += ("do_normalize", "image_mean", "image_std")
@@ -108,4 +121,4 @@ def _scaled(processor, height, width):
     return {"size": {"shortest_edge": round(edge * scale)}, "crop_size": {"height": height, "width": width}}
 
 
-__all__ = ["load_image_processor", "prepare_tokenizer"]
+__all__ = ["in_pillow", "load_image_processor", "prepare_tokenizer"]

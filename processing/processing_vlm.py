@@ -26,7 +26,7 @@ from transformers.image_utils import make_flat_list_of_images
 from transformers.processing_utils import MultiModalData
 
 from .data_error_vlm import DuetError
-from .fitting_vlm import load_image_processor, prepare_tokenizer
+from .fitting_vlm import in_pillow, load_image_processor, prepare_tokenizer
 from .image_files_vlm import BadImage, ImagePolicy, NamedImage, is_url, load_image
 from .images_vlm import IMAGE_MODES, bounded_size, choose_grid, cut_tiles, fit, to_rgb, trim
 from .messages_vlm import MessageEncoder, all_parts, with_parts
@@ -95,7 +95,7 @@ class VLMProcessor(ProcessorMixin):
         self.image_seq_length = image_seq_length
         for holder, template in ((self, chat_template), (tokenizer, tokenizer.chat_template)):
             holder.chat_template = _EARLIER_PART.sub("", template, 1) if isinstance(template, str) else template
-        super().__init__(image_processor, tokenizer, chat_template=self.chat_template)
+        super().__init__(in_pillow(image_processor), tokenizer, chat_template=self.chat_template)
         self._encoder = self._encoder_of = None
 
     def __getstate__(self):

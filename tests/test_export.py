@@ -54,6 +54,8 @@ def save_dinov2(folder):
     return folder
 
 
+PILLOW = {"backend": "pil"}
+"""Which the library does not choose by itself where torchvision is installed."""
 VISION = {"vit": tiny.save_vit, "siglip": tiny.save_siglip, "clip": save_clip, "dinov2": save_dinov2}
 TEXT = {"gpt2": tiny.save_gpt2, "llama": tiny.save_llama}
 LLAVA, DEEPSEEK = "LlavaForConditionalGeneration", "DeepseekVLForConditionalGeneration"
@@ -110,7 +112,7 @@ def ours(folder):
 
 
 def theirs(folder):
-    return AutoModelForImageTextToText.from_pretrained(folder).eval(), AutoProcessor.from_pretrained(folder)
+    return AutoModelForImageTextToText.from_pretrained(folder).eval(), AutoProcessor.from_pretrained(folder, **PILLOW)
 
 
 def asked(image, *more):
@@ -187,7 +189,7 @@ def test_what_a_tokenizer_puts_before_a_text_is_left_out_only_where_a_conversati
     assert "no longer puts <s> before a text" in said and "as in '<s><image>'" in said
     assert AutoTokenizer.from_pretrained(saved)("a cat")["input_ids"][0] == 1
     assert AutoTokenizer.from_pretrained(out)("a cat")["input_ids"][0] != 1
-    own, other = VLMProcessor.from_pretrained(saved), AutoProcessor.from_pretrained(out)
+    own, other = VLMProcessor.from_pretrained(saved), AutoProcessor.from_pretrained(out, **PILLOW)
     caption = own(images=[image(0)], text="<image>"), other(images=[image(0)], text="<s><image>")
     assert caption[0]["input_ids"] == caption[1]["input_ids"]
     saved, _ = made("vit-gpt2")
@@ -223,7 +225,7 @@ def test_pixels_are_the_same_for_pictures_of_any_shape(kind, mode, tmp_path, ima
     model.save_pretrained(tmp_path / "saved")
     processor.save_pretrained(tmp_path / "saved")
     export(str(tmp_path / "saved"), tmp_path / "exported")
-    other = AutoProcessor.from_pretrained(tmp_path / "exported")
+    other = AutoProcessor.from_pretrained(tmp_path / "exported", **PILLOW)
     for seed, size in enumerate([(32, 32), (7, 200), (301, 64), (33, 31), (1, 1)]):
         picture = image(seed, size)
         assert torch.equal(inputs_of(processor, asked(picture))["pixel_values"],
@@ -282,7 +284,8 @@ work, names, found = Path(sys.argv[1]), json.loads(sys.argv[2]), {"importable": 
 image = Image.open(work / "image.png")
 messages = [{"role": "user", "content": [{"type": "image", "image": image}, {"type": "text", "text": "what is it?"}]}]
 for name, folder in names.items():
-    model, processor = AutoModelForImageTextToText.from_pretrained(folder).eval(), AutoProcessor.from_pretrained(folder)
+    model = AutoModelForImageTextToText.from_pretrained(folder).eval()
+    processor = AutoProcessor.from_pretrained(folder, backend="pil")
     inputs = processor.apply_chat_template(
         messages, add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt"
     )

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import transformers
 from PIL import Image
 from transformers import AutoTokenizer, CLIPImageProcessorPil, GenerationConfig
 
@@ -555,6 +556,19 @@ def test_the_generation_config_learns_ends_pads_and_what_is_never_written():
 
 
 # -- saving -----------------------------------------------------------------------------------------------------------
+
+
+def test_images_are_computed_with_pillow_whatever_form_the_library_prefers(monkeypatch):
+    known = tiny.processor_of("unigram-always", "chatml")
+    # What the library reads a saved processor as where torchvision is installed, which is not installed here.
+    form = type("ViTImageProcessor", (type(known.image_processor),), {})
+    monkeypatch.setattr(transformers, "ViTImageProcessor", form)
+    preferred = form.from_dict(known.image_processor.to_dict())
+    processor = VLMProcessor(preferred, known.tokenizer, known.tokenizer.chat_template)
+    assert type(processor.image_processor) is transformers.ViTImageProcessorPil
+    assert processor.image_processor.to_dict() == known.image_processor.to_dict()
+    own = type("ViTImageProcessor", (type(known.image_processor),), {})()  # of the user's, by chance of that name
+    assert VLMProcessor(own, known.tokenizer, known.tokenizer.chat_template).image_processor is own
 
 
 @pytest.mark.parametrize("template", tiny.TEMPLATES)
