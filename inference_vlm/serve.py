@@ -112,6 +112,11 @@ def main(argv: list[str] | None = None) -> int:
         parser.error(f"the key (--api_key, or {KEY}) has to be of ASCII characters, and not empty")
     if not all(re.fullmatch(r"https?://[^/*]+", origin) for origin in args.allow_origins):
         parser.error("--allow_origins: expected origins as browsers name them, such as https://example.org")
+    for network in args.proxies:
+        try:
+            ipaddress.ip_network(network)
+        except ValueError as error:
+            parser.error(f"--proxies: expected addresses or networks, such as 127.0.0.1 or 10.0.0.0/8; {error}")
     name = args.name or (Path(args.model).resolve().name if Path(args.model).exists() else args.model)
     logging.disable_progress_bar()
     try:

@@ -13,6 +13,7 @@ pytest.importorskip("fastapi")
 
 from inference_vlm import serve  # noqa: E402
 from inference_vlm.answering import Answerer  # noqa: E402
+from inference_vlm.serving import app, running  # noqa: E402
 from inference_vlm.serving.errors import ApiError  # noqa: E402
 from inference_vlm.serving.settings import ServingSettings  # noqa: E402
 from inference_vlm.serving.worker import Job, Worker  # noqa: E402
@@ -150,3 +151,34 @@ def test_a_place_more_than_there_can_be_threads_is_refused(capsys):
             serve.main(["x", "--at_once", many])
         assert error.value.code == 2
     assert "--at_once" in capsys.readouterr().err
+
+
+def clients_of(server, monkeypatch, *said_by):
+    """Whose each request is taken for, by what it says of whom it comes from."""
+    found, client = [], app._client
+    monkeypatch.setattr(app, "_client", lambda request: found.append(client(request)) or found[-1])
+    for forwarded in said_by:
+        body = {"model": "tiny", "messages": [said("hi")], "max_tokens": 1}
+        assert ask(f"{server.url}/v1/chat/completions", body, {"X-Forwarded-For": forwarded})[0] == 200
+    return list(dict.fromkeys(found))
+
+
+def test_nobody_is_taken_for_another_client_on_their_word(answerer, monkeypatch):
+    """Or all places were theirs, and what others' conversations left in memory."""
+    monkeypatch.setenv("FORWARDED_ALLOW_IPS", "*")
+    with serving(answerer) as server:
+        assert clients_of(server, monkeypatch, "8.8.8.8", "127.0.0.9", "me") == ["127.0.0.1"]
+
+
+def test_a_proxy_that_was_named_tells_clients_apart_and_may_open_as_many_connections_as_they_need(
+    answerer, monkeypatch
+):
+    monkeypatch.setattr(running, "CONNECTIONS", 1)
+    with serving(answerer, proxies=("127.0.0.0/30",)) as server:
+        assert clients_of(server, monkeypatch, "8.8.8.8", "9.9.9.9, 8.8.4.4") == ["8.8.8.8", "8.8.4.4"]
+        several = [stream(server, f"{number}") for number in range(3)]
+        assert [one.getresponse().status for one in several] == [200] * 3
+        for one in several:
+            one.close()
+    with pytest.raises(SystemExit):
+        serve.main(["x", "--proxies", "nginx"])

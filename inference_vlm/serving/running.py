@@ -1,7 +1,9 @@
 """The HTTP server under the app: uvicorn, with an end to connections that never say what they want."""
 
 import asyncio
+import ipaddress
 from collections import Counter
+from collections.abc import Iterable
 from typing import ClassVar
 
 import uvicorn
@@ -26,7 +28,7 @@ class _Protocol(H11Protocol):
         super().connection_made(transport)
         self._address = (transport.get_extra_info("peername") or ("",))[0]
         self.open[self._address] += 1
-        if self.open[self._address] > CONNECTIONS:
+        if self.open[self._address] > CONNECTIONS and not _is_of(self._address, self.config.forwarded_allow_ips):
             transport.abort()
         else:
             self._expect_request()
@@ -49,9 +51,20 @@ class _Protocol(H11Protocol):
             self.transport.close()
 
 
+def _is_of(address: str, networks: Iterable[str]) -> bool:
+    try:
+        return any(ipaddress.ip_address(address) in ipaddress.ip_network(network) for network in networks)
+    except ValueError:  # of a socket that has none
+        return False
+
+
 def server_of(app: FastAPI) -> uvicorn.Server:
     """A server that runs the app on sockets that it is given."""
-    config = uvicorn.Config(app, http=_Protocol, ws="none", log_level="warning", server_header=False)
+    proxies = list(app.state.service.settings.proxies)
+    config = uvicorn.Config(
+        app, http=_Protocol, ws="none", log_level="warning", server_header=False, proxy_headers=bool(proxies),
+        forwarded_allow_ips=proxies,
+    )  # fmt: skip
     config.timeout_graceful_shutdown = 5
     return uvicorn.Server(config)
 

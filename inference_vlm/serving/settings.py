@@ -20,6 +20,10 @@ class ServingSettings:
     allow_urls: bool = _said(False, "fetch images at http and https URLs, from the internet at large alone")
     allow_hosts: tuple[str, ...] = _said((), "names by which the server is reached, besides localhost and addresses")
     allow_origins: tuple[str, ...] = _said((), "web pages of others that may use it, such as https://example.org")
+    proxies: tuple[str, ...] = _said(
+        (),
+        "addresses or networks of reverse proxies, whose X-Forwarded-For is believed; else all behind one are a client",
+    )
     max_new_tokens: int = _said(1024, "the longest answer, and the length of one whose request does not say", least=1)
     at_once: int = _said(
         4, "answers that are written at the same time, a token of each in turn; each has its cache in memory",
