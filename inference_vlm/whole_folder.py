@@ -1,17 +1,21 @@
 """A folder that a command writes has its name once all of it is there."""
 
 import contextlib
+import glob
 import os
 import shutil
+import time
 from collections.abc import Iterator
 from pathlib import Path
+from uuid import uuid4
 
 from safetensors import SafetensorError
 
 from processing.data_error_vlm import DuetError, in_a_line
 
 
-_BESIDE = "{}.unfinished"
+_BESIDE = "{}.unfinished-{}"
+_STALE_SECONDS = 24 * 3600
 
 
 def check_free(out: Path) -> None:
@@ -36,13 +40,17 @@ def whole_folder(out: Path) -> Iterator[Path]:
     """
     A folder to write into, which gets the name of `out` when the block ends, and is removed where it fails.
 
+    It is of this process alone; what killed processes left is removed once it is a day old.
+
     Raises:
         DuetError: it cannot be written.
     """
     place = out.resolve()  # which has a name, as "." has none
-    beside = place.with_name(_BESIDE.format(place.name))
+    beside = place.with_name(_BESIDE.format(place.name, uuid4().hex[:8]))
     try:
-        shutil.rmtree(beside, ignore_errors=True)  # of a run that was killed
+        for left in place.parent.glob(_BESIDE.format(glob.escape(place.name), "*")):
+            if time.time() - left.stat().st_mtime > _STALE_SECONDS:
+                shutil.rmtree(left, ignore_errors=True)
         yield beside
         with contextlib.suppress(FileNotFoundError):
             place.rmdir()

@@ -4,6 +4,7 @@ Which pairs of the matrix fit, and what is tried on them, is in `exporting.py`.
 """
 
 import json
+import os
 
 import pytest
 import torch
@@ -385,7 +386,7 @@ def test_adapters_are_merged(tmp_path, image):
 def test_the_folder_appears_whole_or_not_at_all(error, made, monkeypatch, tmp_path, capsys):
     saved, _ = made("clip-llama")
     capsys.readouterr()
-    out, beside = tmp_path / "out", tmp_path / "out.unfinished"
+    out = tmp_path / "out"
 
     def full(model, folder, *args, **kwargs):
         folder.mkdir()
@@ -396,12 +397,14 @@ def test_the_folder_appears_whole_or_not_at_all(error, made, monkeypatch, tmp_pa
         broken.setattr(LlavaForConditionalGeneration, "save_pretrained", full)
         assert main([str(saved), str(out)]) == 1
         assert f"error: {out} could not be written: " in capsys.readouterr().err
-        assert not out.exists() and not beside.exists()
-    beside.mkdir()
-    (beside / "left.safetensors").write_text("of a run that was killed")
-    out.mkdir()
+        assert not list(tmp_path.iterdir())
+    killed, other, mine = (tmp_path / f"out.unfinished{end}" for end in ("-1", "-2", ""))
+    for folder in (killed, other, mine, out):
+        folder.mkdir()
+    os.utime(killed, (0, 0))
     assert main([str(saved), str(out)]) == 0
-    assert not beside.exists() and not (out / "left.safetensors").exists() and (out / "config.json").is_file()
+    assert {path.name for path in tmp_path.iterdir()} == {"out", other.name, mine.name}  # another process may be at it
+    assert (out / "config.json").is_file() and out.stat().st_mode == other.stat().st_mode
 
 
 def test_what_is_not_exact_is_not_kept(made, monkeypatch, tmp_path, capsys):
