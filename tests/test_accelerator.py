@@ -1,4 +1,9 @@
-"""What is promised of the CPU is so on an accelerator: the same step, runs that go on, answers, few bits, estimates."""
+"""What is promised of the CPU is so on an accelerator: the same step, runs that go on, answers, few bits.
+
+    DUET_TEST_ACCELERATOR=1 python -m pytest tests/test_accelerator.py
+
+All other tests see none, so that they are the same everywhere.
+"""
 
 import json
 

@@ -156,6 +156,15 @@ def test_one_bit_is_black_and_white():
         assert (seen(file) == 255 * mask[..., None]).all(), number
 
 
+def reads(file):
+    """Whether Pillow reads what it wrote, which before its 13th release it does not of every mode."""
+    try:
+        Image.open(io.BytesIO(file)).load()
+    except OSError:
+        return False
+    return True
+
+
 @pytest.mark.parametrize("mode", ["CMYK", "YCbCr", "HSV", "LAB", "LA", "PA", "RGBa", "La"])
 def test_every_kind_of_colour_is_converted(mode):
     grey = Image.fromarray((RAMP * 255).astype(np.uint8))
@@ -165,7 +174,7 @@ def test_every_kind_of_colour_is_converted(mode):
         via = {"PA": "P", "RGBa": "RGBA", "La": "LA"}.get(mode, "RGB")
         image = grey.convert(via).convert(mode) if via != mode else grey.convert(mode)
     given = [load_image(image)]
-    if mode in ("CMYK", "YCbCr", "LAB"):
+    if mode in ("CMYK", "YCbCr", "LAB") and reads(stored(image, "TIFF")):
         given.append(load_image({"bytes": stored(image, "TIFF"), "path": None}))
     for found in given:
         assert found.mode == "RGB" and distance(np.asarray(found), RAMP[..., None]) <= (12 if mode == "LAB" else 2)

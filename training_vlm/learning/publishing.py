@@ -191,7 +191,9 @@ class PublishingTrainer(Trainer):
             DuetError: the Hub refuses it, or cannot be reached.
         """
         if self.hub_model_id is None:
-            self.init_hf_repo(token=self.args.hub_token if token is None else token, private=private)
+            if private is not None:  # which not every release's `init_hf_repo` takes itself
+                self.args.hub_private_repo = private
+            self.init_hf_repo(token=self.args.hub_token if token is None else token)
         self.save_model(_internal_call=True)
         if not self.is_world_process_zero():
             return None
