@@ -1,6 +1,7 @@
 """Several requests are answered at the same time: who asks for a word does not wait for somebody's page of text."""
 
 import asyncio
+import http.client
 import json
 import threading
 import time
@@ -182,3 +183,35 @@ def test_a_proxy_that_was_named_tells_clients_apart_and_may_open_as_many_connect
             one.close()
     with pytest.raises(SystemExit):
         serve.main(["x", "--proxies", "nginx"])
+
+
+def test_what_is_being_answered_ends_with_the_server_and_what_waits_is_told(answerer, caplog):
+    answerer.model.register_forward_pre_hook(lambda *given: time.sleep(0.01))
+    with serving(answerer, at_once=1) as server:
+        connections = [stream(server, "long", max_tokens=200)]
+        long = connections[0].getresponse()
+        assert long.readline()
+        connections += [stream(server, "waits", source=(f"127.0.0.{number}", 0)) for number in (7, 8)]
+        assert until(lambda: server.service.worker.waiting == 2)
+        started = time.monotonic()
+    assert time.monotonic() - started < 3
+    assert b'"finish_reason": "length"' in (rest := long.read()) and rest.endswith(b"data: [DONE]\n\n")
+    for connection in connections[1:]:
+        response = connection.getresponse()
+        assert response.status == 503 and json.load(response)["error"]["message"] == "the server is being stopped."
+    for connection in connections:
+        connection.close()
+    assert "Traceback" not in caplog.text
+
+
+def test_the_head_of_what_tells_something_can_be_asked_for_and_other_methods_are_named(answerer):
+    with serving(answerer) as server:
+        for path in ("/", "/health", "/info", "/v1/models", "/v1/models/tiny"):
+            connection = http.client.HTTPConnection("127.0.0.1", server.port, timeout=20)
+            connection.request("HEAD", path)
+            response = connection.getresponse()
+            assert response.status == 200 and response.read() == b""
+            connection.request("POST", path)
+            response = connection.getresponse()
+            assert response.status == 405 and "GET" in response.headers["Allow"] and "error" in json.load(response)
+            connection.close()

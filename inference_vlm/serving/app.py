@@ -38,6 +38,9 @@ from .worker import Job, Worker
 READERS = 4
 """Threads that read requests, and fetch the pictures that they name."""
 
+READ = ["GET", "HEAD"]
+"""How what only tells something is asked; those that look whether a server is there often ask for its head alone."""
+
 SEND_SECONDS = 30
 """How long a client may go on reading a stream that has ended."""
 
@@ -75,11 +78,11 @@ def create_app(
     app.add_exception_handler(HTTPException, _not_here)
     app.add_exception_handler(Exception, _failed)
     app.add_api_route("/v1/chat/completions", service.complete, methods=["POST"], response_model=None)
-    app.add_api_route("/v1/models", service.models)
-    app.add_api_route("/v1/models/{name:path}", service.model)
+    app.add_api_route("/v1/models", service.models, methods=READ)
+    app.add_api_route("/v1/models/{name:path}", service.model, methods=READ)
     app.add_api_route("/load_model", service.load_model, methods=["POST"], response_model=None)
-    app.add_api_route("/info", service.info)
-    app.add_api_route("/health", service.health, response_model=None)
+    app.add_api_route("/info", service.info, methods=READ)
+    app.add_api_route("/health", service.health, methods=READ, response_model=None)
     add_page(app)
     return app
 
@@ -91,7 +94,9 @@ async def _refused(request, error) -> Response:
 async def _not_here(request, error) -> Response:
     what = f"{request.method} {quoted(request.url.path)[1:-1]}"
     message = f"Invalid URL ({what})." if error.status_code == 404 else f"{what}: {error.detail}."
-    return ApiError(message, error.status_code, code="unknown_url").response()
+    response = ApiError(message, error.status_code, code="unknown_url").response()
+    response.headers.update(error.headers or {})  # which methods there are
+    return response
 
 
 async def _failed(request, error) -> Response:

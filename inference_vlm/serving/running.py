@@ -2,6 +2,7 @@
 
 import asyncio
 import ipaddress
+import socket
 from collections import Counter
 from collections.abc import Iterable
 from typing import ClassVar
@@ -51,6 +52,14 @@ class _Protocol(H11Protocol):
             self.transport.close()
 
 
+class _Server(uvicorn.Server):
+    """Ends what is being answered when it is told to end, and does not wait for it only to break it off."""
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        self.config.app.state.service.worker.end()  # type: ignore[union-attr]  # it is ours
+        await super().shutdown(sockets)
+
+
 def _is_of(address: str, networks: Iterable[str]) -> bool:
     try:
         return any(ipaddress.ip_address(address) in ipaddress.ip_network(network) for network in networks)
@@ -66,7 +75,7 @@ def server_of(app: FastAPI) -> uvicorn.Server:
         forwarded_allow_ips=proxies,
     )  # fmt: skip
     config.timeout_graceful_shutdown = 5
-    return uvicorn.Server(config)
+    return _Server(config)
 
 
 __all__ = ["server_of"]

@@ -116,9 +116,11 @@ class Worker:
             refusal: what who has to go is told.
 
         Raises:
-            ApiError: the refusal, where nobody has more in the line than its client.
+            ApiError: the refusal, where nobody has more in the line than its client; or all has ended.
         """
         with self._changed:
+            if self._closed:
+                raise _ending()
             if self._answered() + self._waiting() >= most + len(self._threads):
                 longest = max(self._line.values(), key=len, default=deque())
                 if len(longest) < 2 + len(self._line.get(job.client, ())):
@@ -139,13 +141,21 @@ class Worker:
                 if not jobs:
                     del self._line[job.client]
 
-    def close(self, seconds: float = 5) -> None:
-        """End what is being answered, and the thread."""
+    def end(self) -> None:
+        """Answer nothing more: what is being written ends within a step, and what waits is told so."""
         with self._changed:
             self._closed = True
-            for job in self._running:
+            waiting = [job for jobs in self._line.values() for job in jobs]
+            self._line.clear()
+            for job in waiting:
+                job.tell(_ending())
+            for job in (*waiting, *self._running):
                 job.give_up()
             self._changed.notify_all()
+
+    def close(self, seconds: float = 5) -> None:
+        """End, and the threads too."""
+        self.end()
         until = time.monotonic() + seconds
         for thread in self._threads:
             thread.join(max(0, until - time.monotonic()))
@@ -183,6 +193,10 @@ class Worker:
             except Exception:  # one request is lost, and the others are answered
                 logger.exception("a request could not be answered")
                 job.tell(ApiError("The server had an error while processing your request.", 500, code="server_error"))
+
+
+def _ending() -> ApiError:
+    return ApiError("the server is being stopped.", 503, code="server_overloaded", retry_after=30)
 
 
 __all__ = ["Job", "Worker"]
