@@ -57,6 +57,7 @@ def serve(model: str, host: str, port: int, settings: ServingSettings, **loading
     # Ctrl-C is an end like any other; the port is taken before the model is loaded, which can take minutes.
     with contextlib.suppress(KeyboardInterrupt), bound(host, port) as place:
         app = create_app(Answerer.load(model, **loading), settings, examples_of(Path(model)), is_captioner(model))
+        place.listen()  # whoever reads the line may ask at once, and waits for as long as the server takes to start
         print(
             f"{settings.name} answers at {_url(place)}/v1; chat with it at {_url(place)}/; Ctrl-C ends it.", flush=True
         )

@@ -175,7 +175,7 @@ def test_the_installed_server_gives_its_page_whole_and_answers_about_a_picture(h
 def test_both_stages_and_all_that_follows_run_from_an_empty_folder(command, tmp_path):
     """The recipe that runs without any argument, with few steps; then its model is asked, judged, shown and updated."""
     said = command("duet-pretrain", "--config", "shapes", *QUICK, "--max_samples", "200")
-    assert "python -m train_sft --model outputs/shapes/pretrain" in said
+    assert "duet-sft --model outputs/shapes/pretrain" in said
     stage_2 = ["-m", "train_sft", "--config", "shapes", *QUICK, "--max_samples", "200", "--max_test_samples", "4"]
     launch = ["-m", "accelerate.commands.launch", "--cpu", "--num_processes", "1"]
     assert "exactly right" in command("python", *launch, *stage_2)
