@@ -19,6 +19,7 @@ def test_a_text_beside_each_image_is_its_caption(tmp_path, streaming, linked):
         if text is not None:
             (folder / f"{name}.txt").write_text(text, encoding="utf-8")
     (folder / "LICENSE.txt").write_text("Free.")
+    (folder / "README.md").write_text("# Walls")
     if linked:
         (tmp_path / "link").symlink_to(folder)
         folder = tmp_path / "link"
@@ -49,10 +50,32 @@ def test_a_table_of_metadata_is_read_and_a_text_beside_no_image_is_not(tmp_path)
     assert open_source(tmp_path).rows["text"][:] == ["A wall.", "A roof."]
 
 
-def test_a_text_that_is_none_costs_its_own_image(tmp_path):
-    for name, content in (("a", b"caf\xe9"), ("b", b""), ("c", b"\xef\xbb\xbfa caf\xc3\xa9")):
+NO_CAPTIONS = {
+    "Latin-1": (b"caf\xe9", "a.txt: a text that is no UTF-8"),
+    "UTF-16": ("a wall".encode("utf-16"), "a.txt: a text that is no UTF-8"),
+    "boxes": (b"0 0.5 0.5 0.25 1e-1\n12 0.1 0.2 0.3 0.4\n", "a.txt holds numbers of boxes; expected a caption"),
+    "nothing": (b"\n", "found '' as caption"),
+}
+
+
+@pytest.mark.parametrize("kind", NO_CAPTIONS)
+def test_a_text_that_is_no_caption_costs_its_own_image(tmp_path, kind):
+    content, why = NO_CAPTIONS[kind]
+    for name, written in (("a", content), ("b", b"\xef\xbb\xbfa caf\xc3\xa9, 1 of 5")):
         Image.new("RGB", (8, 8)).save(tmp_path / f"{name}.png")
-        (tmp_path / f"{name}.txt").write_bytes(content)
-    found = items_of(open_source(tmp_path))
-    assert "row 0: a.txt: a text that is no UTF-8" in found[0]["dropped"][1]
-    assert "row 1: found '' as caption" in found[1]["dropped"][1] and texts_of(found[2]) == ["a café"]
+        (tmp_path / f"{name}.txt").write_bytes(written)
+    bad, good = items_of(open_source(tmp_path))
+    assert f"photos, row 0: {why}" in bad["dropped"][1] and texts_of(good) == ["a café, 1 of 5"]
+
+
+def test_a_text_that_is_a_link_out_of_the_folder_is_not_read(tmp_path):
+    folder = tmp_path / "photos"
+    folder.mkdir()
+    (tmp_path / "secret").write_text("a word")
+    for name in ("a", "b"):
+        Image.new("RGB", (8, 8)).save(folder / f"{name}.png")
+    (folder / "a.txt").symlink_to(tmp_path / "secret")
+    (folder / "b.txt").symlink_to(folder / "own.text")
+    (folder / "own.text").write_text("A wall.")
+    bad, good = items_of(open_source(folder))
+    assert "a.txt is a link that leads out of the folder" in bad["dropped"][1] and texts_of(good) == ["A wall."]

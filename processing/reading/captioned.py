@@ -5,6 +5,7 @@ is of which split, by the names of folders and files, it does know.
 """
 
 import os
+import re
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
@@ -14,13 +15,16 @@ import datasets
 from datasets.packaged_modules.imagefolder.imagefolder import ImageFolder
 
 from .conversations import ODD
-from .odd import ODD_FEATURE, is_unicode, without_mark, without_odd
+from .odd import ODD_FEATURE, is_unicode, reason, without_odd
 from .rows import Splits
 
 
 TEXT = ".txt"
 
 _IMAGES = frozenset(ImageFolder.EXTENSIONS)
+
+_BOX = re.compile(r"\d+(?:\s+[-+.\de]+){4,}\s*")
+"""A class and a box, as YOLO's data sets have them beside their images, one a line."""
 
 
 def is_captioned(folder: Path) -> bool:
@@ -49,11 +53,20 @@ def _rows(folder: Path, files: list[str]) -> datasets.Dataset:
 def _read(folder: Path, images: list[Path]) -> Iterator[dict[str, Any]]:
     """An image and its text, or why there is none."""
     for image in images:
-        text, caption = image.with_suffix(TEXT), ""
-        odd = None if text.is_file() else f"no {text.name} beside {image.name}"
-        if odd is None:
-            caption = without_mark(text.read_bytes(), str(text)).decode(errors="surrogateescape").strip()
-            odd = None if is_unicode(caption) else f"{text.name}: a text that is no UTF-8"
+        text, caption, odd = image.with_suffix(TEXT), "", None
+        if not text.is_file():
+            odd = f"no {text.name} beside {image.name}"
+        elif not text.resolve().is_relative_to(folder):
+            odd = f"{text.name} is a link that leads out of the folder"
+        else:
+            try:
+                caption = text.read_bytes().decode("utf-8-sig", errors="surrogateescape").strip()
+            except OSError as error:
+                odd = f"{text.name}: not readable ({reason(error)})"
+        if not is_unicode(caption):
+            odd = f"{text.name}: a text that is no UTF-8"
+        elif caption and all(map(_BOX.fullmatch, caption.splitlines())):
+            odd = f"{text.name} holds numbers of boxes; expected a caption"
         yield {"image": os.path.relpath(image, folder), "caption": "" if odd else caption, ODD: odd}
 
 

@@ -223,14 +223,14 @@ def _file_splits(where: str, files: list[Path], streaming: bool) -> Splits:
 
 def _folder_splits(path: Path, name: str | None, streaming: bool) -> Splits:
     """The splits of a folder, in any form that `datasets` reads."""
-    for settings in OWN_SETTINGS:
-        _check_own_files(path, _reading(path, partial(_settings, path / settings)))
+    own = [_reading(path, partial(_settings, path / settings)) for settings in OWN_SETTINGS]
+    _check_own_files(path, own)
     if any((path / marker).is_file() for marker in ("dataset_dict.json", "state.json")):  # saved with save_to_disk
         for state in (path / "state.json", *path.glob("*/state.json")):
             _check_own_files(path, _reading(path, partial(_settings, state)))
         _check_own_files(path, _reading(path, partial(_settings, path / "dataset_dict.json")), "splits")  # folders
         return _reading(path, lambda: _saved_splits(datasets.load_from_disk(str(path))))
-    if not any((path / settings).is_file() for settings in OWN_SETTINGS) and is_captioned(path):
+    if not any(own) and is_captioned(path):
         return _reading(path, partial(captioned_splits, path))
     return _built_splits(path, partial(datasets.load_dataset_builder, str(path), name), streaming)
 
