@@ -93,7 +93,7 @@ def _load(name, dtype, revision) -> tuple[Any, VLMProcessor]:
     if not hasattr(model, "native_form"):
         raise DuetError(
             f"{name} was saved by an earlier Duet, which does not know of exports; give it the code of today's with "
-            f"`python -m inference_vlm.update {name}`."
+            f"`{program('inference_vlm.update')} {name}`."
         )
     if getattr(model.config, "quantization_config", None) is not None:
         raise DuetError(

@@ -14,6 +14,7 @@ import binascii
 import functools
 import hashlib
 import io
+import math
 import os
 import re
 import stat
@@ -287,11 +288,14 @@ def _opened(reference: ImageReference) -> Iterator[Image.Image]:
     with _named_errors(reference):
         try:
             source = _source(reference)
-            # Pillow warns of what is odd in a file, and only warns of an image larger than its limit.
             with warnings.catch_warnings():
-                warnings.simplefilter("ignore")
+                warnings.simplefilter("ignore")  # Pillow warns of what is odd in a file
                 warnings.simplefilter("error", Image.DecompressionBombWarning)
                 image = source if isinstance(source, Image.Image) else Image.open(source, formats=_formats())
+                # And only warns of an image larger than its limit; what is done about warnings is the process's, where
+                # another thread may just have changed it.
+                if image is not source and image.width * image.height > (Image.MAX_IMAGE_PIXELS or math.inf):
+                    raise Image.DecompressionBombWarning
                 yield image
         finally:
             if image is not None and image is not reference:  # the caller's own image stays open

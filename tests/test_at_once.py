@@ -1,5 +1,6 @@
 """Several answers are written at the same time, and each is what it is alone."""
 
+import contextlib
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -96,6 +97,33 @@ def test_rotary_frequencies_that_grow_with_a_text_are_that_texts_alone(folders, 
     prepared = [answerer.read(asked) for asked in (long, middle, short)]
     answerer.write_together(prepared, answerer.settings(**settings), tell=lambda row, piece: pieces[row].append(piece))
     assert ["".join(row) for row in pieces] == ["".join(alone[number][0]) for number in (2, 0, 1)]
+
+
+def test_experts_are_multiplied_as_for_the_step_of_each_answer(image, tmp_path, monkeypatch):
+    """The library has others for prompts than for tokens on an accelerator, by a setting of the model."""
+    answerer = answerer_of("Qwen3-MoE", tmp_path)
+    model, own = answerer.model, answerer.model.get_experts_implementation()
+    assert own["text_config"] not in (None, "eager")
+
+    @contextlib.contextmanager
+    def switched(self):
+        before = self.get_experts_implementation()
+        self.set_experts_implementation({**before, "text_config": "eager"})
+        try:
+            yield
+        finally:
+            self.set_experts_implementation(before)
+
+    monkeypatch.setattr(type(model), "_optimize_model_for_decode", switched)
+    seen = {1: set(), 2: set()}
+    layer = model.model.language_model.layers[0]
+    layer.register_forward_pre_hook(
+        lambda module, given: seen[1 if given[0].shape[1] == 1 else 2].add(
+            model.config.text_config._experts_implementation
+        )
+    )
+    check(answerer, image, people=4)
+    assert seen == {1: {"eager"}, 2: {own["text_config"]}} and model.get_experts_implementation() == own
 
 
 def stepping(answerer):

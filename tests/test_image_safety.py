@@ -6,6 +6,7 @@ import pickle
 import socket
 import subprocess
 import sys
+import warnings
 
 import datasets
 import pytest
@@ -256,3 +257,11 @@ def test_a_batch_of_the_largest_images_that_are_read_needs_half_a_gigabyte(tmp_p
     done = subprocess.run(command, capture_output=True, text=True, cwd=root, env={**os.environ, "PYTHONPATH": root})
     assert done.returncode == 0, done.stderr
     assert int(done.stdout.rpartition("MB:")[2]) < 600
+
+
+def test_an_image_larger_than_the_limit_is_refused_whatever_another_thread_does_about_warnings(monkeypatch):
+    monkeypatch.setattr(warnings, "simplefilter", lambda *given: None)
+    warnings.filterwarnings("ignore")  # as one that opens an image at the same moment
+    for read in (load_image, image_size):
+        with pytest.raises(BadImage, match="more pixels than the limit"):
+            read({"bytes": bomb(10_000, 9_000), "path": "it"})
