@@ -99,10 +99,8 @@ class _Line:
 
         def take():
             nonlocal is_mine
-            if is_mine:
-                is_mine = False
-                self._release()
-            self._acquire()
+            gives_way, is_mine = is_mine, False
+            self._take(gives_way)
             is_mine = True
 
         try:
@@ -112,31 +110,31 @@ class _Line:
             if is_mine:
                 self._release()
 
-    def _acquire(self) -> None:
+    def _take(self, gives_way: bool) -> None:
+        ticket = threading.Lock()
+        ticket.acquire()
         with self._changing:
-            if not self._is_taken:
-                self._is_taken = True
-                return
-            ticket = threading.Lock()
-            ticket.acquire()
             self._waiting.append(ticket)
+            if gives_way or not self._is_taken:
+                self._call_next()
         try:
             ticket.acquire()
         except BaseException:  # Ctrl-C: whoever is no longer there would keep those behind
             with self._changing:
-                was_called = ticket not in self._waiting
-                if not was_called:
+                if ticket in self._waiting:
                     self._waiting.remove(ticket)
-            if was_called:
-                self._release()
+                else:
+                    self._call_next()
             raise
 
     def _release(self) -> None:
         with self._changing:
-            if self._waiting:
-                self._waiting.popleft().release()
-            else:
-                self._is_taken = False
+            self._call_next()
+
+    def _call_next(self) -> None:
+        self._is_taken = bool(self._waiting)
+        if self._waiting:
+            self._waiting.popleft().release()
 
 
 class _Kept:
