@@ -172,8 +172,9 @@ def written_by_one(out: Path) -> Iterator[None]:
         try:
             yield
         finally:
-            if is_new and not out.stat().st_size:
-                out.unlink()
+            with contextlib.suppress(OSError):  # it is gone already
+                if is_new and not out.stat().st_size:
+                    out.unlink()
 
 
 def _pictures(folder: Path, out: Path) -> tuple[dict[str, str | None], int]:

@@ -16,6 +16,7 @@ import os
 import re
 import socket
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -57,7 +58,8 @@ def serve(model: str, host: str, port: int, settings: ServingSettings, **loading
     # Ctrl-C is an end like any other; the port is taken before the model is loaded, which can take minutes.
     with contextlib.suppress(KeyboardInterrupt), bound(host, port) as place:
         app = create_app(Answerer.load(model, **loading), settings, examples_of(Path(model)), is_captioner(model))
-        place.listen()  # whoever reads the line may ask at once, and waits for as long as the server takes to start
+        with _had(host, port):  # another that was started meanwhile may have it
+            place.listen()  # whoever reads the line may ask at once, and waits for as long as the server takes to start
         print(
             f"{settings.name} answers at {_url(place)}/v1; chat with it at {_url(place)}/; Ctrl-C ends it.", flush=True
         )
@@ -80,16 +82,23 @@ def bound(host: str, port: int) -> socket.socket:
     Raises:
         DuetError: it cannot be had.
     """
-    try:
+    with _had(host, port):
         family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
         place = socket.socket(family, kind, protocol)
         place.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, os.name == "posix")
         place.bind(address)
+    return place
+
+
+@contextlib.contextmanager
+def _had(host: str, port: int) -> Iterator[None]:
+    """While a port is asked for, which may be another's."""
+    try:
+        yield
     except (OSError, OverflowError) as error:  # the latter of a port that none can have
         if getattr(error, "errno", None) == errno.EADDRINUSE:
             raise DuetError(f"port {port} of {host} is in use; end what uses it, or give another --port.") from error
         raise DuetError(f"port {port} of {host} cannot be had: {in_a_line(error)}.") from error
-    return place
 
 
 def _url(place: socket.socket) -> str:

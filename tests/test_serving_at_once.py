@@ -154,6 +154,18 @@ def test_a_place_more_than_there_can_be_threads_is_refused(capsys):
     assert "--at_once" in capsys.readouterr().err
 
 
+def test_of_two_servers_that_load_at_the_same_time_for_one_port_the_later_is_told_in_a_line(
+    answerer, tmp_path, monkeypatch, capsys
+):
+    with serve.bound("127.0.0.1", 0) as first:
+        port = first.getsockname()[1]
+        monkeypatch.setattr(Answerer, "load", lambda *args, **options: first.listen() or answerer)
+        assert serve.main([str(tmp_path), "--port", str(port)]) == 1
+    out, err = capsys.readouterr()
+    assert err.startswith(f"error: port {port} of 127.0.0.1 is in use") and err.count("\n") == 1
+    assert "answers at" not in out
+
+
 def clients_of(server, monkeypatch, *said_by):
     """Whose each request is taken for, by what it says of whom it comes from."""
     found, client = [], app._client
