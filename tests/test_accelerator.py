@@ -24,7 +24,7 @@ from tests import tiny
 from tests.test_same_step import FORMS, gradients
 
 
-DEVICE = torch.accelerator.current_accelerator() or torch.device("cpu")
+DEVICE = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else torch.device("cpu")
 pytestmark = pytest.mark.skipif(DEVICE.type == "cpu", reason="needs an accelerator")
 
 QUICK = [

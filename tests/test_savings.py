@@ -134,7 +134,7 @@ def test_a_text_that_a_mix_shows_again_is_not_another_text_of_its_image():
 def test_what_is_surveyed_of_a_short_stream_is_every_sample_once():
     rows = [*rows_of(20, 2), {"image": "x.png", "caption": None}]
     stream = StreamedDataset([streamed(rows)])
-    account, sampled = _survey(stream, ENCODER)
+    account, sampled, _ = _survey(stream, ENCODER)
     assert account.total["samples"] == 41 and account.total["learned from"] == 40 and not sampled
     assert account.total["dropped: malformed row"] == 1 and len(list(some_items(stream, 1000))) == 41
 
@@ -144,7 +144,7 @@ def test_what_is_surveyed_of_a_long_stream_or_a_mix_with_one_is_said_to_be_a_sam
     assert _survey(long, ENCODER).sampled and _survey(long, ENCODER).account.total["samples"] == 1000
     assert not _survey(short, ENCODER).sampled
     mix = StreamedDataset([streamed(rows_of(1500, 1)), streamed(rows_of(7, 1, "b"))])
-    account, sampled = _survey(mix, ENCODER)
+    account, sampled, _ = _survey(mix, ENCODER)
     assert sampled and account.total["samples"] == 507
     items = [{"images": [Image.new("RGB", (8, 8))], **item} for item in some_items(short, 5)]
     assert not _survey(items, ENCODER).sampled  # such as what is held out of a stream

@@ -171,7 +171,9 @@ def _vision(base) -> tuple[int, int, bool]:
 def _count(part, inputs: torch.Tensor, flows: bool) -> tuple[int, torch.Tensor]:
     """Operations of a part forwards and backwards, and what it gives; gradients flow on where `flows`."""
     inputs = inputs.requires_grad_(flows)
-    with FlopCounterMode(display=False, custom_mapping={torch.ops.aten._grouped_mm: _grouped_flops}) as counter:
+    grouped = getattr(torch.ops.aten, "_grouped_mm", None)  # which earlier releases of torch have not
+    own = {} if grouped is None else {grouped: _grouped_flops}
+    with FlopCounterMode(display=False, custom_mapping=own) as counter:
         out = part(inputs_embeds=inputs, use_cache=False) if hasattr(part, "config") else part(inputs)
         out = out if isinstance(out, torch.Tensor) else out.last_hidden_state
         if out.requires_grad:
