@@ -242,15 +242,18 @@ def test_what_ends_the_command_is_not_taken_for_a_step_that_cannot_be_run(made, 
         raise Told
 
     monkeypatch.setattr(rehearsal._Between, "on_step_end", lambda *given, **more: signal.raise_signal(number))
-    former, number = signal.signal(signal.SIGTERM, told), signal.SIGTERM
+    handlers = {signal.SIGTERM: told, signal.SIGINT: signal.default_int_handler}  # which a shell may have ignored
+    former = {number: signal.signal(number, handler) for number, handler in handlers.items()}
     try:
+        number = signal.SIGTERM
         with pytest.raises(Told):
             main(options(made))
+        number = signal.SIGINT
+        with pytest.raises(SystemExit) as ended:
+            main(options(made))
     finally:
-        signal.signal(signal.SIGTERM, former)
-    number = signal.SIGINT
-    with pytest.raises(SystemExit) as ended:
-        main(options(made))
+        for number, handler in former.items():
+            signal.signal(number, handler)
     assert ended.value.code == 130 and "shapes alone" not in capsys.readouterr().err
 
 
