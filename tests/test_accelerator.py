@@ -7,11 +7,9 @@ All other tests see none, so that they are the same everywhere.
 
 import json
 
-import numpy as np
 import pytest
 import torch
-from PIL import Image
-from transformers import LlamaConfig, LlamaForCausalLM, SiglipVisionConfig, SiglipVisionModel
+from transformers import SiglipVisionConfig, SiglipVisionModel
 from transformers.utils import is_bitsandbytes_available
 
 import train_pretrain
@@ -48,15 +46,11 @@ def backbones(tmp_path_factory):
     folder = tmp_path_factory.mktemp("wide")
     torch.manual_seed(0)
     tokenizer = tiny.with_chatml(tiny.unigram_tokenizer())
-    text = LlamaConfig(
-        hidden_size=64, num_hidden_layers=2, num_attention_heads=2, intermediate_size=128, vocab_size=256,
-        max_position_embeddings=512, tie_word_embeddings=False, bos_token_id=1, eos_token_id=2, pad_token_id=3,
-    )  # fmt: skip
     vision = SiglipVisionConfig(
         hidden_size=64, num_hidden_layers=2, num_attention_heads=2, intermediate_size=128, image_size=32, patch_size=8,
         vision_use_head=False,
     )  # fmt: skip
-    LlamaForCausalLM(text).save_pretrained(folder / "text")
+    tiny.wide_llama(512).save_pretrained(folder / "text")
     tokenizer.save_pretrained(folder / "text")
     SiglipVisionModel(vision).save_pretrained(folder / "vision")
     tiny.IMAGE_PROCESSORS["siglip"](32, 32).save_pretrained(folder / "vision")
@@ -65,13 +59,7 @@ def backbones(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def source(tmp_path_factory):
-    folder, random, rows = tmp_path_factory.mktemp("data"), np.random.default_rng(0), []
-    for number in range(16):
-        Image.fromarray(random.integers(0, 256, (24, 36, 3), dtype=np.uint8)).save(folder / f"{number}.png")
-        turns = [("user", "what is in the picture?"), ("assistant", f"there are {number} objects")]
-        rows.append({"images": [f"{number}.png"], "messages": [{"role": r, "content": c} for r, c in turns]})
-    (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return ["--dataset", str(folder / "rows.jsonl"), "--image_dir", str(folder)]
+    return tiny.save_numbered_pictures(tmp_path_factory.mktemp("data"), 16)
 
 
 @pytest.fixture(scope="module")

@@ -383,6 +383,16 @@ def test_a_push_that_fails_at_the_end_is_one_line(folders, image, tmp_path, monk
         trainer.push_to_hub()
 
 
+def test_a_push_is_private_where_that_is_asked_for(folders, image, tmp_path, monkeypatch):
+    made = []
+    repo = type("Repo", (), {"repo_id": "me/out"})
+    monkeypatch.setattr(HfApi, "create_repo", lambda self, name, **kwargs: made.append(kwargs["private"]) or repo)
+    trainer = trainer_of("vit-gpt2", folders, tiny.ragged_dialogues(image), tmp_path / "out", max_steps=1)
+    monkeypatch.setattr(trainer, "push_saved", lambda *args, **kwargs: None)
+    trainer.push_to_hub(private=True)
+    assert made == [True]
+
+
 # -- the card ---------------------------------------------------------------------------------------------------------
 
 

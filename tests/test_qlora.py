@@ -11,7 +11,7 @@ import torch
 from peft import PeftModel
 from PIL import Image
 from safetensors.torch import load_file
-from transformers import BitsAndBytesConfig, GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
+from transformers import BitsAndBytesConfig, GPT2Config, GPT2LMHeadModel
 from transformers.utils import is_bitsandbytes_available
 
 import train_sft
@@ -37,12 +37,8 @@ def backbones(tmp_path_factory):
     folder = tmp_path_factory.mktemp("wide")
     torch.manual_seed(0)
     tokenizer = tiny.with_chatml(tiny.unigram_tokenizer())
-    llama = LlamaConfig(
-        hidden_size=64, num_hidden_layers=2, num_attention_heads=2, intermediate_size=128, vocab_size=256,
-        max_position_embeddings=256, tie_word_embeddings=False, bos_token_id=1, eos_token_id=2, pad_token_id=3,
-    )  # fmt: skip
     gpt2 = GPT2Config(n_embd=64, n_layer=2, n_head=2, n_positions=256, vocab_size=256, bos_token_id=1, eos_token_id=2)
-    for name, model in (("llama", LlamaForCausalLM(llama)), ("gpt2", GPT2LMHeadModel(gpt2))):
+    for name, model in (("llama", tiny.wide_llama()), ("gpt2", GPT2LMHeadModel(gpt2))):
         model.save_pretrained(folder / name)
         tokenizer.save_pretrained(folder / name)
     tiny.save_siglip(folder / "vision")
@@ -51,13 +47,7 @@ def backbones(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def source(tmp_path_factory):
-    folder, random, rows = tmp_path_factory.mktemp("data"), np.random.default_rng(0), []
-    for number in range(8):
-        Image.fromarray(random.integers(0, 256, (24, 36, 3), dtype=np.uint8)).save(folder / f"{number}.png")
-        turns = [("user", "what is in the picture?"), ("assistant", f"there are {number} objects")]
-        rows.append({"images": [f"{number}.png"], "messages": [{"role": r, "content": c} for r, c in turns]})
-    (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return ["--dataset", str(folder / "rows.jsonl"), "--image_dir", str(folder)]
+    return tiny.save_numbered_pictures(tmp_path_factory.mktemp("data"), 8)
 
 
 @contextlib.contextmanager

@@ -9,7 +9,9 @@ from collections import Counter
 from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import torch
+from PIL import Image
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import (
     AddedToken,
@@ -281,6 +283,26 @@ def save_llama(folder: Path) -> Path:
 
 
 PAIRS = {"vit-gpt2": (save_vit, save_gpt2, "cls"), "siglip-llama": (save_siglip, save_llama, "patch")}
+
+
+def wide_llama(positions: int = 256) -> LlamaForCausalLM:
+    """A Llama of 64 numbers in heads of 32, which blocks of 4 bit and every attention take."""
+    config = LlamaConfig(
+        hidden_size=64, num_hidden_layers=2, num_attention_heads=2, intermediate_size=128, vocab_size=256,
+        max_position_embeddings=positions, tie_word_embeddings=False, bos_token_id=1, eos_token_id=2, pad_token_id=3,
+    )  # fmt: skip
+    return LlamaForCausalLM(config)
+
+
+def save_numbered_pictures(folder: Path, number: int) -> list[str]:
+    """Pictures of noise with a dialogue about each, as the options that name them."""
+    random, rows = np.random.default_rng(0), []
+    for index in range(number):
+        Image.fromarray(random.integers(0, 256, (24, 36, 3), dtype=np.uint8)).save(folder / f"{index}.png")
+        turns = [("user", "what is in the picture?"), ("assistant", f"there are {index} objects")]
+        rows.append({"images": [f"{index}.png"], "messages": [{"role": r, "content": c} for r, c in turns]})
+    (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return ["--dataset", str(folder / "rows.jsonl"), "--image_dir", str(folder)]
 
 
 def compose(vision: Path, text: Path, strategy: str = "patch", **options):
